@@ -1,0 +1,43 @@
+# Every target sets up what it needs. PYTHON: the interpreter to start from. PIP_FLAGS: e.g. --index-url=...
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: demo test test-slow venv bench check format clean
+
+demo: venv
+	$(BIN)/python -m ewa_kernels.demo
+
+test: venv
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: venv
+	$(BIN)/python -m pytest -m slow
+
+venv: $(READY)
+
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("ewa_kernels needs Python 3.10 or later, \
+	$(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -c 'import torch; print("torch", torch.__version__, "for", \
+	"CUDA " + torch.version.cuda if torch.version.cuda else "the CPU only")'
+	@touch $@
+
+bench: venv
+	$(BIN)/python -m benchmarks
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,43 @@
+"""Experts Weights Averaging for PyTorch: train FFNs as random-partition experts, average them, fold them back.
+
+Source: "Experts Weights Averaging: A New General Training Scheme for Vision Transformers", arXiv 2308.06093.
+"""
+
+from ewa_kernels import functional, reference
+from ewa_kernels.averaging import (
+    ConstantShareRate,
+    CosineShareRate,
+    ExpertAverager,
+    LinearShareRate,
+)
+from ewa_kernels.backends import BackendError
+from ewa_kernels.modules import FFN, RandomPartitionMoE, expert_tensors
+from ewa_kernels.surgery import (
+    find_ffns,
+    fold_,
+    folded_state_dict,
+    register_ffn_adapter,
+    replace_ffn_,
+)
+from ewa_kernels.version import VERSION
+
+__version__ = VERSION
+
+__all__ = [
+    "FFN",
+    "BackendError",
+    "ConstantShareRate",
+    "CosineShareRate",
+    "ExpertAverager",
+    "LinearShareRate",
+    "RandomPartitionMoE",
+    "__version__",
+    "expert_tensors",
+    "find_ffns",
+    "fold_",
+    "folded_state_dict",
+    "functional",
+    "reference",
+    "register_ffn_adapter",
+    "replace_ffn_",
+]

@@ -1,0 +1,255 @@
+"""Experts Weights Averaging in a training loop: share-rate schedules and `ExpertAverager`.
+
+Source: equation 6 of arXiv 2308.06093 ("at the end of each iteration"). The schedules' shapes and defaults are
+choices of this package.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ewa_kernels import functional
+from ewa_kernels.modules import expert_tensors
+
+Experts = Tensor | Sequence[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareRate:
+    """β as a function of the step: `schedule(step)`, step = 0 for the first averaging.
+
+    Args:
+        start_step: first step of the window; the schedule's own steps are counted from it.
+        stop_step: first step after the window, None for no end. Outside the window β = 0.
+    """
+
+    start_step: int = 0
+    stop_step: int | None = None
+
+    def __post_init__(self) -> None:
+        functional.check_int("start_step", self.start_step, minimum=0)
+        if self.stop_step is not None:
+            functional.check_int("stop_step", self.stop_step, minimum=self.start_step)
+
+    def __call__(self, step: int) -> float:
+        if step < self.start_step or (self.stop_step is not None and step >= self.stop_step):
+            return 0.0
+        return self._inside(step - self.start_step)
+
+    def _inside(self, step: int) -> float:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ConstantShareRate(ShareRate):
+    """β = value."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        functional.check_probability("value", self.value)
+
+    def _inside(self, step: int) -> float:
+        return float(self.value)
+
+
+@dataclass(frozen=True)
+class _Ramp(ShareRate):
+    end: float
+    num_steps: int
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        functional.check_probability("end", self.end)
+        functional.check_probability("start", self.start)
+        functional.check_int("num_steps", self.num_steps, minimum=1)
+
+    def _inside(self, step: int) -> float:
+        if step >= self.num_steps:
+            return float(self.end)
+        return self.start + (self.end - self.start) * self._progress(step / self.num_steps)
+
+    def _progress(self, fraction: float) -> float:
+        raise NotImplementedError
+
+
+class LinearShareRate(_Ramp):
+    """β goes from `start` to `end` on a straight line in `num_steps` steps, and stays there."""
+
+    def _progress(self, fraction: float) -> float:
+        return fraction
+
+
+class CosineShareRate(_Ramp):
+    """β goes from `start` to `end` on half a cosine in `num_steps` steps, and stays there."""
+
+    def _progress(self, fraction: float) -> float:
+        return (1 - math.cos(math.pi * fraction)) / 2
+
+
+class ExpertAverager:
+    """Pulls every expert towards the mean of its fellows after each optimizer step.
+
+        averager = ewa.ExpertAverager(model, share_rate=ewa.LinearShareRate(end=0.3, num_steps=10_000))
+        averager.attach(optimizer)      # or call averager.step() after optimizer.step()
+
+    Args:
+        experts: a model, whose `RandomPartitionMoE` layers are looked up at each step; or an iterable of stacked
+            tensors `[E, ...]`, of lists of E same-shaped tensors, or of (name, either) pairs.
+        share_rate: β, a float in [0, 1] or a schedule.
+
+    Raises:
+        TypeError, ValueError: `share_rate` is neither a number in [0, 1] nor a schedule; `experts` holds none.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module | Iterable[Any],
+        share_rate: float | Callable[[int], float],
+    ):
+        if not callable(share_rate):
+            functional.check_probability("share_rate", share_rate)
+            share_rate = ConstantShareRate(float(share_rate))
+        self.schedule = share_rate
+        self.num_steps = 0
+        self._attachment: Attachment | None = None
+        self._model = experts if isinstance(experts, nn.Module) else None
+        self._given = {} if isinstance(experts, nn.Module) else _named(experts)
+        self._experts()
+
+    def _experts(self) -> Mapping[str, Experts]:
+        """Looked up at each step: parameters may be replaced (load_state_dict(assign=True), to(), fold_)."""
+        experts: Mapping[str, Experts] = self._given
+        if self._model is not None:
+            experts = dict(expert_tensors(self._model))
+        if not experts:
+            what = "tensors" if self._model is None else "RandomPartitionMoE layer in the model"
+            raise ValueError(f"experts must hold something to average, found no {what}: call replace_ffn_(model) first")
+        return experts
+
+    @property
+    def share_rate(self) -> float:
+        """β of the next step."""
+        beta = self.schedule(self.num_steps)
+        functional.check_probability("share_rate", beta)
+        return float(beta)
+
+    def step(self, found_inf: bool | float | Tensor | None = None) -> None:
+        """Averages the experts once, with the current β, and moves on to the next.
+
+        Args:
+            found_inf: what GradScaler found: where it is true the optimizer skipped its step, and nothing is
+                averaged. A tensor on a GPU is read there, without a host sync, and then the schedule moves on
+                all the same; otherwise a skipped step leaves the schedule where it was.
+        """
+        experts = list(self._experts().values())
+        beta: float | Tensor = self.share_rate
+        if isinstance(found_inf, Tensor) and found_inf.device.type != "cpu":
+            beta = torch.where(found_inf.reshape(()) != 0, 0.0, beta)
+        elif found_inf is not None and bool(found_inf):
+            return
+        functional.average_experts_(experts, beta)
+        self.num_steps += 1
+
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Makes each real step of `optimizer` end with `step()`, until `remove()` is called on the result.
+
+        A step that GradScaler skipped is no real step, nor is the one that
+        torch.distributed.checkpoint.state_dict makes at learning rate 0 to create the optimizer's state.
+
+        Raises:
+            TypeError: not a torch.optim.Optimizer.
+            ValueError: attached already, to this optimizer or another: each step would average twice.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if self._attachment is not None and self._attachment.active:
+            raise ValueError(
+                "optimizer must be the only one attached to, but the averager is attached already: "
+                "call remove() on what attach returned"
+            )
+        self._attachment = Attachment(self, optimizer)
+        return self._attachment
+
+    @torch.no_grad()
+    def spread(self) -> dict[str, float]:
+        """Root mean square distance of the experts from their mean, per tensor, in float64."""
+        return {name: _rms_distance(experts) for name, experts in self._experts().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps taken, and the schedule in words, to tell a resumed run from another."""
+        return {"num_steps": self.num_steps, "schedule": repr(self.schedule)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resumes the schedule; warns if it is not the one that was saved. The experts are the model's."""
+        functional.check_int("state_dict['num_steps']", state_dict["num_steps"], minimum=0)
+        self.num_steps = state_dict["num_steps"]
+        if state_dict["schedule"] != repr(self.schedule):
+            warnings.warn(
+                f"resuming with {self.schedule!r}, but {state_dict['schedule']} was saved",
+                stacklevel=2,
+            )
+
+
+def _named(experts: Iterable[Any]) -> dict[str, Experts]:
+    if isinstance(experts, Tensor) or not isinstance(experts, Iterable):
+        raise TypeError(
+            "experts must be a model or an iterable of stacked tensors [E, ...] or of lists of E tensors, "
+            f"got {type(experts).__name__}"
+        )
+    named: dict[str, Experts] = {}
+    for i, item in enumerate(experts):
+        is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        name, group = item if is_pair else (str(i), item)
+        named[name] = group if isinstance(group, Tensor) else list(group)
+    functional.check_experts(named.values())
+    return named
+
+
+def _rms_distance(experts: Experts) -> float:
+    stacked = experts if isinstance(experts, Tensor) else torch.stack(tuple(experts))
+    wide = stacked.to(torch.float64)
+    return (wide - wide.mean(dim=0)).square().mean().sqrt().item()
+
+
+class Attachment:
+    """The hooks by which an averager runs after an optimizer's steps; `remove()` takes them off."""
+
+    def __init__(self, averager: ExpertAverager, optimizer: Optimizer):
+        self.active = True
+        self._averager = averager
+        self._had_state = False
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        )
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.active = False
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._had_state = len(optimizer.state) > 0
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._is_dry_run(optimizer):
+            # GradScaler hands it to fused optimizers, which skip by themselves, as an attribute.
+            self._averager.step(getattr(optimizer, "found_inf", None))
+
+    def _is_dry_run(self, optimizer: Optimizer) -> bool:
+        """A first step, at learning rate 0, with gradients of 0."""
+        if self._had_state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
+            return False
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        return all(p.grad is None or not p.grad.any() for p in parameters)

@@ -1,0 +1,228 @@
+"""The layers: `RandomPartitionMoE`, trained in place of an FFN, and `FFN`, what it becomes after training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ewa_kernels import backends, functional, reference
+
+
+class ExpertLinear(nn.Module):
+    """The parameters of E linear maps, stacked: `weight` `[E, out, in]` and `bias` `[E, out]` or None."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws each expert afresh, as `nn.Linear` does: uniform in ±1/√in_features."""
+        bound = self.weight.shape[-1] ** -0.5
+        for e in range(len(self.weight)):
+            nn.init.uniform_(self.weight[e], -bound, bound)
+            if self.bias is not None:
+                nn.init.uniform_(self.bias[e], -bound, bound)
+
+    def merge(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the mean expert; differentiable."""
+        bias = None if self.bias is None else functional.merge_experts(self.bias)
+        return functional.merge_experts(self.weight), bias
+
+    def extra_repr(self) -> str:
+        num_experts, out_features, in_features = self.weight.shape
+        return (
+            f"num_experts={num_experts}, in_features={in_features}, out_features={out_features}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+def _check_options(activation: str, gated: bool, dropout: float, **sizes: int) -> None:
+    functional.check_bool("gated", gated)
+    for name, size in sizes.items():
+        functional.check_size(name, size)
+    functional.check_choice("activation", activation, reference.ACTIVATIONS)
+    functional.check_probability("dropout", dropout)
+
+
+class FFN(nn.Module):
+    """y = down(dropout(act(up(x)))), or down(dropout(act(gate) * value)) with gate, value = up(x) if gated.
+
+    What `RandomPartitionMoE.fuse` gives. Arguments are those of `RandomPartitionMoE`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check_options(activation, gated, dropout, d_model=d_model, d_ff=d_ff)
+        self.activation, self.gated, self.dropout = activation, gated, dropout
+        kind = {"device": device, "dtype": dtype}
+        self.up = nn.Linear(d_model, 2 * d_ff if gated else d_ff, bias, **kind)
+        self.down = nn.Linear(d_ff, d_model, bias, **kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = reference.activate(self.up(x), self.activation, self.gated)
+        return self.down(F.dropout(hidden, self.dropout, self.training))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, gated={self.gated}, dropout={self.dropout}"
+
+
+class RandomPartitionMoE(nn.Module):
+    """E FFNs among which the tokens are dealt at random, in place of one FFN, at the same cost.
+
+    Training: every call deals the tokens of the whole input anew, in groups that differ by one token at most;
+    the seed of the deal comes from torch's default generator of x's device, so `torch.manual_seed`, activation
+    checkpointing and `torch.compile` reproduce it. Eval: the averaged experts, no randomness, with the gradient
+    going to all of them. The average is computed at each call and so is never stale; `fuse` the layer, or fold
+    the model, for speed.
+
+    Args:
+        d_model: D.
+        d_ff: F, size of hidden.
+        num_experts: E.
+        activation: gelu (erf), gelu_tanh, relu, relu2, silu or identity.
+        gated: hidden = act(pre[:F]) * pre[F:], with 2F rows in `up`, gate first.
+        bias: whether both projections have one.
+        dropout: probability in [0, 1] with which an element of hidden is dropped in training.
+        device, dtype: of the parameters.
+        backend: see `ewa_kernels.functional.moe_ffn`.
+
+    Attributes:
+        up.weight, up.bias: `[E, F, D]`, `[E, F]` (2F if gated). Each expert starts as `nn.Linear` does.
+        down.weight, down.bias: `[E, D, F]`, `[E, D]`.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, or out of range.
+
+    Source: section 3 of arXiv 2308.06093.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        *,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        _check_options(activation, gated, dropout, d_model=d_model, d_ff=d_ff, num_experts=num_experts)
+        functional.check_choice("backend", backend, backends.BACKENDS)
+        self.activation, self.gated, self.dropout = activation, gated, dropout
+        self.backend = backend
+        num_up = 2 * d_ff if gated else d_ff
+        self.up = ExpertLinear(num_experts, d_model, num_up, bias, device, dtype)
+        self.down = ExpertLinear(num_experts, d_ff, d_model, bias, device, dtype)
+
+    @property
+    def num_experts(self) -> int:
+        return self.down.weight.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        return self.down.weight.shape[1]
+
+    @property
+    def d_ff(self) -> int:
+        return self.down.weight.shape[2]
+
+    def reset_parameters(self) -> None:
+        """Draws all experts afresh."""
+        self.up.reset_parameters()
+        self.down.reset_parameters()
+
+    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
+        """`[..., D]` → `[..., D]`.
+
+        Args:
+            x: of the dtype and device of the parameters.
+            seed: of the deal, in training: int in 0…2⁶³−1 or int64 tensor with one element. None draws it.
+        """
+        if not self.training:
+            return self._forward_merged(x)
+        if seed is None:
+            seed = functional.draw_seed(x)
+        return functional.moe_ffn(
+            x,
+            self.up.weight,
+            self.up.bias,
+            self.down.weight,
+            self.down.bias,
+            seed=seed,
+            activation=self.activation,
+            gated=self.gated,
+            dropout_p=self.dropout,
+            backend=self.backend,
+        )
+
+    def _forward_merged(self, x: Tensor) -> Tensor:
+        hidden = reference.activate(F.linear(x, *self.up.merge()), self.activation, self.gated)
+        return F.linear(hidden, *self.down.merge())
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The dense FFN with the experts' mean, in the same mode, dtype and device; shares no memory."""
+        ffn = FFN(
+            self.d_model,
+            self.d_ff,
+            activation=self.activation,
+            gated=self.gated,
+            dropout=self.dropout,
+            device="meta",
+        )
+        for dense, experts in ((ffn.up, self.up), (ffn.down, self.down)):
+            weight, bias = experts.merge()
+            dense.weight = nn.Parameter(weight, requires_grad=experts.weight.requires_grad)
+            if bias is None or experts.bias is None:
+                dense.register_parameter("bias", None)
+            else:
+                dense.bias = nn.Parameter(bias, requires_grad=experts.bias.requires_grad)
+        return ffn.train(self.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"d_model={self.d_model}, d_ff={self.d_ff}, num_experts={self.num_experts}, "
+            f"activation={self.activation}, gated={self.gated}, dropout={self.dropout}, "
+            f"backend={self.backend}"
+        )
+
+
+def expert_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, Parameter `[E, ...]`) of every stacked tensor of every `RandomPartitionMoE` in a model."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, RandomPartitionMoE):
+            yield from module.named_parameters(prefix=prefix)

@@ -1,0 +1,240 @@
+"""The specification: every operation in plain PyTorch, differentiable by autograd, on any device.
+
+This file is the ground truth of every parity test. It is written to be read, not to be fast, and imports
+only torch. Arguments are those of `ewa_kernels.functional`, which validates them; nothing is validated here.
+
+Notation: `num_tokens` T, `d_model` D, `d_ff` F, `num_experts` E, share rate β.
+Source: "Experts Weights Averaging", arXiv 2308.06093.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
+
+_MAX_ROUNDS = 24
+_LOW_32 = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, as int64
+
+
+def _mix64(z: Tensor) -> Tensor:
+    """splitmix64's output function on int64 bit patterns (wrapping products, logical shifts)."""
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * (0x94D049BB133111EB - 2**64)
+    return z ^ (z >> 31 & (1 << 33) - 1)
+
+
+def _mix32_(h: Tensor) -> Tensor:
+    """murmur3's 32-bit finaliser, in place, on int64 values in [0, 2^32)."""
+    h.bitwise_xor_(h >> 16).mul_(0x85EBCA6B).bitwise_and_(_LOW_32)
+    h.bitwise_xor_(h >> 13).mul_(0xC2B2AE35).bitwise_and_(_LOW_32)
+    return h.bitwise_xor_(h >> 16)
+
+
+def _keys(seeds: Tensor) -> Tensor:
+    """Everything that is derived from a seed: int64 `[S]` → int64 `[S, 28]`, values in [0, 2^32).
+
+    Words 0…23 are the round keys, bit 0 of word 24 is the coin, words 26 and 27 key the dropout mask.
+    """
+    counter = torch.arange(1, _MAX_ROUNDS // 2 + 3, dtype=torch.int64, device=seeds.device)
+    z = _mix64(seeds[:, None] + counter * _GOLDEN)
+    return torch.stack((z & _LOW_32, z >> 32 & _LOW_32), dim=-1).flatten(1)
+
+
+def _seed_tensor(seed: int | Tensor, device: torch.device | str | None) -> Tensor:
+    if isinstance(seed, Tensor):
+        return seed if device is None else seed.to(device)
+    return torch.tensor(seed, dtype=torch.int64, device=device)
+
+
+def num_rounds(num_tokens: int) -> int:
+    """Feistel rounds for T tokens: the tinier T, the more it takes until nothing can be told from chance.
+
+    At T = 5 and 6 all T! permutations are equally likely from 24 rounds on, not from 16. From T = 1,024 on 8
+    rounds pass every test; 12 leave a margin and cost half of what 24 do (measured: benchmarks/NOTES.md).
+    """
+    return _MAX_ROUNDS if num_tokens < 1024 else 12
+
+
+def random_permutation(num_tokens: int, seed: int | Tensor, *, device: torch.device | str | None = None) -> Tensor:
+    """A pseudo-random bijection on 0…T−1: grouped row i holds token `permutation[i]`.
+
+    Row i is split into (left, right) = (i mod a, i div a) with a = ⌈√T⌉, b = ⌈T/a⌉, and sent through a
+    `num_rounds`-round Feistel network on Z_a × Z_b: left += ⌊a·h(right ^ key) / 2³²⌋ (mod a), then the mirror image.
+    Images ≥ T are sent through again until they are < T (cycle-walking). Rows 0 and 1 are swapped if a
+    key bit (the coin) is set; without it some T would reach even permutations only.
+
+    The values are fixed for ever: same (T, seed), same permutation, on every device and version.
+
+    What is tested (`tests/test_permutation.py`), and no more than that is claimed: a bijection for every
+    T ≤ 300 and for some T up to 3,000,000; all T! permutations equally likely for T = 2…8; at T = 16, 64
+    and 197 how often two positions share an expert, and where each token goes; the number of fixed points;
+    permutations from consecutive seeds, from seeds that differ in one bit, and from seeds drawn one after
+    the other from torch's generator are uncorrelated. It is not cryptographic.
+
+    Args:
+        num_tokens: T, 0 ≤ T < 2³¹.
+        seed: int in 0…2⁶³−1, or int64 tensor with one element, which is read on its device only.
+        device: where the result lives; the seed tensor's device, or torch's default, if None.
+
+    Returns:
+        int32 [T].
+    """
+    return random_permutations(num_tokens, _seed_tensor(seed, device).reshape(1))[0]
+
+
+def random_permutations(num_tokens: int, seeds: Tensor) -> Tensor:
+    """`random_permutation` for many seeds at once: int64 `[S]` → int32 `[S, T]`."""
+    if num_tokens == 0:
+        return torch.empty(len(seeds), 0, dtype=torch.int32, device=seeds.device)
+    keys = _keys(seeds)[..., None].unbind(1)
+    a = math.isqrt(num_tokens - 1) + 1
+    b = -(-num_tokens // a)
+
+    # All a·b points are mapped, so that the walk below is a table look-up and needs no host sync.
+    index = torch.arange(a * b, dtype=torch.int64, device=seeds.device).repeat(len(seeds), 1)
+    if num_tokens > 1:
+        index[:, :2] ^= keys[_MAX_ROUNDS] & 1
+    right = index // a
+    left = index - right * a
+    for i in range(0, num_rounds(num_tokens), 2):
+        left.add_(_mix32_(right ^ keys[i]).mul_(a).bitwise_right_shift_(32))
+        left.add_(left >= a, alpha=-a)
+        right.add_(_mix32_(left ^ keys[i + 1]).mul_(b).bitwise_right_shift_(32))
+        right.add_(right >= b, alpha=-b)
+    image = right.mul_(a).add_(left)
+
+    # Cycle-walking by pointer doubling: `walk[k]` is where point T + k leads, until all lead below T.
+    permutation, walk = image[:, :num_tokens], image[:, num_tokens:]
+
+    def follow(points: Tensor) -> Tensor:
+        beyond = (points - num_tokens).clamp_(min=0)
+        return torch.where(points < num_tokens, points, walk.gather(1, beyond))
+
+    if walk.shape[1] > 0:
+        for _ in range(walk.shape[1].bit_length()):
+            walk = follow(walk)
+        permutation = follow(permutation)
+    return permutation.to(torch.int32)
+
+
+def expert_offsets(num_tokens: int, num_experts: int) -> list[int]:
+    """Expert e owns grouped rows `offsets[e]` … `offsets[e+1]`−1, with offsets[e] = ⌊e·T/E⌋; E + 1 entries."""
+    return [e * num_tokens // num_experts for e in range(num_experts + 1)]
+
+
+def dropout_scale(rows: Tensor, d_ff: int, seed: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
+    """What hidden dropout multiplies `hidden` by: 0 with probability p, else 1/(1−p); `[..., F]`.
+
+    Element (row, column) is dropped where h(h(row ^ key₀) + h(column ^ key₁)) < p·2³². It depends on the seed
+    and on the grouped row only, so every backend, and a recomputed forward, draws the same mask.
+
+    Args:
+        rows: int64 `[...]`, grouped rows.
+    """
+    keys = _keys(seed.reshape(1))[0]
+    column = torch.arange(d_ff, dtype=torch.int64, device=seed.device)
+    row, column = _mix32_(rows ^ keys[-2]), _mix32_(column ^ keys[-1])
+    bits = _mix32_((row[..., None] + column).bitwise_and_(_LOW_32))
+    scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+    return (bits >= round(dropout_p * 2**32)).to(dtype).mul_(scale)
+
+
+def activate(pre_activation: Tensor, activation: str, gated: bool) -> Tensor:
+    """`act(pre)`, or `act(pre[:, :F]) * pre[:, F:]` if gated."""
+    act = ACTIVATIONS[activation]
+    if not gated:
+        return act(pre_activation)
+    gate, value = pre_activation.chunk(2, dim=-1)
+    return act(gate) * value
+
+
+def moe_ffn(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    *,
+    seed: int | Tensor,
+    activation: str = "gelu",
+    gated: bool = False,
+    dropout_p: float = 0.0,
+    backend: str = "reference",
+) -> Tensor:
+    """y[t] = down_weight[e] @ act(up_weight[e] @ x[t] + up_bias[e]) + down_bias[e], e the expert of token t.
+
+    Args and Returns: see `ewa_kernels.functional.moe_ffn`. `backend` is accepted so that calls are
+    interchangeable, and ignored.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    num_experts, _, d_ff = down_weight.shape
+    seed = _seed_tensor(seed, x.device)
+    permutation = random_permutation(len(tokens), seed)
+    offsets = expert_offsets(len(tokens), num_experts)
+    grouped = tokens[permutation]
+    outputs = []
+    for e in range(num_experts):
+        rows = slice(offsets[e], offsets[e + 1])
+        pre_activation = F.linear(grouped[rows], up_weight[e], None if up_bias is None else up_bias[e])
+        hidden = activate(pre_activation, activation, gated)
+        if dropout_p > 0:
+            row = torch.arange(rows.start, rows.stop, device=x.device)
+            hidden = hidden * dropout_scale(row, d_ff, seed, dropout_p, hidden.dtype)
+        outputs.append(F.linear(hidden, down_weight[e], None if down_bias is None else down_bias[e]))
+    row_of_token = torch.argsort(permutation)
+    return torch.cat(outputs)[row_of_token].reshape(x.shape)
+
+
+@torch.no_grad()
+def average_experts_(
+    tensors: Iterable[Tensor | Sequence[Tensor]],
+    share_rate: float | Tensor,
+    *,
+    backend: str = "reference",
+) -> None:
+    """W̄_i = (1−β)·W_i + β/(E−1)·Σ_{j≠i} W_j for all experts at once, in place (equation 6).
+
+    Computed as W_i + βE/(E−1)·(W̄ − W_i) with W̄ the mean over experts: the same function, in which it shows
+    that the mean is kept and that every distance from it is scaled by 1 − βE/(E−1). 16-bit tensors are computed in
+    float32 and rounded once.
+
+    Args and Raises: see `ewa_kernels.functional.average_experts_`.
+    """
+    for experts in tensors:
+        num_experts = len(experts)
+        if num_experts == 1:
+            continue
+        old = experts if isinstance(experts, Tensor) else torch.stack(tuple(experts))
+        wide = old if old.dtype == torch.float64 else old.to(torch.float32)
+        beta = torch.as_tensor(share_rate, dtype=torch.float64, device=old.device).reshape(())
+        pull = (beta * num_experts / (num_experts - 1)).to(wide.dtype)
+        mean = wide.mean(dim=0, keepdim=True)
+        # `where`, because a share rate of 0 must not move anything, not even next to an inf or a NaN.
+        new = torch.where(beta == 0, wide, torch.lerp(wide, mean, pull)).to(old.dtype)
+        if isinstance(experts, Tensor):
+            experts.copy_(new)
+        else:
+            for expert, value in zip(experts, new, strict=True):
+                expert.copy_(value)
+
+
+def merge_experts(tensor: Tensor) -> Tensor:
+    """The mean over experts, accumulated in float64 and rounded once: `[E, ...]` → `[...]`."""
+    total = tensor[0].to(torch.float64)
+    for e in range(1, len(tensor)):
+        total = total + tensor[e]
+    return (total / len(tensor)).to(tensor.dtype)

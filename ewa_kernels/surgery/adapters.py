@@ -1,0 +1,100 @@
+"""Where the projections of an FFN are, by class. What it computes with them is found out by running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Names of the projections inside the modules of one kind.
+
+    Attributes:
+        kind: what reports call it.
+        projections: module → (names of the up projections, name of the down projection), or None if the module
+            is not of this kind. Two up projections are those of a GLU, in either order. Names may be dotted.
+    """
+
+    kind: str
+    projections: Callable[[nn.Module], tuple[tuple[str, ...], str] | None]
+
+
+def _fc1_fc2(module: nn.Module) -> tuple[tuple[str, ...], str] | None:
+    """timm, DeiT and Point-MAE style: `fc1`, an activation, `fc2`."""
+    children = dict(module.named_children())
+    return (("fc1",), "fc2") if "fc1" in children and "fc2" in children else None
+
+
+def _sequential(module: nn.Module) -> tuple[tuple[str, ...], str] | None:
+    """torchvision style: Sequential(Linear, activation, [Dropout], Linear, [Dropout])."""
+    if not isinstance(module, nn.Sequential):
+        return None
+    children = dict(module.named_children())
+    linear = [name for name, child in children.items() if isinstance(child, nn.Linear)]
+    rest = [child for child in children.values() if not isinstance(child, nn.Linear)]
+    if len(linear) != 2 or any(next(child.children(), None) is not None for child in rest):
+        return None
+    # Something must stand between the two, or they are no FFN.
+    names = list(children)
+    if names[0] != linear[0] or names.index(linear[1]) < 2:
+        return None
+    return (linear[0],), linear[1]
+
+
+_BUILT_IN = (Adapter("fc1_fc2", _fc1_fc2), Adapter("sequential", _sequential))
+_registered: list[Adapter] = []
+
+
+def register_ffn_adapter(
+    module_class: type[nn.Module],
+    *,
+    up: str | Sequence[str],
+    down: str,
+    kind: str | None = None,
+) -> None:
+    """Teaches `find_ffns` an FFN class: where its projections are.
+
+        ewa.register_ffn_adapter(MyFFN, up="w_in", down="w_out")
+        ewa.register_ffn_adapter(MySwiGLU, up=("w_gate", "w_value"), down="w_out")
+
+    Activation, order of gate and value, and places of the dropouts are found out by running each module, and so
+    is whether it is a plain token-wise FFN at all. A later registration goes before an earlier one.
+
+    Args:
+        module_class: the class, subclasses included.
+        up: name of the `nn.Linear` that maps D to F (or to 2F, gate and value of a GLU), or the names of both
+            of a GLU. Dotted names reach into children.
+        down: name of the `nn.Linear` that maps F to D.
+        kind: what reports call it; the class's name if None.
+
+    Raises:
+        TypeError: `module_class` is no nn.Module class, or a name no str.
+        ValueError: `up` does not have one or two names.
+    """
+    if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+        raise TypeError(f"module_class must be a subclass of nn.Module, got {module_class!r}")
+    names = (up,) if isinstance(up, str) else tuple(up)
+    if len(names) not in (1, 2):
+        raise ValueError(f"up must be one name, or two for a GLU, got {list(names)}")
+    for name in (*names, down):
+        if not isinstance(name, str):
+            raise TypeError(f"up and down must be names of nn.Linear modules, got {type(name).__name__}")
+    _registered.insert(
+        0,
+        Adapter(
+            kind or module_class.__name__,
+            lambda module: (names, down) if isinstance(module, module_class) else None,
+        ),
+    )
+
+
+def adapter_of(module: nn.Module) -> tuple[str, tuple[str, ...], str] | None:
+    """(kind, names of the up projections, name of the down projection), or None if no adapter knows it."""
+    for adapter in (*_registered, *_BUILT_IN):
+        projections = adapter.projections(module)
+        if projections is not None:
+            return adapter.kind, *projections
+    return None

@@ -1,0 +1,58 @@
+"""After training: every `RandomPartitionMoE` becomes one FFN again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ewa_kernels.modules import RandomPartitionMoE
+from ewa_kernels.surgery.layout import swap_modules_
+
+
+def _fused(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Each layer of experts with the FFN it becomes."""
+    return {m: m.fuse() for m in model.modules() if isinstance(m, RandomPartitionMoE)}
+
+
+def fold_(model: nn.Module) -> nn.Module:
+    """Turns every `RandomPartitionMoE` into one FFN with the experts' mean, in place, and returns the model.
+
+    A model that went through `replace_ffn_` gets its architecture back: the very classes, attribute names,
+    parameter order and `state_dict` keys. A `RandomPartitionMoE` of your own becomes an `ewa_kernels.FFN`.
+    The model's output in eval mode does not change. The new parameters are in no optimizer.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+        ValueError: `model` itself is a RandomPartitionMoE. After any error the model is as it was.
+    """
+    _check_model(model)
+    if isinstance(model, RandomPartitionMoE):
+        raise ValueError("model must hold the RandomPartitionMoE layers, got one itself: use model.fuse()")
+    swap_modules_(model, _fused(model))
+    return model
+
+
+def folded_state_dict(model: nn.Module) -> dict[str, Any]:
+    """`fold_(model).state_dict()`, but the model stays as it is.
+
+    The layers are exchanged while the dict is made and put back then: do not run the model in another thread
+    meanwhile.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+    """
+    _check_model(model)
+    if isinstance(model, RandomPartitionMoE):
+        return model.fuse().state_dict()
+    fused = _fused(model)
+    swap_modules_(model, fused)
+    try:
+        return model.state_dict()
+    finally:
+        swap_modules_(model, {ffn: layer for layer, ffn in fused.items()})
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

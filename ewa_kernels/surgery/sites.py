@@ -1,0 +1,157 @@
+"""`find_ffns`: every FFN of a model, with the reason where it cannot be replaced."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ewa_kernels.modules import RandomPartitionMoE
+from ewa_kernels.surgery.adapters import adapter_of
+from ewa_kernels.surgery.layout import FFNLayout
+from ewa_kernels.surgery.probe import NotReplaceableError, probe
+
+
+@dataclass(frozen=True)
+class FFNSite:
+    """One FFN of a model.
+
+    Attributes:
+        name: where `model.named_modules()` meets it first.
+        module: itself.
+        kind: which adapter knows it.
+        layout: what it computes, None if not replaceable.
+        skip_reason: why it is not replaceable, None if it is.
+    """
+
+    name: str
+    module: nn.Module
+    kind: str
+    layout: FFNLayout | None
+    skip_reason: str | None
+
+
+def find_ffns(model: nn.Module) -> list[FFNSite]:
+    """All FFNs of a model in module order, replaceable or not; the model is not touched.
+
+    A module that looks like an FFN is run, as a copy with random parameters: it is replaceable only if its
+    output, in eval and in training mode, is that of the FFN it is taken for.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    sites = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, RandomPartitionMoE):
+            reason = "is a RandomPartitionMoE already"
+            sites.append(FFNSite(name, module, "RandomPartitionMoE", None, reason))
+        elif (found := adapter_of(module)) is not None:
+            kind, up, down = found
+            layout, skip_reason = None, None
+            try:
+                _check_is_root(module, model)
+                _check_parts(module, up, down, owners)
+                layout = probe(module, up, down)
+            except NotReplaceableError as error:
+                skip_reason = str(error)
+            sites.append(FFNSite(name, module, kind, layout, skip_reason))
+        else:
+            continue
+        if sites[-1].skip_reason is None or isinstance(module, RandomPartitionMoE):
+            inside += (f"{name}.",)  # nothing inside a site is a site
+    return sites
+
+
+def _check_is_root(module: nn.Module, model: nn.Module) -> None:
+    if module is model:
+        raise NotReplaceableError("is the model itself: nothing holds it that could hold another")
+
+
+def _check_parts(module: nn.Module, up: tuple[str, ...], down: str, owners: Counter[int]) -> None:
+    """All that must be so before a module is even run."""
+    linears = [_linear(module, name) for name in (*up, down)]
+    *ups, last = linears
+    d_model = ups[0].in_features
+    rows = sum(linear.out_features for linear in ups)
+    if last.out_features != d_model:
+        raise NotReplaceableError(f"maps {d_model} to {last.out_features} features, not to as many")
+    if (
+        rows not in (last.in_features, 2 * last.in_features)
+        or len({(linear.in_features, linear.out_features) for linear in ups}) > 1
+    ):
+        raise NotReplaceableError(
+            f"its up projection gives {rows} features, its down projection takes {last.in_features}"
+        )
+
+    known = {f"{name}.{p}" for name in (*up, down) for p in ("weight", "bias")}
+    parameters = dict(module.named_parameters())
+    others = [name for name in parameters if name not in known]
+    others += [name for name, _ in module.named_buffers()]
+    if others:
+        raise NotReplaceableError(f"holds more than two projections: {', '.join(others)}")
+    shared = [name for name, p in parameters.items() if owners[id(p)] > 1]
+    if shared or len(parameters) != sum(1 + (linear.bias is not None) for linear in linears):
+        raise NotReplaceableError(
+            f"shares parameters with another module: {', '.join(shared) or 'its own projections'}"
+        )
+    for what in ("dtype", "device"):
+        values = {str(getattr(p, what)) for p in parameters.values()}
+        if len(values) > 1:
+            raise NotReplaceableError(f"has parameters of more than one {what}: {', '.join(sorted(values))}")
+    if not ups[0].weight.is_floating_point():
+        raise NotReplaceableError(f"has {ups[0].weight.dtype} parameters")
+    for which in ("weight", "bias"):
+        of_ups = [getattr(linear, which) for linear in ups]
+        if len({None if p is None else p.requires_grad for p in of_ups}) > 1:
+            raise NotReplaceableError(f"its up projections differ in {which}: frozen, or missing")
+
+    hooked = [name or "it" for name, child in module.named_modules() if _has_hooks(child)]
+    if hooked:
+        raise NotReplaceableError(f"has hooks that would be lost, on {', '.join(hooked)}")
+    extra = list(_extra_arguments(module))
+    if extra:
+        raise NotReplaceableError(f"its forward takes more than one argument: {', '.join(extra)}")
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    try:
+        linear = module.get_submodule(name)
+    except AttributeError:
+        raise NotReplaceableError(f"has no module {name!r}") from None
+    if type(linear) is not nn.Linear:
+        raise NotReplaceableError(f"{name} is a {type(linear).__name__}, not an nn.Linear")
+    if type(linear.weight) is not nn.Parameter:
+        kind = type(linear.weight).__name__
+        raise NotReplaceableError(f"{name}.weight is a {kind}, not a plain Parameter")
+    return linear
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks, None) for hooks in _HOOKS)
+
+
+def _extra_arguments(module: nn.Module) -> Iterator[str]:
+    """Names of what `forward` takes besides the tokens."""
+    _, *others = inspect.signature(module.forward).parameters.values()
+    return (str(parameter).split(":")[0] for parameter in others)
