@@ -39,13 +39,14 @@ def resolve(operation: str, backend: str, device: torch.device) -> str:
     if backend == "auto":
         return implemented[0]
     if backend not in implemented:
-        raise BackendError(f"backend={backend!r} cannot run {operation} on {device}: {why_not(backend)}")
+        reason = why_not(backend) if backend not in _DESCRIPTIONS else f"it has {' and '.join(implemented)} only"
+        raise BackendError(f"backend={backend!r} cannot run {operation} on {device}: {reason}")
     return backend
 
 
 def why_not(backend: str) -> str:
     """Why a backend without an implementation cannot run."""
-    return f"ewa_kernels {VERSION} has no {backend} kernel for it"
+    return f"ewa_kernels {VERSION} has no {backend} kernels yet"
 
 
 def table(device: torch.device) -> list[tuple[str, str, str]]:

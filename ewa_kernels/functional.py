@@ -165,8 +165,8 @@ def average_experts_(
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.
-        ValueError: a tensor has no expert dimension, a list of experts does not match, a tensor is given twice,
-            or share_rate is out of range. Nothing has been changed then.
+        ValueError: a tensor has no expert dimension or shares memory between its elements, a list of experts
+            does not match, a tensor is given twice, or share_rate is out of range. Nothing has been changed then.
         BackendError: the backend cannot run here.
 
     Source: equation 6 of arXiv 2308.06093.
@@ -372,6 +372,11 @@ def check_experts(tensors: Any) -> tuple[list[Tensor], list[int]]:
             members = {f"tensors[{i}]": group}
             group_sizes.append(0)
         for name, tensor in members.items():
+            if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+                raise ValueError(
+                    f"{name} must have memory of its own for every element, got strides {list(tensor.stride())} "
+                    f"for shape {list(tensor.shape)}"
+                )
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
             if tensor.numel() > 0 and tensor.device.type != "meta":
                 if key in seen:

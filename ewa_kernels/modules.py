@@ -33,6 +33,7 @@ class ExpertLinear(nn.Module):
             self.register_parameter("bias", None)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws each expert afresh, as `nn.Linear` does: uniform in ±1/√in_features."""
         bound = self.weight.shape[-1] ** -0.5

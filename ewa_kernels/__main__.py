@@ -1,0 +1,50 @@
+"""`python -m ewa_kernels`: what this machine is, which backend each operation will use, and why no faster one."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+
+import torch
+
+from ewa_kernels import backends
+from ewa_kernels.version import VERSION
+
+
+def report() -> str:
+    """The whole report, as text."""
+    lines = [
+        f"ewa_kernels  {VERSION}",
+        f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"torch        {torch.__version__}, "
+        + (f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU only"),
+        f"cpu          {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        f"cuda         {_cuda()}",
+        f"triton       {'installed' if importlib.util.find_spec('triton') else 'not installed'}",
+    ]
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    for device in devices:
+        lines.append(f"\non {device.type}, backend='auto' is")
+        for operation, backend, description in backends.table(device):
+            lines.append(f"  {operation:20} {backend:10} {description}")
+    lines.append("\nwhy no faster one:")
+    for backend in ("triton", "cuda", "cpp"):
+        lines.append(f"  {backend:10} {backends.why_not(backend)}")
+    return "\n".join(lines)
+
+
+def _cuda() -> str:
+    if not torch.version.cuda:
+        return "none: this torch was built without it"
+    if not torch.cuda.is_available():
+        return "none: torch finds no usable GPU"
+    return ", ".join(
+        f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
+        for i in range(torch.cuda.device_count())
+    )
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,222 @@
+"""`moe_ffn` against the specification in float64, and the specification against the formula written out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import check_ffn, random_ffn
+
+import ewa_kernels as ewa
+from ewa_kernels.kernels import torch_ffn
+
+ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "relu2", "silu", "identity"]
+BACKENDS = ["auto", "torch", "reference"]
+
+
+def tokens(*shape, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_specification_is_the_formula(activation, gated):
+    """Token by token, with nothing shared with the specification but the permutation."""
+    act = {
+        "gelu": lambda v: v * 0.5 * (1 + torch.erf(v / 2**0.5)),
+        "gelu_tanh": lambda v: v * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (v + 0.044715 * v**3))),
+        "relu": lambda v: v * (v > 0),
+        "relu2": lambda v: v * v * (v > 0),
+        "silu": lambda v: v / (1 + torch.exp(-v)),
+        "identity": lambda v: v,
+    }[activation]
+    x, (up_weight, up_bias, down_weight, down_bias) = tokens(11, 6), random_ffn(3, 6, 5, gated=gated)
+    y = ewa.reference.moe_ffn(x, up_weight, up_bias, down_weight, down_bias, seed=5, activation=activation, gated=gated)
+    permutation = ewa.functional.random_permutation(11, 5).tolist()
+    for row, token in enumerate(permutation):
+        e = next(e for e in range(3) if 11 * e // 3 <= row < 11 * (e + 1) // 3)
+        pre = up_weight[e] @ x[token] + up_bias[e]
+        hidden = act(pre[:5]) * pre[5:] if gated else act(pre)
+        torch.testing.assert_close(y[token], down_weight[e] @ hidden + down_bias[e])
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_activation_in_every_dtype(dtype, activation, gated, bias):
+    check_ffn(
+        tokens(75, 24, dtype=dtype),
+        random_ffn(4, 24, 40, gated=gated, bias=bias, dtype=dtype),
+        seed=3,
+        activation=activation,
+        gated=gated,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "num_experts"),
+    [
+        pytest.param((64, 16), 4, id="aligned"),
+        pytest.param((67, 17), 4, id="ragged: groups of two sizes, odd D"),
+        pytest.param((3, 16), 5, id="T < E: experts without a token"),
+        pytest.param((0, 16), 4, id="T = 0"),
+        pytest.param((1, 16), 4, id="T = 1"),
+        pytest.param((16,), 4, id="one token without leading sizes"),
+        pytest.param((50, 16), 1, id="E = 1: a dense FFN"),
+        pytest.param((3, 21, 16), 4, id="3-D"),
+        pytest.param((2, 3, 5, 16), 4, id="4-D: channels-last images"),
+        pytest.param((7, 0, 16), 4, id="an empty batch"),
+        pytest.param((40, 1), 4, id="D = 1"),
+    ],
+)
+def test_every_shape(shape, num_experts, dtype, backend):
+    parameters = random_ffn(num_experts, shape[-1], 20, dtype=dtype)
+    check_ffn(tokens(*shape, dtype=dtype), parameters, seed=11, backend=backend)
+
+
+@pytest.mark.parametrize("one_bias", ["up", "down"])
+def test_one_bias_of_two(one_bias):
+    up_weight, up_bias, down_weight, down_bias = random_ffn(3, 8, 12)
+    parameters = (
+        (up_weight, up_bias, down_weight, None) if one_bias == "up" else (up_weight, None, down_weight, down_bias)
+    )
+    check_ffn(tokens(20, 8), parameters, seed=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_inputs(backend):
+    x = tokens(16, 50).t()[::2]
+    up_weight, up_bias, down_weight, down_bias = random_ffn(4, 16, 24)
+    parameters = (
+        up_weight.mT.contiguous().mT,
+        up_bias.repeat_interleave(2, dim=1)[:, ::2],
+        down_weight.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        down_bias[:, :1].expand(-1, 16),
+    )
+    assert not any(t.is_contiguous() for t in (x, *parameters))
+    check_ffn(x, parameters, seed=4, backend=backend)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("num_tokens", [200, 203])
+def test_more_than_one_block(monkeypatch, num_tokens, gated):
+    """Blocks end inside a group, and 16-bit gradients are not summed up over them."""
+    monkeypatch.setattr(torch_ffn, "BLOCK_ROWS", 64)
+    for dtype in (torch.float32, torch.bfloat16):
+        parameters = random_ffn(4, 16, 24, gated=gated, dtype=dtype)
+        check_ffn(tokens(num_tokens, 16, dtype=dtype), parameters, seed=4, gated=gated)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dropout_p", [0.25, 1.0])
+def test_dropout(dropout_p, gated):
+    """Every backend draws the same mask; what is dropped entirely leaves the down bias."""
+    x, parameters = tokens(90, 16), random_ffn(4, 16, 24, gated=gated)
+    for backend in BACKENDS:
+        options = {"seed": 2, "gated": gated, "dropout_p": dropout_p, "backend": backend}
+        if dropout_p < 1:
+            check_ffn(x, parameters, **options)
+        else:
+            y = ewa.functional.moe_ffn(x, *parameters, **options)
+            assert all(any(torch.equal(row, bias) for bias in parameters[3]) for row in y)
+
+
+def test_dropout_mask_is_as_random_as_claimed():
+    """Rate, and independence of neighbours in both directions and across seeds, within 5 sigma."""
+    rows, d_ff, p = torch.arange(2048), 512, 0.3
+    masks = [
+        (ewa.reference.dropout_scale(rows, d_ff, torch.tensor(seed), p, torch.float64) == 0).double() - p
+        for seed in (0, 1)
+    ]
+    n, variance = masks[0].numel(), p * (1 - p)
+    first, second = masks
+    assert abs(first.sum()) < 5 * (n * variance) ** 0.5
+    for other in (first.roll(1, 0), first.roll(1, 1), first.roll((1, 1), (0, 1)), first.roll(64, 0), second):
+        assert abs((first * other).sum()) < 5 * n**0.5 * variance
+    kept = ewa.reference.dropout_scale(rows, d_ff, torch.tensor(0), p, torch.float64)
+    assert set(kept.unique().tolist()) == {0.0, 1 / (1 - p)}
+
+
+def test_dropout_rate_zero_is_no_dropout():
+    x, parameters = tokens(30, 8), random_ffn(2, 8, 12)
+    plain = ewa.functional.moe_ffn(x, *parameters, seed=1)
+    assert torch.equal(plain, ewa.functional.moe_ffn(x, *parameters, seed=1, dropout_p=0.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_in_its_row(backend):
+    x, parameters = tokens(40, 16), random_ffn(4, 16, 24)
+    clean = ewa.functional.moe_ffn(x, *parameters, seed=1, backend=backend)
+    x[13, 5] = torch.nan
+    y = ewa.functional.moe_ffn(x, *parameters, seed=1, backend=backend)
+    assert y[13].isnan().all()
+    others = torch.arange(40) != 13
+    assert torch.equal(y[others], clean[others])
+
+
+def test_seed_tensor_and_int_agree():
+    x, parameters = tokens(40, 16), random_ffn(4, 16, 24)
+    for seed in (torch.tensor(9), torch.tensor([9]), torch.tensor([[9]])):
+        y = ewa.functional.moe_ffn(x, *parameters, seed=seed)
+        assert torch.equal(y, ewa.functional.moe_ffn(x, *parameters, seed=9))
+    assert not torch.equal(y, ewa.functional.moe_ffn(x, *parameters, seed=10))
+
+
+def test_unwritten_memory_is_never_read(monkeypatch):
+    """With every fresh tensor full of NaN, results are the same."""
+    x, parameters = tokens(41, 16), random_ffn(4, 16, 24)
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        fresh = new_empty(self, *args, **kwargs)
+        return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh.fill_(2**30)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    for gated in (False, True):
+        check_ffn(x, random_ffn(4, 16, 24, gated=gated), seed=1, gated=gated, backend="torch")
+    check_ffn(tokens(3, 16), parameters, seed=1, backend="torch")
+
+
+@pytest.mark.parametrize(
+    "frozen", ["x", "up_weight", "up_bias", "down_weight", "down_bias", "all but x", "all but down_bias"]
+)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_frozen_inputs_get_no_gradient_and_change_no_other(frozen, gated):
+    names = ["x", "up_weight", "up_bias", "down_weight", "down_bias"]
+    operands = dict(zip(names, (tokens(30, 8), *random_ffn(3, 8, 12, gated=gated)), strict=True))
+    off = [n for n in names if n != frozen[8:]] if frozen.startswith("all but") else [frozen]
+
+    def grads(off):
+        leaves = {n: t.clone().requires_grad_(n not in off) for n, t in operands.items()}
+        y = ewa.functional.moe_ffn(*leaves.values(), seed=1, gated=gated)
+        (y * y.detach()).sum().backward()
+        return {n: t.grad for n, t in leaves.items()}
+
+    everything = grads([])
+    for name, grad in grads(off).items():
+        if name in off:
+            assert grad is None
+        else:
+            assert torch.equal(grad, everything[name])
+
+
+def test_one_expert_is_a_dense_ffn():
+    x, (up_weight, up_bias, down_weight, down_bias) = tokens(33, 8), random_ffn(1, 8, 12)
+    dense = F.linear(F.gelu(F.linear(x, up_weight[0], up_bias[0])), down_weight[0], down_bias[0])
+    torch.testing.assert_close(ewa.functional.moe_ffn(x, up_weight, up_bias, down_weight, down_bias, seed=0), dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """As F.linear: 16-bit output, float32 gradients; float64 is left alone."""
+    parameters = random_ffn(4, 16, 24, dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in (tokens(40, 16, dtype=torch.float32), *parameters)]
+    with torch.autocast("cpu", dtype):
+        y = ewa.functional.moe_ffn(*leaves, seed=1)
+        reference = ewa.functional.moe_ffn(*leaves, seed=1, backend="reference")
+        wide = ewa.functional.moe_ffn(*(t.double() for t in leaves), seed=1)
+    assert (y.dtype, reference.dtype, wide.dtype) == (dtype, dtype, torch.float64)
+    torch.testing.assert_close(y, reference)
+    y.float().square().sum().backward()
+    assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in leaves)

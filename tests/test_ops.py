@@ -1,0 +1,236 @@
+"""The operations as torch sees them: schema, fake tensors, autograd, compiler, transforms."""
+
+import pytest
+import torch
+from parity import random_ffn
+from torch.autograd import forward_ad
+
+import ewa_kernels as ewa
+from ewa_kernels import ops
+
+X = torch.randn(21, 6, generator=torch.Generator().manual_seed(0))
+SEED = torch.tensor(5)
+
+
+def ffn_arguments(*, gated=False, bias=True, dropout_p=0.0, dtype=torch.float32, requires_grad=True):
+    operands = (X.to(dtype), *random_ffn(4, 6, 10, gated=gated, bias=bias, dtype=dtype))
+    leaves = [t if t is None else t.clone().requires_grad_(requires_grad) for t in operands]
+    return (*leaves, SEED, "silu", gated, dropout_p)
+
+
+@pytest.mark.parametrize("save", [True, False], ids=["save", "recompute"])
+@pytest.mark.parametrize("options", [{}, {"gated": True}, {"bias": False}, {"dropout_p": 0.5}], ids=str)
+def test_opcheck_moe_ffn(options, save):
+    torch.library.opcheck(ops.moe_ffn, (*ffn_arguments(**options), save))
+    torch.library.opcheck(ops.moe_ffn, (*ffn_arguments(requires_grad=False, **options), save))
+
+
+@pytest.mark.parametrize("mask", [[True] * 5, [True, False, False, False, False], [False] * 4 + [True]])
+@pytest.mark.parametrize("save", [True, False], ids=["save", "recompute"])
+def test_opcheck_moe_ffn_backward(mask, save):
+    arguments = ffn_arguments(requires_grad=False)
+    y, pre_activation, permutation = ops.moe_ffn(*arguments, save)
+    x, up_weight, up_bias, down_weight, _, seed, *options = arguments
+    saved = (x, up_weight, up_bias, down_weight, seed, pre_activation, permutation)
+    torch.library.opcheck(ops.moe_ffn_backward, (torch.randn_like(y), *saved, *options, mask))
+
+
+def test_opcheck_the_others():
+    torch.library.opcheck(ops.random_permutation, (100, SEED))
+    torch.library.opcheck(ops.draw_seed, (X,))
+    experts = [torch.randn(3, 4), torch.randn(5), torch.randn(5)]
+    torch.library.opcheck(ops.average_experts_, (experts, [0, 2], torch.tensor(0.3)))
+
+
+def test_every_operation_is_checked():
+    """An operation that is added must be added above."""
+    defined = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("ewa_kernels::")
+    }
+    assert defined == {"moe_ffn", "moe_ffn_backward", "random_permutation", "draw_seed", "average_experts_"}
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2", "silu", "identity"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_gradcheck(activation, gated, dropout_p):
+    operands = ffn_arguments(gated=gated, dtype=torch.float64)[:5]
+    options = {"seed": 5, "activation": activation, "gated": gated, "dropout_p": dropout_p}
+    assert torch.autograd.gradcheck(lambda *t: ewa.functional.moe_ffn(*t, **options), operands)
+
+
+def test_recomputed_pre_activation_gives_the_same_gradients():
+    def grads(save):
+        arguments = ffn_arguments(gated=True, dropout_p=0.3)
+        ops.moe_ffn(*arguments, save)[0].square().sum().backward()
+        return [t.grad for t in arguments[:5]]
+
+    for saved, recomputed in zip(grads(True), grads(False), strict=True):
+        assert torch.equal(saved, recomputed)
+
+
+def test_what_is_saved_for_backward():
+    """x, pre_activation, the int32 permutation and the seed: nothing else of the size of a token."""
+    sizes = []
+    parameters = random_ffn(4, 6, 10)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append((t.dtype, tuple(t.shape))) or t, lambda t: t):
+        ewa.functional.moe_ffn(X.double(), *(p.requires_grad_() for p in parameters), seed=1)
+    of_parameters = [(p.dtype, tuple(p.shape)) for p in parameters[:3]]
+    others = [size for size in sizes if size not in of_parameters]
+    wide = torch.float64
+    assert sorted(others, key=str) == sorted(
+        [(wide, (21, 6)), (wide, (21, 10)), (torch.int32, (21,)), (torch.int64, ())], key=str
+    )
+
+
+def test_nothing_is_saved_without_grad():
+    with torch.no_grad():
+        assert ops.moe_ffn(*ffn_arguments(), False)[1].numel() == 0
+
+
+def test_second_derivative_raises():
+    leaves = ffn_arguments(dtype=torch.float64)[:5]
+    y = ewa.functional.moe_ffn(*leaves, seed=1)
+    (grad,) = torch.autograd.grad(y.sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_reference_has_a_second_derivative():
+    leaves = ffn_arguments(dtype=torch.float64)[:5]
+
+    def function(*t):
+        return ewa.functional.moe_ffn(*t, seed=1, activation="silu", backend="reference")
+
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+class TestForwardMode:
+    """torch would answer with zeros, silently."""
+
+    def test_dual_numbers_raise(self):
+        x, *parameters = (t.detach() for t in ffn_arguments()[:5])
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="does not support forward-mode AD"):
+            ewa.functional.moe_ffn(forward_ad.make_dual(x, torch.ones_like(x)), *parameters, seed=1)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_jvp_raises(self, compiled):
+        x, *parameters = (t.detach() for t in ffn_arguments()[:5])
+
+        def tangent(x):
+            return torch.func.jvp(lambda x: ewa.functional.moe_ffn(x, *parameters, seed=1), (x,), (x,))
+
+        if compiled:
+            torch.compiler.reset()
+            tangent = torch.compile(tangent, backend="aot_eager")
+        with pytest.raises(RuntimeError, match="does not support forward-mode AD"):
+            tangent(x)
+
+    def test_reference_supports_it(self):
+        x, *parameters = (t.detach() for t in ffn_arguments(dtype=torch.float64)[:5])
+
+        def function(x):
+            return ewa.functional.moe_ffn(x, *parameters, seed=1, backend="reference")
+
+        direction = torch.randn_like(x)
+        _, tangent = torch.func.jvp(function, (x,), (direction,))
+        step = 1e-6
+        torch.testing.assert_close(
+            tangent,
+            (function(x + step * direction) - function(x - step * direction)) / (2 * step),
+            rtol=1e-6,
+            atol=1e-8,
+        )
+
+
+def test_func_grad_raises_rather_than_being_wrong():
+    x, *parameters = (t.detach() for t in ffn_arguments()[:5])
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda x: ewa.functional.moe_ffn(x, *parameters, seed=1).sum())(x)
+
+
+def test_vmap_is_the_loop():
+    parameters = [t.detach() for t in ffn_arguments()[1:5]]
+    batch = torch.randn(3, 21, 6)
+
+    def function(x):
+        return ewa.functional.moe_ffn(x, *parameters, seed=1)
+
+    y = torch.func.vmap(function)(batch)
+    torch.testing.assert_close(y, torch.stack([function(x) for x in batch]))
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def _fresh(self):
+        torch.compiler.reset()
+
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    def test_layer_compiles_whole_and_draws_the_same_seeds(self, backend):
+        layer = ewa.RandomPartitionMoE(6, 10, 4, dropout=0.2, gated=True)
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+
+        def run(function):
+            torch.manual_seed(3)
+            x = X.clone().requires_grad_()
+            outputs = [function(x), function(x)]
+            sum(y.square().sum() for y in outputs).backward()
+            return *outputs, x.grad
+
+        for ours, eager in zip(run(compiled), run(layer), strict=True):
+            torch.testing.assert_close(ours, eager)
+        first, second, _ = run(compiled)
+        assert not torch.equal(first, second)
+
+    def test_dynamic_shapes(self):
+        layer = ewa.RandomPartitionMoE(6, 10, 4)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+        for num_tokens in (21, 22, 3, 100):
+            x = torch.randn(num_tokens, 6)
+            torch.testing.assert_close(compiled(x, seed=SEED), layer(x, seed=SEED))
+
+    def test_functions(self):
+        parameters = random_ffn(4, 6, 10, dtype=torch.float32)
+
+        def function(x, seed, experts):
+            ewa.functional.average_experts_([experts, *parameters[:1]], 0.3)
+            order = ewa.functional.random_permutation(x.shape[0], seed)
+            return ewa.functional.moe_ffn(x, *parameters, seed=7), order, ewa.functional.merge_experts(experts)
+
+        experts = torch.randn(3, 5)
+        expected = ewa.reference.merge_experts(experts)
+        y, order, mean = torch.compile(function, fullgraph=True, backend="aot_eager")(X, SEED, experts)
+        torch.testing.assert_close(y, ewa.functional.moe_ffn(X, *parameters, seed=7))
+        assert torch.equal(order, ewa.functional.random_permutation(21, 5))
+        torch.testing.assert_close(mean, expected)
+
+    def test_eval_mode(self):
+        layer = ewa.RandomPartitionMoE(6, 10, 4).eval()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(X), layer(X))
+
+    def test_autocast(self):
+        layer = ewa.RandomPartitionMoE(6, 10, 4)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        with torch.autocast("cpu", torch.bfloat16):
+            y = compiled(X, seed=SEED)
+            assert y.dtype == torch.bfloat16
+            torch.testing.assert_close(y, layer(X, seed=SEED))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_recomputes_the_same_deal(use_reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    layer = ewa.RandomPartitionMoE(6, 10, 4, dropout=0.3)
+
+    def grads(run):
+        torch.manual_seed(1)
+        layer.zero_grad()
+        x = X.clone().requires_grad_()
+        run(x).square().sum().backward()
+        return [x.grad, *(p.grad.clone() for p in layer.parameters())]
+
+    plain = grads(layer)
+    recomputed = grads(lambda x: checkpoint(layer, x, use_reentrant=use_reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))

@@ -1,0 +1,116 @@
+"""The shape of the project: imports go down only, files stay small, the README names what exists."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ewa_kernels
+from ewa_kernels.__main__ import report
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ewa_kernels"
+
+# What each part may import from this package, besides `version` and itself.
+LAYERS = {
+    "version": set(),
+    "reference": set(),
+    "kernels": {"reference"},
+    "backends": set(),
+    "ops": {"kernels", "reference"},
+    "functional": {"backends", "ops", "reference"},
+    "modules": {"backends", "functional", "reference"},
+    "averaging": {"functional", "modules"},
+    "surgery": {"backends", "functional", "modules", "reference"},
+    "demo": {"*"},
+    "demo_plot": {"*"},
+    "__init__": {"*"},
+    "__main__": {"*"},
+}
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path):
+    """(top-level package, part of this package or None) of every import in a file, nested ones too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            whole = node.module == "ewa_kernels"
+            names = [f"ewa_kernels.{alias.name}" for alias in node.names] if whole else [node.module]
+        elif isinstance(node, ast.ImportFrom):
+            pytest.fail(f"{path}: relative import")
+        else:
+            continue
+        for name in names:
+            top, *rest = name.split(".")
+            yield top, (rest[0] if top == "ewa_kernels" and rest else None)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+class TestFiles:
+    def test_imports_go_down_only(self, path):
+        part = part_of(path)
+        allowed = LAYERS[part] | {part, "version"}
+        if "*" in allowed:
+            return
+        for top, imported in imports_of(path):
+            assert top in sys.stdlib_module_names | {"torch", "ewa_kernels"}, f"imports {top}"
+            assert imported is None or imported in allowed, f"{part} imports {imported}"
+
+    def test_is_small_and_has_a_docstring(self, path):
+        assert len(path.read_text().splitlines()) <= 400
+        assert path.name == "version.py" or ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_reference_imports_only_torch():
+    tops = {top for top, _ in imports_of(PACKAGE / "reference.py")} - set(sys.stdlib_module_names)
+    assert tops == {"torch"}
+
+
+def test_every_public_name_exists_and_is_documented():
+    for name in ewa_kernels.__all__:
+        assert hasattr(ewa_kernels, name)
+        if name != "__version__":
+            assert getattr(ewa_kernels, name).__doc__
+    assert ewa_kernels.__version__ == ewa_kernels.version.VERSION
+
+
+def test_importing_brings_no_optional_library():
+    code = "import sys, ewa_kernels; print([m for m in ('matplotlib', 'sklearn', 'rich', 'scipy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_readme_names_only_what_exists():
+    text = (ROOT / "README.md").read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), f"README links {link}"
+    for command in ("make demo", "make test", "make venv", "make bench", "make check"):
+        assert command in text
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    for command in re.findall(r"`make ([a-z-]+)`", text):
+        assert command in targets
+
+
+def test_readme_example_runs():
+    """Every Python block, one after the other, in one namespace."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_report_names_every_operation_and_the_reason():
+    text = report()
+    for word in ("torch", "random_permutation", "moe_ffn", "average_experts_", "merge_experts", "why no faster one"):
+        assert word in text
+    command = [sys.executable, "-m", "ewa_kernels"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == text
