@@ -100,20 +100,24 @@ def random_permutations(num_tokens: int, seeds: Tensor) -> Tensor:
     """`random_permutation` for many seeds at once: int64 `[S]` → int32 `[S, T]`."""
     if num_tokens == 0:
         return torch.empty(len(seeds), 0, dtype=torch.int32, device=seeds.device)
-    keys = _keys(seeds)[..., None].unbind(1)
+    keys = _keys(seeds)
     a = math.isqrt(num_tokens - 1) + 1
     b = -(-num_tokens // a)
 
     # All a·b points are mapped, so that the walk below is a table look-up and needs no host sync.
     index = torch.arange(a * b, dtype=torch.int64, device=seeds.device).repeat(len(seeds), 1)
     if num_tokens > 1:
-        index[:, :2] ^= keys[_MAX_ROUNDS] & 1
+        index[:, :2] ^= keys[:, _MAX_ROUNDS, None] & 1
     right = index // a
     left = index - right * a
-    for i in range(0, num_rounds(num_tokens), 2):
-        left.add_(_mix32_(right ^ keys[i]).mul_(a).bitwise_right_shift_(32))
+    # Only √T values can come in, so the round functions are small tables: [S, rounds / 2, b] and [S, rounds / 2, a].
+    rounds = num_rounds(num_tokens)
+    to_left = (_mix32_(torch.arange(b, device=seeds.device) ^ keys[:, 0:rounds:2, None]) * a >> 32).unbind(1)
+    to_right = (_mix32_(torch.arange(a, device=seeds.device) ^ keys[:, 1:rounds:2, None]) * b >> 32).unbind(1)
+    for add_left, add_right in zip(to_left, to_right, strict=True):
+        left.add_(add_left.gather(1, right))
         left.add_(left >= a, alpha=-a)
-        right.add_(_mix32_(left ^ keys[i + 1]).mul_(b).bitwise_right_shift_(32))
+        right.add_(add_right.gather(1, left))
         right.add_(right >= b, alpha=-b)
     image = right.mul_(a).add_(left)
 

@@ -18,21 +18,22 @@ from ewa_kernels.reference import dropout_scale, expert_offsets, random_permutat
 
 aten = torch.ops.aten
 
-# Rows of all experts together in a block: enough for the products to run at full speed.
-BLOCK_ROWS = 4096
+# Rows of all experts together in a block: enough for the products to run at full speed, few enough for the
+# scratch memory to stay small.
+BLOCK_ROWS = 2048
 
 
 class _Activation(NamedTuple):
-    """`forward(pre, out)` fills `out`; `backward_(grad, pre)` turns grad into grad · act'(pre), in place."""
+    """`forward(pre, out)` gives act(pre), `backward(grad, pre, out)` grad · act'(pre); both fill and return `out`."""
 
     forward: Callable[[Tensor, Tensor], Tensor]
-    backward_: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _gelu(approximate: str) -> _Activation:
     return _Activation(
         lambda pre, out: aten.gelu.out(pre, approximate=approximate, out=out),
-        lambda grad, pre: aten.gelu_backward.grad_input(grad, pre, approximate=approximate, grad_input=grad),
+        lambda grad, pre, out: aten.gelu_backward.grad_input(grad, pre, approximate=approximate, grad_input=out),
     )
 
 
@@ -41,17 +42,17 @@ _ACTIVATIONS = {
     "gelu_tanh": _gelu("tanh"),
     "relu": _Activation(
         lambda pre, out: torch.clamp_min(pre, 0, out=out),
-        lambda grad, pre: aten.threshold_backward.grad_input(grad, pre, 0, grad_input=grad),
+        lambda grad, pre, out: aten.threshold_backward.grad_input(grad, pre, 0, grad_input=out),
     ),
     "relu2": _Activation(
         lambda pre, out: torch.clamp_min(pre, 0, out=out).square_(),
-        lambda grad, pre: grad.mul_(pre.clamp_min(0)).mul_(2),
+        lambda grad, pre, out: torch.clamp_min(pre, 0, out=out).mul_(grad).mul_(2),
     ),
     "silu": _Activation(
         lambda pre, out: aten.silu.out(pre, out=out),
-        lambda grad, pre: aten.silu_backward.grad_input(grad, pre, grad_input=grad),
+        lambda grad, pre, out: aten.silu_backward.grad_input(grad, pre, grad_input=out),
     ),
-    "identity": _Activation(lambda pre, out: out.copy_(pre), lambda grad, pre: grad),
+    "identity": _Activation(lambda pre, out: out.copy_(pre), lambda grad, pre, out: out.copy_(grad)),
 }
 
 
@@ -156,7 +157,7 @@ def moe_ffn_forward(
             hidden.mul_(dropout_scale(block.rows, d_ff, seed, dropout_p, x.dtype))
         block_y = buffer("y", *shape, d_model)
         _linear(hidden, down_weight[block.experts], block.of(down_bias), out=block_y)
-        y.index_copy_(0, block.tokens, block_y.flatten(0, 1))
+        y[block.tokens] = block_y.flatten(0, 1)
     return y, pre_activation, permutation
 
 
@@ -219,14 +220,14 @@ def moe_ffn_backward(
 
         grad_pre = buffer("grad_pre", *shape, num_up)
         if need_pre:
-            grad_hidden = grad_pre[..., :d_ff]
+            grad_hidden = buffer("grad_hidden", *shape, d_ff)
             torch.bmm(grad_out, down_weight[experts], out=grad_hidden)
             if scale is not None:
                 grad_hidden.mul_(scale)
             if gated:
                 torch.mul(grad_hidden, activated, out=grad_pre[..., d_ff:])
                 grad_hidden.mul_(value)
-            act.backward_(grad_hidden, gate)
+            act.backward(grad_hidden, gate, grad_pre[..., :d_ff])
         if need_down_weight:
             hidden = activated.mul_(value) if gated else activated
             if scale is not None:
@@ -238,6 +239,6 @@ def moe_ffn_backward(
             grad_up_weight[experts].baddbmm_(grad_pre.mT, block_x, beta=beta)
         if need_x:
             block_grad_x = torch.bmm(grad_pre, up_weight[experts], out=grad_out)
-            grad_x.index_copy_(0, block.tokens, block_grad_x.flatten(0, 1))
+            grad_x[block.tokens] = block_grad_x.flatten(0, 1)
         beta = 1
     return grad_x, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias
