@@ -113,7 +113,9 @@ def moe_ffn(
     """
     _check_ffn(x, up_weight, up_bias, down_weight, down_bias, activation, gated, dropout_p)
     seed = seed_tensor(seed, x.device)
-    backend = resolve("moe_ffn", backend, x.device)
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    backend = resolve("moe_ffn", backend, x.device, dtype)
     if backend == "reference":
         return reference.moe_ffn(
             x,
@@ -128,8 +130,8 @@ def moe_ffn(
         )
     operands: tuple[Tensor | None, ...] = (x, up_weight, up_bias, down_weight, down_bias)
     _refuse_forward_ad(operands)
-    if torch.is_autocast_enabled(x.device.type):
-        operands = _autocast(operands, torch.get_autocast_dtype(x.device.type))
+    if autocast:  # what autocast does to the operands of F.linear
+        operands = tuple(None if t is None else t.to(dtype) for t in operands)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     tokens, *parameters = operands
     assert tokens is not None
@@ -141,6 +143,7 @@ def moe_ffn(
         gated,
         float(dropout_p),
         needs_grad,
+        backend,
     )
     return y.reshape(x.shape)
 
@@ -334,11 +337,6 @@ def _refuse_forward_ad(tensors: Iterable[Tensor | None]) -> None:
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError('moe_ffn does not support forward-mode AD (torch.func.jvp): use backend="reference"')
-
-
-def _autocast(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """What autocast does to the operands of F.linear; float64 is left alone."""
-    return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)
 
 
 def check_experts(tensors: Any) -> tuple[list[Tensor], list[int]]:

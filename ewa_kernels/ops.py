@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ewa_kernels import reference
-from ewa_kernels.kernels import torch_ffn
+from ewa_kernels.kernels import blocked_ffn, cpp_rows
 
 _LIBRARY = torch.library.Library("ewa_kernels", "DEF")
 
@@ -29,9 +29,16 @@ def _define(schema: str, implementation: Any, fake: Any, tags: tuple[torch.Tag, 
 
 # --- the deal ---
 
+
+def _random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
+    if seed.device.type == "cpu" and cpp_rows.WHY_NOT is None:
+        return cpp_rows.random_permutation(num_tokens, seed)
+    return reference.random_permutation(num_tokens, seed)
+
+
 random_permutation = _define(
     "random_permutation(SymInt num_tokens, Tensor seed) -> Tensor",
-    reference.random_permutation,
+    _random_permutation,
     lambda num_tokens, seed: seed.new_empty(num_tokens, dtype=torch.int32),
 )
 
@@ -70,6 +77,7 @@ def _forward_fake(
     gated: bool,
     dropout_p: float,
     save_pre_activation: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens = x.shape[0]
     return (
@@ -92,6 +100,7 @@ def _backward_fake(
     gated: bool,
     dropout_p: float,
     output_mask: Sequence[bool],
+    backend: str,
 ) -> tuple[Tensor, ...]:
     shapes = (
         x.shape,
@@ -104,35 +113,37 @@ def _backward_fake(
 
 
 moe_ffn = _define(
-    f"moe_ffn({_FFN_ARGUMENTS}, bool save_pre_activation) -> (Tensor y, Tensor pre_activation, Tensor permutation)",
-    torch_ffn.moe_ffn_forward,
+    f"moe_ffn({_FFN_ARGUMENTS}, bool save_pre_activation, str backend) "
+    "-> (Tensor y, Tensor pre_activation, Tensor permutation)",
+    blocked_ffn.moe_ffn_forward,
     _forward_fake,
 )
 moe_ffn_backward = _define(
     "moe_ffn_backward(Tensor grad_y, Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
     "Tensor seed, Tensor pre_activation, Tensor permutation, str activation, bool gated, float dropout_p, "
-    "bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    torch_ffn.moe_ffn_backward,
+    "bool[] output_mask, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    blocked_ffn.moe_ffn_backward,
     _backward_fake,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, up_weight, up_bias, down_weight, _, seed, activation, gated, dropout_p, _ = inputs
+    x, up_weight, up_bias, down_weight, _, seed, activation, gated, dropout_p, _, backend = inputs
     _, pre_activation, permutation = output
     ctx.mark_non_differentiable(pre_activation, permutation)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, up_weight, up_bias, down_weight, seed, pre_activation, permutation)
     ctx.options = (activation, gated, dropout_p)
+    ctx.backend = backend
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     mask = list(ctx.needs_input_grad[:5])
     if grad_y is None:
-        return (None,) * 10
-    grads = moe_ffn_backward(grad_y, *ctx.saved_tensors, *ctx.options, mask)
+        return (None,) * 11
+    grads = moe_ffn_backward(grad_y, *ctx.saved_tensors, *ctx.options, mask, ctx.backend)
     needed = (grad if need else None for grad, need in zip(grads, mask, strict=True))
-    return (*needed, *itertools.repeat(None, 5))
+    return (*needed, *itertools.repeat(None, 6))
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:

@@ -119,12 +119,17 @@ CASES = [
     (
         lambda: moe_ffn(backend="triton"),
         ewa.BackendError,
-        "backend='triton' cannot run moe_ffn on cpu: ewa_kernels 0.1.0 has no triton kernels yet",
+        "backend='triton' cannot run moe_ffn on cpu: ewa_kernels 0.1.0 has cpp and torch and reference only",
     ),
     (
         lambda: average([E46], backend="torch"),
         ewa.BackendError,
-        "backend='torch' cannot run average_experts_ on cpu: it has reference only",
+        "backend='torch' cannot run average_experts_ on cpu: ewa_kernels 0.1.0 has reference only",
+    ),
+    (
+        lambda: moe_ffn(**{name: t.double() for name, t in OPERANDS.items()}, backend="cpp"),
+        ewa.BackendError,
+        "backend='cpp' cannot run moe_ffn on cpu: it is for torch.float32, not torch.float64",
     ),
     # permutation
     (lambda: ewa.functional.random_permutation(-1, 0), ValueError, "num_tokens must be at least 0, got -1"),

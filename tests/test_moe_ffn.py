@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from parity import check_ffn, random_ffn
 
 import ewa_kernels as ewa
-from ewa_kernels.kernels import torch_ffn
+from ewa_kernels.kernels import blocked_ffn
 
 ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "relu2", "silu", "identity"]
-BACKENDS = ["auto", "torch", "reference"]
+BACKENDS = ["cpp", "torch", "reference"]
 
 
 def tokens(*shape, dtype=torch.float64):
@@ -41,19 +41,38 @@ def test_specification_is_the_formula(activation, gated):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_every_activation_in_every_dtype(dtype, activation, gated, bias):
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("cpp", torch.float32),
+        ("torch", torch.float64),
+        ("torch", torch.float32),
+        ("torch", torch.float16),
+        ("torch", torch.bfloat16),
+    ],
+)
+def test_every_activation_in_every_dtype(backend, dtype, activation, gated, bias):
     check_ffn(
         tokens(75, 24, dtype=dtype),
         random_ffn(4, 24, 40, gated=gated, bias=bias, dtype=dtype),
         seed=3,
         activation=activation,
         gated=gated,
+        backend=backend,
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("cpp", torch.float32),
+        ("torch", torch.float32),
+        ("torch", torch.float64),
+        ("reference", torch.float32),
+        ("auto", torch.float32),
+        ("auto", torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize(
     ("shape", "num_experts"),
     [
@@ -70,7 +89,7 @@ def test_every_activation_in_every_dtype(dtype, activation, gated, bias):
         pytest.param((40, 1), 4, id="D = 1"),
     ],
 )
-def test_every_shape(shape, num_experts, dtype, backend):
+def test_every_shape(shape, num_experts, backend, dtype):
     parameters = random_ffn(num_experts, shape[-1], 20, dtype=dtype)
     check_ffn(tokens(*shape, dtype=dtype), parameters, seed=11, backend=backend)
 
@@ -86,8 +105,8 @@ def test_one_bias_of_two(one_bias):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous_inputs(backend):
-    x = tokens(16, 50).t()[::2]
-    up_weight, up_bias, down_weight, down_bias = random_ffn(4, 16, 24)
+    x = tokens(16, 50, dtype=torch.float32).t()[::2]
+    up_weight, up_bias, down_weight, down_bias = random_ffn(4, 16, 24, dtype=torch.float32)
     parameters = (
         up_weight.mT.contiguous().mT,
         up_bias.repeat_interleave(2, dim=1)[:, ::2],
@@ -102,17 +121,17 @@ def test_non_contiguous_inputs(backend):
 @pytest.mark.parametrize("num_tokens", [200, 203])
 def test_more_than_one_block(monkeypatch, num_tokens, gated):
     """Blocks end inside a group, and 16-bit gradients are not summed up over them."""
-    monkeypatch.setattr(torch_ffn, "BLOCK_ROWS", 64)
-    for dtype in (torch.float32, torch.bfloat16):
+    monkeypatch.setattr(blocked_ffn, "BLOCK_ROWS", 64)
+    for backend, dtype in [("cpp", torch.float32), ("torch", torch.float32), ("torch", torch.bfloat16)]:
         parameters = random_ffn(4, 16, 24, gated=gated, dtype=dtype)
-        check_ffn(tokens(num_tokens, 16, dtype=dtype), parameters, seed=4, gated=gated)
+        check_ffn(tokens(num_tokens, 16, dtype=dtype), parameters, seed=4, gated=gated, backend=backend)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dropout_p", [0.25, 1.0])
 def test_dropout(dropout_p, gated):
     """Every backend draws the same mask; what is dropped entirely leaves the down bias."""
-    x, parameters = tokens(90, 16), random_ffn(4, 16, 24, gated=gated)
+    x, parameters = tokens(90, 16, dtype=torch.float32), random_ffn(4, 16, 24, gated=gated, dtype=torch.float32)
     for backend in BACKENDS:
         options = {"seed": 2, "gated": gated, "dropout_p": dropout_p, "backend": backend}
         if dropout_p < 1:
@@ -146,7 +165,7 @@ def test_dropout_rate_zero_is_no_dropout():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_stays_in_its_row(backend):
-    x, parameters = tokens(40, 16), random_ffn(4, 16, 24)
+    x, parameters = tokens(40, 16, dtype=torch.float32), random_ffn(4, 16, 24, dtype=torch.float32)
     clean = ewa.functional.moe_ffn(x, *parameters, seed=1, backend=backend)
     x[13, 5] = torch.nan
     y = ewa.functional.moe_ffn(x, *parameters, seed=1, backend=backend)
@@ -163,9 +182,9 @@ def test_seed_tensor_and_int_agree():
     assert not torch.equal(y, ewa.functional.moe_ffn(x, *parameters, seed=10))
 
 
-def test_unwritten_memory_is_never_read(monkeypatch):
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_unwritten_memory_is_never_read(monkeypatch, backend):
     """With every fresh tensor full of NaN, results are the same."""
-    x, parameters = tokens(41, 16), random_ffn(4, 16, 24)
     new_empty = torch.Tensor.new_empty
 
     def poisoned(self, *args, **kwargs):
@@ -173,18 +192,21 @@ def test_unwritten_memory_is_never_read(monkeypatch):
         return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh.fill_(2**30)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    for gated in (False, True):
-        check_ffn(x, random_ffn(4, 16, 24, gated=gated), seed=1, gated=gated, backend="torch")
-    check_ffn(tokens(3, 16), parameters, seed=1, backend="torch")
+    for num_tokens, gated in [(41, False), (41, True), (3, False)]:
+        x = tokens(num_tokens, 16, dtype=torch.float32)
+        parameters = random_ffn(4, 16, 24, gated=gated, dtype=torch.float32)
+        check_ffn(x, parameters, seed=1, gated=gated, backend=backend)
 
 
 @pytest.mark.parametrize(
     "frozen", ["x", "up_weight", "up_bias", "down_weight", "down_bias", "all but x", "all but down_bias"]
 )
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_frozen_inputs_get_no_gradient_and_change_no_other(frozen, gated):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_frozen_inputs_get_no_gradient_and_change_no_other(dtype, frozen, gated):
     names = ["x", "up_weight", "up_bias", "down_weight", "down_bias"]
-    operands = dict(zip(names, (tokens(30, 8), *random_ffn(3, 8, 12, gated=gated)), strict=True))
+    values = (tokens(30, 8, dtype=dtype), *random_ffn(3, 8, 12, gated=gated, dtype=dtype))
+    operands = dict(zip(names, values, strict=True))
     off = [n for n in names if n != frozen[8:]] if frozen.startswith("all but") else [frozen]
 
     def grads(off):

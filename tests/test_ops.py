@@ -18,21 +18,23 @@ def ffn_arguments(*, gated=False, bias=True, dropout_p=0.0, dtype=torch.float32,
     return (*leaves, SEED, "silu", gated, dropout_p)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
 @pytest.mark.parametrize("save", [True, False], ids=["save", "recompute"])
 @pytest.mark.parametrize("options", [{}, {"gated": True}, {"bias": False}, {"dropout_p": 0.5}], ids=str)
-def test_opcheck_moe_ffn(options, save):
-    torch.library.opcheck(ops.moe_ffn, (*ffn_arguments(**options), save))
-    torch.library.opcheck(ops.moe_ffn, (*ffn_arguments(requires_grad=False, **options), save))
+def test_opcheck_moe_ffn(options, save, backend):
+    torch.library.opcheck(ops.moe_ffn, (*ffn_arguments(**options), save, backend))
+    torch.library.opcheck(ops.moe_ffn, (*ffn_arguments(requires_grad=False, **options), save, backend))
 
 
 @pytest.mark.parametrize("mask", [[True] * 5, [True, False, False, False, False], [False] * 4 + [True]])
 @pytest.mark.parametrize("save", [True, False], ids=["save", "recompute"])
-def test_opcheck_moe_ffn_backward(mask, save):
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_opcheck_moe_ffn_backward(mask, save, backend):
     arguments = ffn_arguments(requires_grad=False)
-    y, pre_activation, permutation = ops.moe_ffn(*arguments, save)
+    y, pre_activation, permutation = ops.moe_ffn(*arguments, save, backend)
     x, up_weight, up_bias, down_weight, _, seed, *options = arguments
     saved = (x, up_weight, up_bias, down_weight, seed, pre_activation, permutation)
-    torch.library.opcheck(ops.moe_ffn_backward, (torch.randn_like(y), *saved, *options, mask))
+    torch.library.opcheck(ops.moe_ffn_backward, (torch.randn_like(y), *saved, *options, mask, backend))
 
 
 def test_opcheck_the_others():
@@ -59,14 +61,15 @@ def test_gradcheck(activation, gated, dropout_p):
     assert torch.autograd.gradcheck(lambda *t: ewa.functional.moe_ffn(*t, **options), operands)
 
 
-def test_recomputed_pre_activation_gives_the_same_gradients():
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_recomputed_pre_activation_gives_the_same_gradients(backend):
     def grads(save):
         arguments = ffn_arguments(gated=True, dropout_p=0.3)
-        ops.moe_ffn(*arguments, save)[0].square().sum().backward()
+        ops.moe_ffn(*arguments, save, backend)[0].square().sum().backward()
         return [t.grad for t in arguments[:5]]
 
     for saved, recomputed in zip(grads(True), grads(False), strict=True):
-        assert torch.equal(saved, recomputed)
+        torch.testing.assert_close(saved, recomputed, rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_saved_for_backward():
@@ -85,7 +88,7 @@ def test_what_is_saved_for_backward():
 
 def test_nothing_is_saved_without_grad():
     with torch.no_grad():
-        assert ops.moe_ffn(*ffn_arguments(), False)[1].numel() == 0
+        assert ops.moe_ffn(*ffn_arguments(), False, "torch")[1].numel() == 0
 
 
 def test_second_derivative_raises():

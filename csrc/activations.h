@@ -1,0 +1,93 @@
+// Activations and their derivatives in float32, without a branch, so that compilers vectorise loops over them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define EWA_INLINE static inline __attribute__((always_inline))
+
+namespace ewa {
+
+struct ValueAndSlope {
+    float value;
+    float slope;
+};
+
+// e^y for y ≤ 0, within 2 roundings; y below −87 counts as −87, and a NaN stays one.
+EWA_INLINE float exponential(float y) {
+    y = y < -87.0f ? -87.0f : y;
+    // y = n ln 2 + r with |r| ≤ ln(2)/2. Adding 1.5·2^23 rounds to an integer, which is then in the low bits.
+    const float shifted = y * 1.44269504f + 12582912.0f;
+    const float n = shifted - 12582912.0f;
+    const float r = (y - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts: n·(first) is exact
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    uint32_t bits, exponent;
+    std::memcpy(&exponent, &shifted, 4);
+    std::memcpy(&bits, &p, 4);
+    bits += exponent << 23;
+    std::memcpy(&p, &bits, 4);
+    return p;
+}
+
+struct Gelu {
+    EWA_INLINE ValueAndSlope at(float v) {
+        // Φ(v), by formula 7.1.26 of Abramowitz and Stegun (error below 1.5e-7); its e^(−v²/2) serves the slope too.
+        const float e = exponential(-0.5f * v * v);
+        const float t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * std::fabs(v));
+        float p = 1.061405429f;
+        p = p * t - 1.453152027f;
+        p = p * t + 1.421413741f;
+        p = p * t - 0.284496736f;
+        p = p * t + 0.254829592f;
+        const float tail = 0.5f * p * t * e;
+        const float cdf = v > 0.0f ? 1.0f - tail : tail;
+        return {v * cdf, cdf + v * e * 0.39894228f};
+    }
+};
+
+struct GeluTanh {
+    EWA_INLINE ValueAndSlope at(float v) {
+        const float k = 0.79788456f, c = 0.044715f;
+        const float u = k * (v + c * v * v * v);
+        const float e = exponential(-2.0f * std::fabs(u));
+        const float r = 1.0f / (1.0f + e);
+        const float half = u > 0.0f ? r : e * r;  // (1 + tanh u) / 2
+        const float one_minus_square = 4.0f * e * r * r;  // 1 − tanh² u
+        return {v * half, half + 0.5f * v * one_minus_square * k * (1.0f + 3.0f * c * v * v)};
+    }
+};
+
+struct Silu {
+    EWA_INLINE ValueAndSlope at(float v) {
+        const float e = exponential(-std::fabs(v));
+        const float r = 1.0f / (1.0f + e);
+        const float sigmoid = v > 0.0f ? r : e * r;
+        return {v * sigmoid, sigmoid + v * e * r * r};
+    }
+};
+
+// Written so that a NaN passes.
+struct Relu {
+    EWA_INLINE ValueAndSlope at(float v) { return {v <= 0.0f ? 0.0f : v, v <= 0.0f ? 0.0f : 1.0f}; }
+};
+
+struct Relu2 {
+    EWA_INLINE ValueAndSlope at(float v) {
+        const float r = v <= 0.0f ? 0.0f : v;
+        return {r * r, 2.0f * r};
+    }
+};
+
+struct Identity {
+    EWA_INLINE ValueAndSlope at(float v) { return {v, 1.0f}; }
+};
+
+}  // namespace ewa

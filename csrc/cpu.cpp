@@ -1,0 +1,185 @@
+#include "cpu.h"
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "activations.h"
+
+// One build for every x86 processor: the widest vectors it has are chosen when the module is loaded.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define EWA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EWA_CLONES
+#endif
+
+namespace ewa {
+namespace {
+
+uint64_t mix64(uint64_t z) {
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+uint32_t mix32(uint32_t h) {
+    h = (h ^ h >> 16) * 0x85EBCA6Bu;
+    h = (h ^ h >> 13) * 0xC2B2AE35u;
+    return h ^ h >> 16;
+}
+
+constexpr int max_rounds = 24;
+
+}  // namespace
+
+void random_permutation(int64_t num_tokens, uint64_t seed, int32_t* out) {
+    if (num_tokens == 0) return;
+    uint32_t keys[max_rounds + 4];
+    for (int i = 0; i < max_rounds / 2 + 2; ++i) {
+        const uint64_t word = mix64(seed + (i + 1) * 0x9E3779B97F4A7C15u);
+        keys[2 * i] = static_cast<uint32_t>(word);
+        keys[2 * i + 1] = static_cast<uint32_t>(word >> 32);
+    }
+    const int rounds = num_tokens < 1024 ? max_rounds : 12;
+    uint32_t a = static_cast<uint32_t>(std::sqrt(static_cast<double>(num_tokens)));
+    while (static_cast<int64_t>(a) * a < num_tokens) ++a;
+    while (a > 1 && static_cast<int64_t>(a - 1) * (a - 1) >= num_tokens) --a;
+    const uint32_t b = static_cast<uint32_t>((num_tokens + a - 1) / a);
+
+    // Only a + b values can enter a round function, so all of them are tabulated.
+    std::vector<uint32_t> table(rounds / 2 * static_cast<size_t>(a + b));
+    for (int i = 0; i < rounds; i += 2) {
+        uint32_t* to_left = table.data() + i / 2 * static_cast<size_t>(a + b);
+        for (uint32_t v = 0; v < b; ++v) to_left[v] = static_cast<uint64_t>(mix32(v ^ keys[i])) * a >> 32;
+        for (uint32_t v = 0; v < a; ++v) to_left[b + v] = static_cast<uint64_t>(mix32(v ^ keys[i + 1])) * b >> 32;
+    }
+    const uint32_t coin = num_tokens > 1 ? keys[max_rounds] & 1 : 0;
+#pragma omp parallel for schedule(static) if (num_tokens > 4096)
+    for (int64_t row = 0; row < num_tokens; ++row) {
+        uint32_t point = static_cast<uint32_t>(row < 2 ? row ^ coin : row);
+        do {
+            uint32_t right = point / a, left = point - right * a;
+            for (const uint32_t* t = table.data(); t != table.data() + table.size(); t += a + b) {
+                left += t[right];
+                left -= left >= a ? a : 0;
+                right += t[b + left];
+                right -= right >= b ? b : 0;
+            }
+            point = right * a + left;
+        } while (point >= num_tokens);
+        out[row] = static_cast<int32_t>(point);
+    }
+}
+
+void gather_rows(const float* in, const int64_t* tokens, int64_t n, int64_t d, float* out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; ++i) std::memcpy(out + i * d, in + tokens[i] * d, d * sizeof(float));
+}
+
+void scatter_rows(const float* in, const float* bias, const int64_t* tokens, int64_t n, int64_t rows_per_expert,
+                  int64_t d, float* out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; ++i) {
+        const float* from = in + i * d;
+        float* to = out + tokens[i] * d;
+        if (bias == nullptr) {
+            std::memcpy(to, from, d * sizeof(float));
+            continue;
+        }
+        const float* add = bias + i / rows_per_expert * d;
+        for (int64_t j = 0; j < d; ++j) to[j] = from[j] + add[j];
+    }
+}
+
+namespace {
+
+// One row at a time, in a function of its own: a loop inside an OpenMP region cannot be cloned per processor.
+template <class Act>
+EWA_INLINE void activate_row(bool gated, int64_t d_ff, const float* bias, const float* scale, float* pre,
+                             float* hidden) {
+    if (bias != nullptr)
+        for (int64_t j = 0; j < (gated ? 2 * d_ff : d_ff); ++j) pre[j] += bias[j];
+#pragma omp simd
+    for (int64_t j = 0; j < d_ff; ++j) hidden[j] = Act::at(pre[j]).value;
+    if (gated)
+        for (int64_t j = 0; j < d_ff; ++j) hidden[j] *= pre[d_ff + j];
+    if (scale != nullptr)
+        for (int64_t j = 0; j < d_ff; ++j) hidden[j] *= scale[j];
+}
+
+template <class Act>
+EWA_INLINE void activate_backward_row(bool gated, int64_t d_ff, const float* scale, const float* __restrict__ pre,
+                                      const float* __restrict__ grad_hidden, float* __restrict__ grad_pre,
+                                      float* __restrict__ hidden) {
+    if (!gated && scale == nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < d_ff; ++j) {
+            const ValueAndSlope act = Act::at(pre[j]);
+            hidden[j] = act.value;
+            grad_pre[j] = grad_hidden[j] * act.slope;
+        }
+        return;
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < d_ff; ++j) {
+        const ValueAndSlope act = Act::at(pre[j]);
+        const float kept = scale == nullptr ? 1.0f : scale[j];
+        const float value = gated ? pre[d_ff + j] : 1.0f;
+        const float grad = grad_hidden[j] * kept;
+        hidden[j] = act.value * value * kept;
+        grad_pre[j] = grad * value * act.slope;
+        if (gated) grad_pre[d_ff + j] = grad * act.value;
+    }
+}
+
+#define EWA_ROWS(Act)                                                                                                \
+    EWA_CLONES void forward_##Act(bool gated, int64_t d_ff, const float* bias, const float* scale, float* pre,       \
+                                  float* hidden) {                                                                   \
+        activate_row<Act>(gated, d_ff, bias, scale, pre, hidden);                                                    \
+    }                                                                                                                \
+    EWA_CLONES void backward_##Act(bool gated, int64_t d_ff, const float* scale, const float* pre,                   \
+                                   const float* grad_hidden, float* grad_pre, float* hidden) {                       \
+        activate_backward_row<Act>(gated, d_ff, scale, pre, grad_hidden, grad_pre, hidden);                          \
+    }
+EWA_ROWS(Gelu)
+EWA_ROWS(GeluTanh)
+EWA_ROWS(Relu)
+EWA_ROWS(Relu2)
+EWA_ROWS(Silu)
+EWA_ROWS(Identity)
+#undef EWA_ROWS
+
+struct Rows {
+    void (*forward)(bool, int64_t, const float*, const float*, float*, float*);
+    void (*backward)(bool, int64_t, const float*, const float*, const float*, float*, float*);
+};
+
+// In the order of `Activation`.
+const Rows rows_of[] = {
+    {forward_Gelu, backward_Gelu}, {forward_GeluTanh, backward_GeluTanh}, {forward_Relu, backward_Relu},
+    {forward_Relu2, backward_Relu2}, {forward_Silu, backward_Silu}, {forward_Identity, backward_Identity},
+};
+
+}  // namespace
+
+void activate(Activation activation, const Block& block, const float* bias, float* pre, float* hidden) {
+    const int64_t columns = block.gated ? 2 * block.d_ff : block.d_ff;
+    const auto row = rows_of[static_cast<int>(activation)].forward;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < block.n; ++i)
+        row(block.gated, block.d_ff, bias == nullptr ? nullptr : bias + i / block.rows_per_expert * columns,
+            block.scale == nullptr ? nullptr : block.scale + i * block.d_ff, pre + i * columns,
+            hidden + i * block.d_ff);
+}
+
+void activate_backward(Activation activation, const Block& block, const float* pre, const float* grad_hidden,
+                       float* grad_pre, float* hidden) {
+    const int64_t columns = block.gated ? 2 * block.d_ff : block.d_ff;
+    const auto row = rows_of[static_cast<int>(activation)].backward;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < block.n; ++i)
+        row(block.gated, block.d_ff, block.scale == nullptr ? nullptr : block.scale + i * block.d_ff,
+            pre + i * columns, grad_hidden + i * block.d_ff, grad_pre + i * columns, hidden + i * block.d_ff);
+}
+
+}  // namespace ewa

@@ -1,0 +1,116 @@
+"""What is done to a block of grouped rows between matrix products, in PyTorch calls, on any device.
+
+A block has e experts and n rows of each: tensors are `[e, n, …]`, contiguous, and written into, never made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ewa_kernels.reference import random_permutation
+
+aten = torch.ops.aten
+
+
+class _Activation(NamedTuple):
+    """`forward(pre, out)` gives act(pre), `backward(grad, pre, out)` grad · act'(pre); both fill and return `out`."""
+
+    forward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _gelu(approximate: str) -> _Activation:
+    return _Activation(
+        lambda pre, out: aten.gelu.out(pre, approximate=approximate, out=out),
+        lambda grad, pre, out: aten.gelu_backward.grad_input(grad, pre, approximate=approximate, grad_input=out),
+    )
+
+
+ACTIVATIONS = {
+    "gelu": _gelu("none"),
+    "gelu_tanh": _gelu("tanh"),
+    "relu": _Activation(
+        lambda pre, out: torch.clamp_min(pre, 0, out=out),
+        lambda grad, pre, out: aten.threshold_backward.grad_input(grad, pre, 0, grad_input=out),
+    ),
+    "relu2": _Activation(
+        lambda pre, out: torch.clamp_min(pre, 0, out=out).square_(),
+        lambda grad, pre, out: torch.clamp_min(pre, 0, out=out).mul_(grad).mul_(2),
+    ),
+    "silu": _Activation(
+        lambda pre, out: aten.silu.out(pre, out=out),
+        lambda grad, pre, out: aten.silu_backward.grad_input(grad, pre, grad_input=out),
+    ),
+    "identity": _Activation(lambda pre, out: out.copy_(pre), lambda grad, pre, out: out.copy_(grad)),
+}
+
+
+class TorchRows:
+    """`scale` is what dropout multiplies hidden by, or None; biases are `[e, …]` or None."""
+
+    def __init__(self, activation: str, gated: bool):
+        self.activation = activation
+        self.gated = gated
+
+    def random_permutation(self, num_tokens: int, seed: Tensor) -> Tensor:
+        return random_permutation(num_tokens, seed)
+
+    def gather(self, x: Tensor, tokens: Tensor, out: Tensor) -> None:
+        """out = x[tokens], `[T, D]` → `[e, n, D]`."""
+        torch.index_select(x, 0, tokens, out=out.flatten(0, 1))
+
+    def scatter(self, block: Tensor, tokens: Tensor, out: Tensor) -> None:
+        """out[tokens] = block, `[e, n, D]` → `[T, D]`."""
+        out[tokens] = block.flatten(0, 1)
+
+    def up(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """out = x @ weightᵀ + bias."""
+        if bias is None:
+            torch.bmm(x, weight.mT, out=out)
+        else:
+            torch.baddbmm(bias.unsqueeze(1), x, weight.mT, out=out)
+
+    def up_and_activate(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, pre: Tensor, hidden: Tensor
+    ) -> None:
+        """pre = x @ weightᵀ + bias; hidden = act(pre) · scale."""
+        self.up(x, weight, bias, pre)
+        self.activate(pre, scale, hidden)
+
+    def down_and_scatter(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, block_y: Tensor, y: Tensor
+    ) -> None:
+        """y[tokens] = hidden @ weightᵀ + bias, by way of block_y."""
+        self.up(hidden, weight, bias, block_y)
+        self.scatter(block_y, tokens, y)
+
+    def activate(self, pre: Tensor, scale: Tensor | None, hidden: Tensor) -> None:
+        """hidden = act(pre) · scale, or act(gate) · value · scale."""
+        d_ff = hidden.shape[-1]
+        ACTIVATIONS[self.activation].forward(pre[..., :d_ff], hidden)
+        if self.gated:
+            hidden.mul_(pre[..., d_ff:])
+        if scale is not None:
+            hidden.mul_(scale)
+
+    def activate_backward(
+        self, pre: Tensor, grad_hidden: Tensor, scale: Tensor | None, grad_pre: Tensor, hidden: Tensor
+    ) -> None:
+        """grad_pre from grad_hidden (which is used up), and hidden once more."""
+        d_ff = hidden.shape[-1]
+        gate, value = pre[..., :d_ff], pre[..., d_ff:]
+        act = ACTIVATIONS[self.activation]
+        act.forward(gate, hidden)
+        if scale is not None:
+            grad_hidden.mul_(scale)
+        if self.gated:
+            torch.mul(grad_hidden, hidden, out=grad_pre[..., d_ff:])
+            grad_hidden.mul_(value)
+            hidden.mul_(value)
+        if scale is not None:
+            hidden.mul_(scale)
+        act.backward(grad_hidden, gate, grad_pre[..., :d_ff])

@@ -1,0 +1,129 @@
+"""The C++ extension: that it is there, agrees with the specification, and can be done without."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from parity import assert_parity
+
+import ewa_kernels as ewa
+from ewa_kernels import backends
+from ewa_kernels.kernels import cpp_rows
+from ewa_kernels.kernels.torch_rows import TorchRows
+
+CPU = torch.device("cpu")
+ACTIVATIONS = list(ewa.reference.ACTIVATIONS)
+
+
+def test_is_built_and_used():
+    assert cpp_rows.WHY_NOT is None
+    assert backends.resolve("moe_ffn", "auto", CPU) == "cpp"
+    assert backends.resolve("moe_ffn", "auto", CPU, torch.bfloat16) == "torch"
+    assert backends.resolve("random_permutation", "auto", CPU) == "cpp"
+
+
+def test_permutation_is_that_of_the_specification():
+    seeds = [0, 1, 2**31, 2**32, 2**63 - 1, 123_456_789_012_345]
+    for num_tokens, seed in itertools.product([*range(70), 1023, 1024, 1025, 4095, 4097, 50_432], seeds):
+        ours = cpp_rows.random_permutation(num_tokens, torch.tensor(seed))
+        assert torch.equal(ours, ewa.reference.random_permutation(num_tokens, seed)), (num_tokens, seed)
+
+
+def wide_range():
+    """From far in one tail to far in the other, both zeros and the smallest numbers."""
+    near = torch.linspace(-12, 12, 4097)
+    far = torch.logspace(-40, 4, 512)
+    return torch.cat((near, far, -far, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 88.0, -88.0, 1e9, -1e9])))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+class TestActivations:
+    def run(self, rows_class, activation, pre, grad):
+        hidden, grad_pre = torch.full_like(pre, torch.nan), torch.full_like(pre, torch.nan)
+        rows = rows_class(activation, False)
+        rows.activate_backward(pre, grad.clone(), None, grad_pre, hidden)
+        again = torch.full_like(pre, torch.nan)
+        rows.activate(pre, None, again)
+        assert torch.equal(hidden.nan_to_num(), again.nan_to_num())
+        return hidden, grad_pre
+
+    def exact(self, activation, pre, grad):
+        pre = pre.double().requires_grad_()
+        hidden = ewa.reference.ACTIVATIONS[activation](pre)
+        return hidden.detach(), torch.autograd.grad(hidden, pre, grad.double())[0]
+
+    def test_parity_over_the_whole_range(self, activation):
+        pre = wide_range()
+        pre = pre[pre.abs() <= 12].view(1, 1, -1)
+        grad = torch.randn(pre.shape, generator=torch.Generator().manual_seed(0))
+        ours = self.run(cpp_rows.CppRows, activation, pre, grad)
+        torchs = self.run(TorchRows, activation, pre, grad)
+        for name, a, e, b in zip(("hidden", "grad"), ours, self.exact(activation, pre, grad), torchs, strict=True):
+            assert_parity(name, a, e, b)
+
+    def test_far_tails(self, activation):
+        pre = wide_range()
+        pre = pre[pre.abs() > 12].view(1, 1, -1)
+        ours = self.run(cpp_rows.CppRows, activation, pre, torch.ones_like(pre))
+        exact = self.exact(activation, pre, torch.ones_like(pre))
+        for a, e in zip(ours, exact, strict=True):
+            torch.testing.assert_close(a, e.float(), rtol=2e-6, atol=1e-6)
+
+    def test_nan_passes(self, activation):
+        pre = torch.full((1, 1, 33), torch.nan)
+        hidden, grad_pre = self.run(cpp_rows.CppRows, activation, pre, torch.ones_like(pre))
+        assert hidden.isnan().all()
+        assert activation in ("relu", "identity") or grad_pre.isnan().all()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_result_does_not_depend_on_the_number_of_threads(num_threads):
+    torch.manual_seed(0)
+    layer = ewa.RandomPartitionMoE(24, 40, 4)
+    x = torch.randn(1500, 24)
+    before = torch.get_num_threads()
+    expected = layer(x, seed=1)
+    try:
+        torch.set_num_threads(num_threads)
+        torch.testing.assert_close(layer(x, seed=1), expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(layer(x, seed=1), layer(x, seed=1))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_brings_no_second_openmp_runtime():
+    """Its threads would fight with torch's for the cores."""
+    code = (
+        "import ewa_kernels; maps = open('/proc/self/maps').read(); "
+        "print(len({line.split()[-1] for line in maps.splitlines() if 'gomp' in line or 'iomp' in line}))"
+    )
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "1"
+
+
+def test_without_it_everything_still_works():
+    code = """
+import sys
+sys.modules["ewa_kernels._C"] = None
+import torch, ewa_kernels as ewa
+from ewa_kernels.__main__ import report
+layer = ewa.RandomPartitionMoE(8, 12, 4)
+layer(torch.randn(9, 8)).sum().backward()
+print(ewa.functional.random_permutation(8, 123).tolist())
+try:
+    ewa.functional.moe_ffn(torch.randn(9, 8), *layer.parameters(), seed=0, backend="cpp")
+except ewa.BackendError as error:
+    print(error)
+print(report())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = result.stdout.splitlines()
+    assert lines[0] == "[7, 5, 0, 1, 2, 3, 6, 4]"
+    assert lines[1].startswith("backend='cpp' cannot run moe_ffn on cpu: the C++ extension is not built (")
+    assert lines[1].endswith("): install with a C++ compiler at hand")
+    assert any("moe_ffn" in line and "torch" in line for line in lines[2:])
+    assert any("not cpp" in line for line in lines[2:])
