@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ewa_kernels import functional
+from ewa_kernels import checks, functional
 from ewa_kernels.modules import expert_tensors
 
 Experts = Tensor | Sequence[Tensor]
@@ -35,9 +35,9 @@ class ShareRate:
     stop_step: int | None = None
 
     def __post_init__(self) -> None:
-        functional.check_int("start_step", self.start_step, minimum=0)
+        checks.integer("start_step", self.start_step, minimum=0)
         if self.stop_step is not None:
-            functional.check_int("stop_step", self.stop_step, minimum=self.start_step)
+            checks.integer("stop_step", self.stop_step, minimum=self.start_step)
 
     def __call__(self, step: int) -> float:
         if step < self.start_step or (self.stop_step is not None and step >= self.stop_step):
@@ -56,7 +56,7 @@ class ConstantShareRate(ShareRate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        functional.check_probability("value", self.value)
+        checks.probability("value", self.value)
 
     def _inside(self, step: int) -> float:
         return float(self.value)
@@ -70,9 +70,9 @@ class _Ramp(ShareRate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        functional.check_probability("end", self.end)
-        functional.check_probability("start", self.start)
-        functional.check_int("num_steps", self.num_steps, minimum=1)
+        checks.probability("end", self.end)
+        checks.probability("start", self.start)
+        checks.integer("num_steps", self.num_steps, minimum=1)
 
     def _inside(self, step: int) -> float:
         if step >= self.num_steps:
@@ -118,18 +118,22 @@ class ExpertAverager:
         share_rate: float | Callable[[int], float],
     ):
         if not callable(share_rate):
-            functional.check_probability("share_rate", share_rate)
+            checks.probability("share_rate", share_rate)
             share_rate = ConstantShareRate(float(share_rate))
         self.schedule = share_rate
         self.num_steps = 0
         self._attachment: Attachment | None = None
-        self._model = experts if isinstance(experts, nn.Module) else None
-        self._given = {} if isinstance(experts, nn.Module) else _named(experts)
+        self._model: nn.Module | None = None
+        self._given: Mapping[str, Experts] = {}
+        if isinstance(experts, nn.Module) and not isinstance(experts, nn.ParameterList):
+            self._model = experts
+        else:
+            self._given = _named(experts)
         self._experts()
 
     def _experts(self) -> Mapping[str, Experts]:
         """Looked up at each step: parameters may be replaced (load_state_dict(assign=True), to(), fold_)."""
-        experts: Mapping[str, Experts] = self._given
+        experts = self._given
         if self._model is not None:
             experts = dict(expert_tensors(self._model))
         if not experts:
@@ -141,7 +145,7 @@ class ExpertAverager:
     def share_rate(self) -> float:
         """β of the next step."""
         beta = self.schedule(self.num_steps)
-        functional.check_probability("share_rate", beta)
+        checks.probability("share_rate", beta)
         return float(beta)
 
     def step(self, found_inf: bool | float | Tensor | None = None) -> None:
@@ -186,22 +190,31 @@ class ExpertAverager:
         """Root mean square distance of the experts from their mean, per tensor, in float64."""
         return {name: _rms_distance(experts) for name, experts in self._experts().items()}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is attached to nothing: the optimizer's hooks call the original.
+        return {**self.__dict__, "_attachment": None}
+
     def state_dict(self) -> dict[str, Any]:
         """The number of steps taken, and the schedule in words, to tell a resumed run from another."""
-        return {"num_steps": self.num_steps, "schedule": repr(self.schedule)}
+        # The words of any other function hold its address, which is new in every run.
+        words = repr(self.schedule) if isinstance(self.schedule, ShareRate) else None
+        return {"num_steps": self.num_steps, "schedule": words}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes the schedule; warns if it is not the one that was saved. The experts are the model's."""
-        functional.check_int("state_dict['num_steps']", state_dict["num_steps"], minimum=0)
+        missing = {"num_steps", "schedule"} - set(state_dict)
+        if missing:
+            raise ValueError(f"state_dict must have num_steps and schedule, lacks {', '.join(sorted(missing))}")
+        checks.integer("state_dict['num_steps']", state_dict["num_steps"], minimum=0)
         self.num_steps = state_dict["num_steps"]
-        if state_dict["schedule"] != repr(self.schedule):
+        if state_dict["schedule"] != self.state_dict()["schedule"]:
             warnings.warn(
-                f"resuming with {self.schedule!r}, but {state_dict['schedule']} was saved",
+                f"resuming with {self.schedule!r}, but {state_dict['schedule'] or 'another function'} was saved",
                 stacklevel=2,
             )
 
 
-def _named(experts: Iterable[Any]) -> dict[str, Experts]:
+def _named(experts: Any) -> dict[str, Experts]:
     if isinstance(experts, Tensor) or not isinstance(experts, Iterable):
         raise TypeError(
             "experts must be a model or an iterable of stacked tensors [E, ...] or of lists of E tensors, "
@@ -211,8 +224,10 @@ def _named(experts: Iterable[Any]) -> dict[str, Experts]:
     for i, item in enumerate(experts):
         is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
         name, group = item if is_pair else (str(i), item)
+        if name in named:
+            raise ValueError(f"experts must have names of their own, got {name!r} twice")
         named[name] = group if isinstance(group, Tensor) else list(group)
-    functional.check_experts(named.values())
+    checks.experts(named.values())
     return named
 
 

@@ -20,7 +20,7 @@ _IMPLEMENTED = {
 _DESCRIPTIONS = {
     "reference": "the specification in plain PyTorch, differentiable by autograd",
     "torch": "PyTorch calls block by block, hand-written backward that keeps the pre-activation only",
-    "cpp": "C++; in moe_ffn for float32 between PyTorch's matrix products, keeping the pre-activation only",
+    "cpp": "C++ (in moe_ffn: what lies between PyTorch's matrix products, in float32)",
 }
 
 

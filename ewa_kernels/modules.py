@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewa_kernels import backends, functional, reference
+from ewa_kernels import backends, checks, functional, reference
 
 
 class ExpertLinear(nn.Module):
@@ -56,11 +56,11 @@ class ExpertLinear(nn.Module):
 
 
 def _check_options(activation: str, gated: bool, dropout: float, **sizes: int) -> None:
-    functional.check_bool("gated", gated)
+    checks.boolean("gated", gated)
     for name, size in sizes.items():
-        functional.check_size(name, size)
-    functional.check_choice("activation", activation, reference.ACTIVATIONS)
-    functional.check_probability("dropout", dropout)
+        checks.size(name, size)
+    checks.choice("activation", activation, reference.ACTIVATIONS)
+    checks.probability("dropout", dropout)
 
 
 class FFN(nn.Module):
@@ -142,7 +142,7 @@ class RandomPartitionMoE(nn.Module):
     ):
         super().__init__()
         _check_options(activation, gated, dropout, d_model=d_model, d_ff=d_ff, num_experts=num_experts)
-        functional.check_choice("backend", backend, backends.BACKENDS)
+        checks.choice("backend", backend, backends.BACKENDS)
         self.activation, self.gated, self.dropout = activation, gated, dropout
         self.backend = backend
         num_up = 2 * d_ff if gated else d_ff
@@ -172,8 +172,23 @@ class RandomPartitionMoE(nn.Module):
         Args:
             x: of the dtype and device of the parameters.
             seed: of the deal, in training: int in 0…2⁶³−1 or int64 tensor with one element. None draws it.
+
+        Raises:
+            TypeError, ValueError: x or seed is not what `ewa_kernels.functional.moe_ffn` needs.
         """
         if not self.training:
+            checks.ffn(
+                x,
+                self.up.weight,
+                self.up.bias,
+                self.down.weight,
+                self.down.bias,
+                self.activation,
+                self.gated,
+                self.dropout,
+            )
+            if seed is not None:
+                checks.seed_tensor(seed, x.device)
             return self._forward_merged(x)
         if seed is None:
             seed = functional.draw_seed(x)
@@ -196,7 +211,13 @@ class RandomPartitionMoE(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """The dense FFN with the experts' mean, in the same mode, dtype and device; shares no memory."""
+        """The dense FFN with the experts' mean, in the same mode, dtype and device; shares no memory.
+
+        Raises:
+            TypeError: in a subclass with a forward of its own, which must say itself what it becomes.
+        """
+        if type(self).forward is not RandomPartitionMoE.forward:
+            raise TypeError(f"{type(self).__name__} must override fuse, because it overrides forward")
         ffn = FFN(
             self.d_model,
             self.d_ff,
@@ -226,4 +247,6 @@ def expert_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, Parameter `[E, ...]`) of every stacked tensor of every `RandomPartitionMoE` in a model."""
     for prefix, module in model.named_modules():
         if isinstance(module, RandomPartitionMoE):
-            yield from module.named_parameters(prefix=prefix)
+            for name in ("up", "down"):
+                linear = module.get_submodule(name)
+                yield from linear.named_parameters(prefix=f"{prefix}.{name}" if prefix else name)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -296,6 +297,23 @@ class TestExpertAverager:
         state = ewa.ExpertAverager(model, 0.3).state_dict()
         with pytest.warns(UserWarning, match=r"ConstantShareRate\(.*value=0.3\) was saved"):
             ewa.ExpertAverager(model, 0.2).load_state_dict(state)
+
+    def test_resuming_a_function_of_yours_does_not_warn(self):
+        model, _ = small_model()
+        state = ewa.ExpertAverager(model, lambda step: 0.1).state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ewa.ExpertAverager(model, lambda step: 0.1).load_state_dict(state)
+
+    def test_a_copy_is_attached_to_nothing(self):
+        model, optimizer = small_model()
+        averager = ewa.ExpertAverager(model, 0.3)
+        averager.attach(optimizer)
+        copy.deepcopy(averager).attach(optimizer)
+
+    def test_parameter_list(self):
+        parameters = nn.ParameterList([nn.Parameter(experts_of(4, 3)), nn.Parameter(experts_of(2, 5))])
+        assert list(ewa.ExpertAverager(parameters, 0.3).spread()) == ["0", "1"]
 
     def test_never_averages_stale_parameters(self):
         """load_state_dict(assign=True) puts new tensors in place of the ones the averager was made with."""

@@ -200,6 +200,21 @@ CASES = [
         "activation must be one of gelu, gelu_tanh, relu, relu2, silu, identity, got 'swish'",
     ),
     (lambda: ewa.RandomPartitionMoE(6, 8, 4)([1.0]), TypeError, "x must be a Tensor, got list"),
+    (
+        lambda: ewa.RandomPartitionMoE(6, 8, 4).eval()(torch.zeros(3, 7)),
+        ValueError,
+        "x must be [..., D] with D = 6, got [3, 7]",
+    ),
+    (
+        lambda: ewa.RandomPartitionMoE(6, 8, 4).eval()(torch.zeros(3, 6).double()),
+        TypeError,
+        "up_weight must be torch.float64 like x, got torch.float32",
+    ),
+    (
+        lambda: ewa.RandomPartitionMoE(6, 8, 4).eval()(X, seed="abc"),
+        TypeError,
+        "seed must be an int or an int64 tensor, got str 'abc'",
+    ),
     # surgery
     (lambda: ewa.find_ffns([1]), TypeError, "model must be an nn.Module, got list"),
     (lambda: ewa.fold_(None), TypeError, "model must be an nn.Module, got NoneType"),
@@ -226,6 +241,21 @@ CASES = [
         ValueError,
         "experts must hold something to average, found no RandomPartitionMoE layer in the model: "
         "call replace_ffn_(model) first",
+    ),
+    (
+        lambda: ewa.ExpertAverager([("w", E46), ("w", E46.clone())], 0.3),
+        ValueError,
+        "experts must have names of their own, got 'w' twice",
+    ),
+    (
+        lambda: ewa.ExpertAverager([E46], 0.3).load_state_dict({"num_steps": 7}),
+        ValueError,
+        "state_dict must have num_steps and schedule, lacks schedule",
+    ),
+    (
+        lambda: ewa.register_ffn_adapter(Mlp, up=3, down="fc2"),
+        TypeError,
+        "up and down must be names of nn.Linear modules, got int 3",
     ),
     (lambda: ewa.ExpertAverager([E46], 2), ValueError, "share_rate must be in [0, 1], got 2"),
     (lambda: ewa.ExpertAverager([E46], lambda step: 7.0).step(), ValueError, "share_rate must be in [0, 1], got 7.0"),

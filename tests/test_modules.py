@@ -150,6 +150,12 @@ def test_parameters_move_and_convert():
     assert layer(X.bfloat16()).dtype == layer.eval()(X.bfloat16()).dtype == torch.bfloat16
 
 
+def test_meta_device():
+    layer = ewa.RandomPartitionMoE(8, 12, 4, device="meta")
+    for mode in (True, False):
+        assert layer.train(mode)(torch.empty(6, 8, device="meta")).shape == (6, 8)
+
+
 def test_expert_tensors():
     model = nn.ModuleDict({"a": ewa.RandomPartitionMoE(8, 12, 4, bias=False), "b": nn.Linear(8, 8)})
     assert [name for name, _ in ewa.expert_tensors(model)] == ["a.up.weight", "a.down.weight"]

@@ -2,13 +2,16 @@
 
 import copy
 import pickle
+import random
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from models import Block, Mlp, MLPBlock, PackedGLU, PointMlp, SwiGLU, Transformer, tokens
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import ewa_kernels as ewa
 from ewa_kernels.surgery import adapters
@@ -136,6 +139,72 @@ class InputDropout(Mlp):
         return super().forward(self.drop2(x))
 
 
+class Saturating(Mlp):
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)).clamp(-12, 12))
+
+
+class LayerDrop(Mlp):
+    def forward(self, x):
+        if self.training and torch.rand(()) < 0.01:
+            return torch.zeros_like(x)
+        return super().forward(x)
+
+
+class PythonLayerDrop(Mlp):
+    def forward(self, x):
+        if self.training and random.random() < 0.01:
+            return torch.zeros_like(x)
+        return super().forward(x)
+
+
+class MixesManyTokens(Mlp):
+    def forward(self, x):
+        return super().forward(x) + (x.mean(1, keepdim=True) if x.shape[1] > 64 else 0)
+
+
+class MixesImages(Mlp):
+    def forward(self, x):
+        return super().forward(x) + (x.mean(1, keepdim=True) if x.ndim == 4 else 0)
+
+
+class Counts(Mlp):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (self.calls < 3)
+
+
+class Detaches(Mlp):
+    def forward(self, x):
+        return super().forward(x.detach())
+
+
+class NoGradHidden(Mlp):
+    def forward(self, x):
+        with torch.no_grad():
+            hidden = self.act(self.fc1(x))
+        return self.fc2(hidden)
+
+
+class StraightThrough(Mlp):
+    def forward(self, x):
+        return super().forward(x) + x - x.detach()
+
+
+class WritesIntoInput(Mlp):
+    def forward(self, x):
+        y = super().forward(x)
+        x.zero_()
+        return y
+
+
+class NoArgument(Mlp):
+    def forward(self):
+        return None
+
+
 class TwoArguments(Mlp):
     def forward(self, x, scale=1.0):
         return super().forward(x)
@@ -203,18 +272,31 @@ SKIPPED = [
     (MixesTokens(), "its output is not down(act(up(x)))"),
     (PlainNormed(), "its output is not down(act(up(x)))"),
     (Mlp(act=nn.Tanh), "its output is not down(act(up(x)))"),
-    (Mlp(act=nn.PReLU), "holds more than two projections: act.weight"),
-    (LearnedScale(), "holds more than two projections: gamma"),
-    (Normed(), "holds more than two projections: norm.weight, norm.bias"),
+    (Mlp(act=nn.PReLU), "has other parameters or buffers: act.weight"),
+    (LearnedScale(), "has other parameters or buffers: gamma"),
+    (Normed(), "has other parameters or buffers: norm.weight, norm.bias"),
     (FunctionalDropout(), "in training does something else than dropout of hidden and of the output"),
     (InputDropout(drop=0.1), "in training does something else than"),
+    (Saturating(), "is no plain FFN on every input: not on [2, 3, 8], scale 100"),
+    (Mlp(act=nn.ReLU6), "is no plain FFN on every input: not on [2, 3, 8], scale 100"),
+    (LayerDrop(), "in training does something else than dropout"),
+    (PythonLayerDrop(), "in training does something else than dropout"),
+    (MixesManyTokens(), "is no plain FFN on every input: not on [1, 70, 8], scale 1"),
+    (MixesImages(), "is no plain FFN on every input: not on [2, 4, 5, 8], scale 1"),
+    (Counts(), "is no plain FFN on every input: not on [7, 8], scale 1"),
+    (Detaches(), "its gradient with respect to its input is not that of its output"),
+    (NoGradHidden(), "its gradient with respect to its input is not that of its output"),
+    (StraightThrough(), "its gradient with respect to its input is not that of its output"),
+    (WritesIntoInput(), "writes into its input"),
+    (NoArgument(), "fails on one tensor [2, 3, D]: TypeError"),
+    (torch.jit.script(Mlp()), "cannot be examined: "),
     (TwoArguments(), "its forward takes more than one argument: scale"),
     (NeedsImage(), "fails on one tensor [2, 3, D]: ValueError: not enough values to unpack"),
     (ConvMlp(), "fc1 is a Conv2d, not an nn.Linear"),
     (GivesTuple(), "gives tuple for a tensor [2, 3, 8]"),
     (nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 5)), "maps 8 to 5 features, not to as many"),
     (frozen_bias_of_two(), "its up projections differ in weight: frozen, or missing"),
-    (tied(), "holds more than two projections: other"),
+    (tied(), "has other parameters or buffers: other"),
     (hooked(), "has hooks that would be lost, on fc1"),
     (half(), "has parameters of more than one dtype: torch.float16, torch.float32"),
     (nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(16, 8)), "its up projection gives 12 features"),
@@ -244,7 +326,20 @@ class TestSkip:
         model = Transformer(Mlp(), Mlp())
         model.blocks[0].mlp.fc1.weight = model.blocks[1].mlp.fc1.weight
         for site in ewa.find_ffns(model):
-            assert site.skip_reason == "shares parameters with another module: fc1.weight"
+            assert site.skip_reason == "shares with another module: fc1.weight"
+
+    def test_shared_projection(self):
+        """By a module outside any FFN, and by two FFNs."""
+        model = Transformer(Mlp(), Mlp(), Mlp())
+        model.alias = model.blocks[1].mlp.fc1
+        model.blocks[2].mlp.fc1 = model.blocks[0].mlp.fc1
+        for site in ewa.find_ffns(model):
+            assert site.skip_reason == "shares with another module: fc1"
+
+    def test_in_training_mode_in_part(self):
+        model = Transformer(Mlp(drop=0.1))
+        model.blocks[0].mlp.drop1.eval()
+        assert ewa.find_ffns(model)[0].skip_reason == "is in training mode in part only"
 
     def test_root(self):
         (site,) = ewa.find_ffns(Mlp())
@@ -445,7 +540,70 @@ class TestFold:
         torch.testing.assert_close(wide(tokens().double()).float(), model(tokens()))
 
 
+class Remembers(Mlp):
+    """Holds what cannot be copied, and keeps what it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+        self.last = None
+
+    def forward(self, x):
+        self.last = self.act(self.fc1(x))
+        return self.fc2(self.last)
+
+
 class TestFoldOthers:
+    def test_ffn_with_state_that_cannot_be_copied(self):
+        model = Transformer(Mlp(), Remembers()).eval()
+        original = model.blocks[1].mlp
+        lock = original.lock
+        expected = model(tokens())
+        ewa.replace_ffn_(model)
+        assert torch.equal(model(tokens()), expected)
+        ewa.fold_(model)
+        assert model.blocks[1].mlp is original
+        assert original.lock is lock
+        assert torch.equal(model(tokens()), expected)
+
+    def test_old_ffn_elsewhere_fails_rather_than_being_stale(self):
+        model = Transformer(Mlp(), Mlp())
+        kept = [model.blocks[1].mlp]
+        ewa.replace_ffn_(model)
+        assert all(p.is_meta for p in kept[0].parameters())
+
+    def test_eval_from_many_threads(self):
+        model = Transformer(Mlp(), Mlp()).eval()
+        ewa.replace_ffn_(model)
+        expected = model(tokens())
+        with ThreadPoolExecutor(4) as pool:
+            outputs = list(pool.map(lambda _: model(tokens()), range(200)))
+        assert all(torch.equal(y, expected) for y in outputs)
+
+    def test_pruned_experts(self):
+        """Their weight is no Parameter any more; it is computed from others."""
+        model = Transformer(Mlp(), Mlp()).eval()
+        ewa.replace_ffn_(model)
+        prune.l1_unstructured(model.blocks[1].mlp.up, "weight", amount=0.5)
+        expected = model(tokens())
+        assert torch.equal(ewa.fold_(model)(tokens()), expected)
+
+    def test_subclass_with_a_forward_of_its_own(self):
+        class Doubled(ewa.RandomPartitionMoE):
+            def forward(self, x, *, seed=None):
+                return 2 * super().forward(x, seed=seed)
+
+        model = nn.Sequential(Doubled(8, 12, 2))
+        model[0].gamma = nn.Parameter(torch.ones(8))
+        assert [name for name, _ in ewa.expert_tensors(model)] == [
+            "0.up.weight",
+            "0.up.bias",
+            "0.down.weight",
+            "0.down.bias",
+        ]
+        with pytest.raises(TypeError, match="Doubled must override fuse, because it overrides forward"):
+            ewa.fold_(model)
+
     def test_own_layers_become_ffns(self):
         model = nn.Sequential(nn.Linear(8, 8), ewa.RandomPartitionMoE(8, 12, 4)).eval()
         x = tokens(3, 8)
@@ -468,8 +626,8 @@ class TestFoldOthers:
         model = Transformer(Mlp(), Mlp())
         ewa.replace_ffn_(model, filter_fn=lambda *_: True)
         modules = list(model.modules())
-        fuse = ewa.RandomPartitionMoE.fuse
         kind = type(model.blocks[1].mlp)
+        fuse = kind.fuse
         calls = []
 
         def fail(self):

@@ -40,7 +40,7 @@ class _Buffers:
 
 
 class _Block(NamedTuple):
-    """`n` rows of each expert in a slice; their rows in block order start at `start`."""
+    """`n` rows of each expert in a slice."""
 
     experts: slice
     rows: Tensor  # [experts, n], int64, grouped rows

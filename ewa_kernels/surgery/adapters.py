@@ -76,12 +76,12 @@ def register_ffn_adapter(
     """
     if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
         raise TypeError(f"module_class must be a subclass of nn.Module, got {module_class!r}")
-    names = (up,) if isinstance(up, str) else tuple(up)
+    names = tuple(up) if isinstance(up, (list, tuple)) else (up,)
     if len(names) not in (1, 2):
         raise ValueError(f"up must be one name, or two for a GLU, got {list(names)}")
     for name in (*names, down):
         if not isinstance(name, str):
-            raise TypeError(f"up and down must be names of nn.Linear modules, got {type(name).__name__}")
+            raise TypeError(f"up and down must be names of nn.Linear modules, got {type(name).__name__} {name!r}")
     _registered.insert(
         0,
         Adapter(

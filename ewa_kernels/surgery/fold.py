@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ewa_kernels.modules import RandomPartitionMoE
 from ewa_kernels.surgery.layout import swap_modules_
+from ewa_kernels.surgery.replace import ReplacedFFN
 
 
 def _fused(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Each layer of experts with the FFN it becomes."""
-    return {m: m.fuse() for m in model.modules() if isinstance(m, RandomPartitionMoE)}
+    with torch.inference_mode(False):
+        return {m: m.fuse() for m in model.modules() if isinstance(m, RandomPartitionMoE)}
 
 
 def fold_(model: nn.Module) -> nn.Module:
@@ -20,16 +23,19 @@ def fold_(model: nn.Module) -> nn.Module:
 
     A model that went through `replace_ffn_` gets its architecture back: the very classes, attribute names,
     parameter order and `state_dict` keys. A `RandomPartitionMoE` of your own becomes an `ewa_kernels.FFN`.
-    The model's output in eval mode does not change. The new parameters are in no optimizer.
+    The model's output in eval mode does not change. The new parameters are in no optimizer, and hooks on a
+    `RandomPartitionMoE` go with it.
 
     Raises:
         TypeError: `model` is not an nn.Module.
+        TypeError: a subclass of RandomPartitionMoE has a forward of its own and no `fuse`.
         ValueError: `model` itself is a RandomPartitionMoE. After any error the model is as it was.
     """
     _check_model(model)
     if isinstance(model, RandomPartitionMoE):
         raise ValueError("model must hold the RandomPartitionMoE layers, got one itself: use model.fuse()")
-    swap_modules_(model, _fused(model))
+    fused = _fused(model)  # all that can fail is done here
+    swap_modules_(model, {m: m.restore(ffn) if isinstance(m, ReplacedFFN) else ffn for m, ffn in fused.items()})
     return model
 
 

@@ -1,13 +1,15 @@
-"""How the tensors of an FFN lie in the stacked tensors of its experts, and copies of modules around them."""
+"""What an FFN inside a module computes, how its tensors lie in those of the experts, and copies of modules."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ewa_kernels import reference
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,48 @@ class FFNLayout:
     def _swap(self, up: Tensor) -> Tensor:
         return torch.cat(up.chunk(2)[::-1]) if self.gate_last else up
 
+    def forward(self, dense: Mapping[str, Tensor], x: Tensor, *, training: bool) -> Tensor:
+        """What the FFN with these tensors, by its own names, computes; projection by projection, as it does."""
+
+        def project(name: str, x: Tensor) -> Tensor:
+            return F.linear(x, dense[f"{name}.weight"], dense.get(f"{name}.bias"))
+
+        pre = [project(name, x) for name in self.up]
+        act = reference.ACTIVATIONS[self.activation]
+        if self.gated:
+            first, last = pre if len(pre) == 2 else pre[0].chunk(2, dim=-1)
+            hidden = act(last) * first if self.gate_last else act(first) * last
+        else:
+            hidden = act(pre[0])
+        y = project(self.down, F.dropout(hidden, self.dropout, training))
+        return F.dropout(y, self.output_dropout, training)
+
 
 def copy_with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """A deep copy of `module` in which the named parameters are these; the old ones are not copied."""
-    memo = {
-        id(old): nn.Parameter(parameters[name], requires_grad=old.requires_grad)
-        for name, old in module.named_parameters()
-    }
-    return copy.deepcopy(module, memo)
+    """`copy_modules`, with these in place of the named parameters, and with their `requires_grad`."""
+    twin = copy_modules(module)
+    for name, old in module.named_parameters():
+        parent, _, leaf = name.rpartition(".")
+        new = nn.Parameter(parameters[name], requires_grad=old.requires_grad)
+        twin.get_submodule(parent)._parameters[leaf] = new
+    return twin
+
+
+def copy_modules(module: nn.Module, copies: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """A module made of copies of all its modules; what else they hold (parameters, a lock, a config) is shared.
+
+    `copies` are those made already.
+    """
+    copies = {} if copies is None else copies
+    if module not in copies:
+        twin = copies[module] = module.__class__.__new__(module.__class__)
+        twin.__dict__.update(module.__dict__)
+        twin.__dict__["_parameters"] = dict(module._parameters)
+        twin.__dict__["_buffers"] = dict(module._buffers)
+        twin.__dict__["_modules"] = {
+            name: None if child is None else copy_modules(child, copies) for name, child in module._modules.items()
+        }
+    return copies[module]
 
 
 def swap_modules_(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewa_kernels import backends, functional
+from ewa_kernels import backends, checks
 from ewa_kernels.modules import RandomPartitionMoE
-from ewa_kernels.surgery.layout import FFNLayout, copy_with_parameters, swap_modules_
+from ewa_kernels.surgery.layout import FFNLayout, copy_modules, copy_with_parameters, swap_modules_
 from ewa_kernels.surgery.sites import FFNSite, find_ffns
 
 INITS = ("copy", "independent")
@@ -22,15 +22,18 @@ INITS = ("copy", "independent")
 class _Origin:
     """Not the module itself, because a module in an attribute would become part of the module tree."""
 
-    ffn: nn.Module  # in eval mode, parameters on the meta device: it takes no memory
+    ffn: nn.Module
     layout: FFNLayout
 
 
 class ReplacedFFN(RandomPartitionMoE):
-    """The experts in place of an FFN, which they can become again."""
+    """The experts in place of an FFN, which they can become again.
+
+    The FFN is kept, outside the module tree, and `release` takes its memory.
+    """
 
     def __init__(self, ffn: nn.Module, layout: FFNLayout, experts: Mapping[str, Tensor], backend: str):
-        """`experts`: "up.weight", "up.bias", "down.weight" and "down.bias", stacked; absent if the FFN has none."""
+        """`experts`: up.weight, up.bias, down.weight, down.bias, stacked; absent where the FFN has none."""
         num_experts, d_model, d_ff = experts["down.weight"].shape
         super().__init__(
             d_model,
@@ -48,11 +51,9 @@ class ReplacedFFN(RandomPartitionMoE):
             for which in ("weight", "bias"):
                 stacked = experts.get(f"{name}.{which}")
                 if stacked is not None:
-                    requires_grad = getattr(linear, which).requires_grad
-                    stacked = nn.Parameter(stacked, requires_grad=requires_grad)
+                    stacked = nn.Parameter(stacked, requires_grad=getattr(linear, which).requires_grad)
                 setattr(getattr(self, name), which, stacked)
-        without_memory = {name: torch.empty_like(p, device="meta") for name, p in ffn.named_parameters()}
-        self._origin = _Origin(copy_with_parameters(ffn, without_memory).eval(), layout)
+        self._origin = _Origin(ffn, layout)
         self.train(ffn.training)
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
@@ -61,23 +62,51 @@ class ReplacedFFN(RandomPartitionMoE):
 
     def _merged(self) -> dict[str, Tensor]:
         """The mean expert under the names of the FFN."""
-        stacked = {name: functional.merge_experts(p) for name, p in self.named_parameters()}
+        stacked = {}
+        for name, experts in (("up", self.up), ("down", self.down)):
+            weight, bias = experts.merge()
+            stacked[f"{name}.weight"] = weight
+            if bias is not None:
+                stacked[f"{name}.bias"] = bias
         return self._origin.layout.unstack(stacked)
 
     def _forward_merged(self, x: Tensor) -> Tensor:
-        # The FFN's own code, so that folding changes no bit of the output.
-        return torch.func.functional_call(self._origin.ffn, self._merged(), (x,))
+        if torch.compiler.is_compiling():
+            return self._origin.layout.forward(self._merged(), x, training=False)
+        # The FFN's own code, so that folding changes no bit of the output; in a copy, which other threads and a
+        # forward that writes into its module cannot disturb.
+        ffn = copy_modules(self._origin.ffn).eval()
+        return torch.func.functional_call(ffn, self._merged(), (x,), strict=True)
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """The FFN that was replaced, of its own class, with the experts' mean."""
+        """The FFN that was replaced, of its own class, with the experts' mean; a copy that shares no parameter."""
+        layout = self._origin.layout
         ffn = copy_with_parameters(self._origin.ffn, {name: mean.clone() for name, mean in self._merged().items()})
-        for name, projections in (("up", self._origin.layout.up), ("down", (self._origin.layout.down,))):
-            for which, stacked in getattr(self, name).named_parameters():
-                for projection in projections:
-                    parameter = getattr(ffn.get_submodule(projection), which)
-                    parameter.requires_grad_(stacked.requires_grad)
+        for experts, projections in ((self.up, layout.up), (self.down, (layout.down,))):
+            for which in ("weight", "bias"):
+                stacked = getattr(experts, which)
+                for projection in projections if stacked is not None else ():
+                    getattr(ffn.get_submodule(projection), which).requires_grad_(stacked.requires_grad)
         return ffn.train(self.training)
+
+    def release(self) -> None:
+        """Takes the memory of the FFN that was replaced: nothing in the model needs it."""
+        for _, linear in self._projections_of(self._origin.ffn):
+            for which, parameter in linear._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty_like(parameter, device="meta")
+                    linear._parameters[which] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+    def restore(self, fused: nn.Module) -> nn.Module:
+        """The very module that was replaced, with the parameters of `fused`."""
+        for name, linear in self._projections_of(self._origin.ffn):
+            linear._parameters.update(fused.get_submodule(name)._parameters)
+        return self._origin.ffn.train(self.training)
+
+    def _projections_of(self, ffn: nn.Module) -> list[tuple[str, nn.Module]]:
+        layout = self._origin.layout
+        return [(name, ffn.get_submodule(name)) for name in (*layout.up, layout.down)]
 
 
 @dataclass(frozen=True)
@@ -115,7 +144,8 @@ def replace_ffn_(
     """Replaces FFNs of a model by `RandomPartitionMoE` layers, in place.
 
     Make the optimizer after this call: the parameters are new ones. A module that stands in several places of
-    the model is replaced in all of them by one layer.
+    the model is replaced in all of them by one layer. Only places that PyTorch knows are found: the FFN in a
+    plain Python list of yours stays there, without its parameters, and fails when it is called.
 
     Args:
         model: any module; `find_ffns` tells what is replaceable.
@@ -134,9 +164,9 @@ def replace_ffn_(
         TypeError, ValueError: an argument of a wrong type, or out of range. The model is as it was then, and so
             it is after any other error.
     """
-    functional.check_size("num_experts", num_experts)
-    functional.check_choice("init", init, INITS)
-    functional.check_choice("backend", backend, backends.BACKENDS)
+    checks.size("num_experts", num_experts)
+    checks.choice("init", init, INITS)
+    checks.choice("backend", backend, backends.BACKENDS)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be a callable (name, module) -> bool, got {type(filter_fn).__name__}")
     sites = find_ffns(model)
@@ -145,7 +175,10 @@ def replace_ffn_(
         chosen = replaceable[1::2]
     else:
         chosen = [site for site in replaceable if filter_fn(site.name, site.module)]
-    swap_modules_(model, {site.module: _experts_of(site, num_experts, init, backend) for site in chosen})
+    layers = {site.module: _experts_of(site, num_experts, init, backend) for site in chosen}
+    swap_modules_(model, layers)
+    for layer in layers.values():
+        layer.release()
     report = ReplacementReport(
         replaced=tuple(site.name for site in chosen),
         kept=tuple(site.name for site in replaceable if site not in chosen),
@@ -156,6 +189,7 @@ def replace_ffn_(
     return report
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _experts_of(site: FFNSite, num_experts: int, init: str, backend: str) -> ReplacedFFN:
     assert site.layout is not None

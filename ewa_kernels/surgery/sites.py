@@ -37,15 +37,21 @@ class FFNSite:
 def find_ffns(model: nn.Module) -> list[FFNSite]:
     """All FFNs of a model in module order, replaceable or not; the model is not touched.
 
-    A module that looks like an FFN is run, as a copy with random parameters: it is replaceable only if its
-    output, in eval and in training mode, is that of the FFN it is taken for.
+    A module that looks like an FFN is run, as a copy with random parameters: it is replaceable only if output
+    and gradients, in eval and in training mode, are those of the FFN it is taken for.
 
     Raises:
         TypeError: `model` is not an nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    # How many modules hold each parameter, and each module.
+    holders = Counter(
+        id(held)
+        for module in model.modules()
+        for held in (*module._parameters.values(), *module._modules.values())
+        if held is not None
+    )
     sites = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -59,10 +65,12 @@ def find_ffns(model: nn.Module) -> list[FFNSite]:
             layout, skip_reason = None, None
             try:
                 _check_is_root(module, model)
-                _check_parts(module, up, down, owners)
+                _check_parts(module, up, down, holders)
                 layout = probe(module, up, down)
             except NotReplaceableError as error:
                 skip_reason = str(error)
+            except Exception as error:  # of foreign code: one odd module must not hide all others
+                skip_reason = f"cannot be examined: {type(error).__name__}: {error}"
             sites.append(FFNSite(name, module, kind, layout, skip_reason))
         else:
             continue
@@ -76,7 +84,7 @@ def _check_is_root(module: nn.Module, model: nn.Module) -> None:
         raise NotReplaceableError("is the model itself: nothing holds it that could hold another")
 
 
-def _check_parts(module: nn.Module, up: tuple[str, ...], down: str, owners: Counter[int]) -> None:
+def _check_parts(module: nn.Module, up: tuple[str, ...], down: str, holders: Counter[int]) -> None:
     """All that must be so before a module is even run."""
     linears = [_linear(module, name) for name in (*up, down)]
     *ups, last = linears
@@ -97,12 +105,11 @@ def _check_parts(module: nn.Module, up: tuple[str, ...], down: str, owners: Coun
     others = [name for name in parameters if name not in known]
     others += [name for name, _ in module.named_buffers()]
     if others:
-        raise NotReplaceableError(f"holds more than two projections: {', '.join(others)}")
-    shared = [name for name, p in parameters.items() if owners[id(p)] > 1]
+        raise NotReplaceableError(f"has other parameters or buffers: {', '.join(others)}")
+    shared = [name for name, p in parameters.items() if holders[id(p)] > 1]
+    shared += [name for name, linear in zip((*up, down), linears, strict=True) if holders[id(linear)] > 1]
     if shared or len(parameters) != sum(1 + (linear.bias is not None) for linear in linears):
-        raise NotReplaceableError(
-            f"shares parameters with another module: {', '.join(shared) or 'its own projections'}"
-        )
+        raise NotReplaceableError(f"shares with another module: {', '.join(shared) or 'its own projections'}")
     for what in ("dtype", "device"):
         values = {str(getattr(p, what)) for p in parameters.values()}
         if len(values) > 1:
@@ -114,6 +121,8 @@ def _check_parts(module: nn.Module, up: tuple[str, ...], down: str, owners: Coun
         if len({None if p is None else p.requires_grad for p in of_ups}) > 1:
             raise NotReplaceableError(f"its up projections differ in {which}: frozen, or missing")
 
+    if len({child.training for child in module.modules()}) > 1:
+        raise NotReplaceableError("is in training mode in part only")
     hooked = [name or "it" for name, child in module.named_modules() if _has_hooks(child)]
     if hooked:
         raise NotReplaceableError(f"has hooks that would be lost, on {', '.join(hooked)}")
@@ -153,5 +162,5 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _extra_arguments(module: nn.Module) -> Iterator[str]:
     """Names of what `forward` takes besides the tokens."""
-    _, *others = inspect.signature(module.forward).parameters.values()
+    others = list(inspect.signature(module.forward).parameters.values())[1:]
     return (str(parameter).split(":")[0] for parameter in others)

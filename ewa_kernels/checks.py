@@ -1,0 +1,211 @@
+"""What arguments must be: each check raises an error that names the argument, what it got and what it needs."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ewa_kernels.reference import ACTIVATIONS
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATING_NAMES = "float16, bfloat16, float32 or float64"
+_INTEGERS: Any = (int, torch.SymInt, numbers.Integral)
+MAX_TOKENS = 2**31
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device | None = None) -> Tensor:
+    """`seed` as an int64 tensor with one element: an int on the CPU, a tensor where it is.
+
+    Raises:
+        TypeError: neither an int nor an int64 tensor on the CPU or `device`.
+        ValueError: out of range, or not one element.
+    """
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int or an int64 tensor, got a {seed.dtype} tensor")
+        if seed.numel() != 1:
+            raise ValueError(f"seed must have one element, got shape {list(seed.shape)}")
+        if device is not None and seed.device.type != "cpu" and seed.device != device:
+            raise TypeError(f"seed must be on the CPU or on {device} like x, got {seed.device}")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed must be an int or an int64 tensor, got {_kind(seed)}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in 0…2^63−1, got {seed}")
+    return torch.tensor(int(seed), dtype=torch.int64, device="cpu" if device is not None else None)
+
+
+def choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    choices = list(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def probability(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is a number, ValueError unless it is in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name} must be a number in [0, 1], got {_kind(value)}")
+    if not 0 <= float(value) <= 1:  # a NaN fails too
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def boolean(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {_kind(value)}")
+
+
+def size(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is an int, ValueError unless it is at least 1."""
+    integer(name, value, minimum=1)
+
+
+def integer(name: str, value: Any, *, minimum: int, below: int | None = None) -> None:
+    """Raises TypeError unless `value` is an int, ValueError unless minimum ≤ value < below."""
+    if isinstance(value, bool) or not isinstance(value, _INTEGERS):
+        raise TypeError(f"{name} must be an int, got {_kind(value)}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if below is not None and value >= below:
+        raise ValueError(f"{name} must be less than {below}, got {value}")
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"{type(value).__name__} {value!r}"
+
+
+def floating(name: str, tensor: Any) -> None:
+    """Raises TypeError unless `tensor` is a floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be {_FLOATING_NAMES}, got {tensor.dtype}")
+
+
+def stacked(name: str, tensor: Any) -> None:
+    """Raises TypeError unless `tensor` is a floating-point tensor, ValueError unless it is `[E, ...]`, E ≥ 1."""
+    floating(name, tensor)
+    if tensor.ndim == 0:
+        raise ValueError(f"{name} must have a leading expert dimension [E, ...], got shape []")
+    if tensor.shape[0] == 0:
+        raise ValueError(f"{name} must hold at least one expert, got shape {list(tensor.shape)}")
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for `device`; False where there is none, as on meta."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _shape(name: str, tensor: Tensor, meaning: str, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {meaning} = {list(shape)}, got {list(tensor.shape)}")
+
+
+def ffn(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    dropout_p: float,
+) -> None:
+    choice("activation", activation, ACTIVATIONS)
+    boolean("gated", gated)
+    probability("dropout_p", dropout_p)
+
+    parameters = {"up_weight": up_weight, "down_weight": down_weight}
+    if up_bias is not None:
+        parameters["up_bias"] = up_bias
+    if down_bias is not None:
+        parameters["down_bias"] = down_bias
+    floating("x", x)
+    mixed_dtypes = autocast_enabled(x.device)
+    for name, tensor in parameters.items():
+        floating(name, tensor)
+        if tensor.device != x.device:
+            raise TypeError(f"{name} must be on {x.device} like x, got {tensor.device}")
+        if tensor.dtype != x.dtype and not mixed_dtypes:
+            raise TypeError(f"{name} must be {x.dtype} like x, got {tensor.dtype}")
+
+    rows = "2F" if gated else "F"
+    if up_weight.ndim != 3 or 0 in up_weight.shape:
+        raise ValueError(f"up_weight must be [E, {rows}, D] with no size 0, got {list(up_weight.shape)}")
+    num_experts, num_up, d_model = up_weight.shape
+    if gated and num_up % 2:
+        raise ValueError(f"up_weight must have an even number of rows (gate, then value) if gated, got {num_up}")
+    d_ff = num_up // 2 if gated else num_up
+    _shape("down_weight", down_weight, "[E, D, F]", (num_experts, d_model, d_ff))
+    if up_bias is not None:
+        _shape("up_bias", up_bias, f"[E, {rows}]", (num_experts, num_up))
+    if down_bias is not None:
+        _shape("down_bias", down_bias, "[E, D]", (num_experts, d_model))
+    if x.ndim == 0 or x.shape[-1] != d_model:
+        raise ValueError(f"x must be [..., D] with D = {d_model}, got {list(x.shape)}")
+    num_tokens = math.prod(x.shape[:-1])
+    if num_tokens >= MAX_TOKENS:
+        raise ValueError(f"x must hold fewer than 2^31 tokens, got {num_tokens}")
+
+
+def experts(tensors: Any) -> tuple[list[Tensor], list[int]]:
+    """Checks the `tensors` of `average_experts_` and flattens them.
+
+    Returns:
+        All tensors, and for each group 0 if it is one stacked tensor, else how many tensors it has.
+    """
+    if isinstance(tensors, Tensor):
+        raise TypeError("tensors must be a list of stacked tensors [E, ...], got one Tensor")
+    if not isinstance(tensors, Iterable):
+        raise TypeError(f"tensors must be a list of stacked tensors [E, ...], got {type(tensors).__name__}")
+    flat: list[Tensor] = []
+    group_sizes: list[int] = []
+    seen: set[tuple[Any, ...]] = set()
+    for i, group in enumerate(tensors):
+        if isinstance(group, (list, tuple)):
+            if not group:
+                raise ValueError(f"tensors[{i}] must hold at least one expert, got an empty list")
+            members = {f"tensors[{i}][{e}]": expert for e, expert in enumerate(group)}
+            for name, expert in members.items():
+                floating(name, expert)
+                for what in ("shape", "dtype", "device"):
+                    ours, first = getattr(expert, what), getattr(group[0], what)
+                    if ours != first:
+                        kind = ValueError if what == "shape" else TypeError
+                        raise kind(f"{name} must have the {what} of tensors[{i}][0], {first}, got {ours}")
+            group_sizes.append(len(members))
+        else:
+            stacked(f"tensors[{i}]", group)
+            members = {f"tensors[{i}]": group}
+            group_sizes.append(0)
+        for name, tensor in members.items():
+            if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+                raise ValueError(
+                    f"{name} must have memory of its own for every element, got strides {list(tensor.stride())} "
+                    f"for shape {list(tensor.shape)}"
+                )
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
+            if tensor.numel() > 0 and tensor.device.type != "meta":
+                if key in seen:
+                    raise ValueError(f"{name} must not be given twice: it would be averaged twice")
+                seen.add(key)
+            flat.append(tensor)
+    return flat, group_sizes
+
+
+def share_rate_tensor(share_rate: float | Tensor) -> Tensor:
+    if not isinstance(share_rate, Tensor):
+        probability("share_rate", share_rate)
+        return torch.tensor(float(share_rate), dtype=torch.float64, device="cpu")
+    if share_rate.numel() != 1:
+        raise ValueError(f"share_rate must have one element, got shape {list(share_rate.shape)}")
+    floating("share_rate", share_rate)
+    if share_rate.device.type == "cpu" and not torch.compiler.is_compiling():
+        probability("share_rate", share_rate.item())
+    return share_rate.detach()
