@@ -54,20 +54,21 @@ def _variants(case: Case) -> dict[str, nn.Module]:
     }
 
 
-def _check(name: str, module: nn.Module, x: Tensor) -> None:
-    """No wrong result is timed: output and gradient of x against the specification in float64."""
+def check(name: str, module: nn.Module, x: Tensor) -> None:
+    """No wrong result is timed: output and all gradients of a layer, against the specification in float64.
+
+    Raises:
+        AssertionError: the module is wrong.
+    """
     if not isinstance(module, ewa.RandomPartitionMoE):
         return
     x = x.detach()[:511].requires_grad_()
-    wide = x.detach().double().requires_grad_()
-    experts = [p.detach().double() for p in module.parameters()]
-    expected = ewa.reference.moe_ffn(wide, *experts, seed=1)
-    y = module(x, seed=1)
-    for ours, exact in (
-        (y, expected),
-        (torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(expected.sum(), wide)[0]),
-    ):
-        error = float((ours.double() - exact).norm() / exact.norm())
+    wide = [t.detach().double().requires_grad_() for t in (x, *module.parameters())]
+    y, exact = module(x, seed=1), ewa.reference.moe_ffn(*wide, seed=1)
+    grad_y = torch.randn_like(exact)
+    ours = torch.autograd.grad(y, [x, *module.parameters()], grad_y.to(y.dtype))
+    for a, e in zip((y, *ours), (exact, *torch.autograd.grad(exact, wide, grad_y)), strict=True):
+        error = float(((a.double() - e).norm() / e.norm()).detach())
         if not error < 1e-5:
             raise AssertionError(f"{name} is wrong by {error:.1e}: not timed")
 
@@ -81,7 +82,7 @@ def run(rounds: int) -> list[dict[str, object]]:
         grad_y = torch.randn_like(x)
         modules = _variants(case)
         for name, module in modules.items():
-            _check(name, module, x)
+            check(name, module, x)
         timings = interleaved({name: _step(module, x, grad_y) for name, module in modules.items()}, rounds)
         for name, timing in timings.items():
             results.append(
