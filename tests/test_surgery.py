@@ -61,6 +61,13 @@ class TestFind:
 
         assert layout_of(Functional()).activation == "relu2"
 
+    def test_in_inference_mode(self):
+        model = Transformer(Mlp(), Mlp())
+        with torch.inference_mode():
+            ewa.replace_ffn_(model)
+        model(tokens()).sum().backward()
+        assert model.blocks[1].mlp.up.weight.grad.any()
+
     def test_registered_class(self, registered):
         layout = layout_of(SwiGLU())
         assert (layout.up, layout.gated, layout.gate_last, layout.activation) == (

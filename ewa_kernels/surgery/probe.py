@@ -54,7 +54,7 @@ def probe(module: nn.Module, up: tuple[str, ...], down: str) -> FFNLayout:
 @contextmanager
 def _generators_kept() -> Iterator[None]:
     state = random.getstate()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         yield
     random.setstate(state)
 
