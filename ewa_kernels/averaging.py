@@ -137,8 +137,10 @@ class ExpertAverager:
         if self._model is not None:
             experts = dict(expert_tensors(self._model))
         if not experts:
-            what = "tensors" if self._model is None else "RandomPartitionMoE layer in the model"
-            raise ValueError(f"experts must hold something to average, found no {what}: call replace_ffn_(model) first")
+            found = "an empty iterable"
+            if self._model is not None:
+                found = "a model without RandomPartitionMoE layers: call replace_ffn_(model) first"
+            raise ValueError(f"experts must hold something to average, got {found}")
         return experts
 
     @property
@@ -159,7 +161,7 @@ class ExpertAverager:
         experts = list(self._experts().values())
         beta: float | Tensor = self.share_rate
         if isinstance(found_inf, Tensor) and found_inf.device.type != "cpu":
-            beta = torch.where(found_inf.reshape(()) != 0, 0.0, beta)
+            beta = beta * (found_inf.reshape(()) == 0).to(torch.float64)
         elif found_inf is not None and bool(found_inf):
             return
         functional.average_experts_(experts, beta)

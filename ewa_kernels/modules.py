@@ -244,9 +244,13 @@ class RandomPartitionMoE(nn.Module):
 
 
 def expert_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, Parameter `[E, ...]`) of every stacked tensor of every `RandomPartitionMoE` in a model."""
+    """(name, Parameter `[E, ...]`) of every stacked tensor of every `RandomPartitionMoE` in a model, each once."""
+    seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
         if isinstance(module, RandomPartitionMoE):
             for name in ("up", "down"):
                 linear = module.get_submodule(name)
-                yield from linear.named_parameters(prefix=f"{prefix}.{name}" if prefix else name)
+                for path, parameter in linear.named_parameters(prefix=f"{prefix}.{name}" if prefix else name):
+                    if parameter not in seen:
+                        seen.add(parameter)
+                        yield path, parameter

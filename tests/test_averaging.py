@@ -315,6 +315,26 @@ class TestExpertAverager:
         parameters = nn.ParameterList([nn.Parameter(experts_of(4, 3)), nn.Parameter(experts_of(2, 5))])
         assert list(ewa.ExpertAverager(parameters, 0.3).spread()) == ["0", "1"]
 
+    def test_tied_layers_are_averaged_once(self):
+        model = nn.Sequential(ewa.RandomPartitionMoE(4, 6, 3), ewa.RandomPartitionMoE(4, 6, 3))
+        model[1].up.weight = model[0].up.weight
+        averager = ewa.ExpertAverager(model, 0.3)
+        before = averager.spread()
+        averager.step()
+        assert len(before) == 7
+        assert averager.spread()["0.up.weight"] == pytest.approx((1 - 0.3 * 3 / 2) * before["0.up.weight"])
+
+    def test_found_inf_that_may_not_be_read(self, monkeypatch):
+        """As on a GPU: the share rate becomes a tensor, 0 where the step was skipped, and nothing is synchronised."""
+        model, _ = small_model()
+        averager = ewa.ExpertAverager(model, 0.3)
+        seen = []
+        monkeypatch.setattr(ewa.functional, "average_experts_", lambda tensors, beta: seen.append(beta))
+        averager.step(found_inf=torch.ones(1, device="meta"))
+        assert seen[0].is_meta
+        assert seen[0].dtype == torch.float64
+        assert averager.num_steps == 1
+
     def test_never_averages_stale_parameters(self):
         """load_state_dict(assign=True) puts new tensors in place of the ones the averager was made with."""
         model, _ = small_model()
@@ -351,5 +371,5 @@ class TestExpertAverager:
         model, _ = small_model()
         averager = ewa.ExpertAverager(model, 0.3)
         ewa.fold_(model)
-        with pytest.raises(ValueError, match="found no RandomPartitionMoE layer in the model"):
+        with pytest.raises(ValueError, match="got a model without RandomPartitionMoE layers"):
             averager.step()

@@ -239,8 +239,13 @@ CASES = [
     (
         lambda: ewa.ExpertAverager(nn.Linear(2, 2), 0.3),
         ValueError,
-        "experts must hold something to average, found no RandomPartitionMoE layer in the model: "
+        "experts must hold something to average, got a model without RandomPartitionMoE layers: "
         "call replace_ffn_(model) first",
+    ),
+    (
+        lambda: ewa.ExpertAverager([], 0.3),
+        ValueError,
+        "experts must hold something to average, got an empty iterable",
     ),
     (
         lambda: ewa.ExpertAverager([("w", E46), ("w", E46.clone())], 0.3),
