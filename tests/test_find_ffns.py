@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import ewa_kernels as ewa
-from ewa_kernels.surgery import adapters
+from ewa_kernels.surgery import adapters, probe
 
 
 def layout_of(ffn):
@@ -49,6 +49,30 @@ class TestFind:
                 return self.fc2(nn.functional.relu(self.fc1(x)).square())
 
         assert layout_of(Functional()).activation == "relu2"
+
+    def test_large_ones_are_examined_as_narrow_copies(self, monkeypatch):
+        widths = []
+        run = probe._run
+        monkeypatch.setattr(probe, "_run", lambda module, x: widths.append(x.shape[-1]) or run(module, x))
+        for ffn in (Mlp(64, 128, drop=0.1), PackedGLU(64, 128, drop=0.1)):
+            widths.clear()
+            layout = layout_of(ffn)
+            assert layout.dropout == 0.1
+            assert widths.count(64) == 1
+            assert set(widths) == {24, 64}
+            assert ffn.fc1.in_features == 64
+
+    @pytest.mark.parametrize("wide_only", [False, True])
+    def test_code_that_knows_its_width(self, wide_only):
+        class Knows(Mlp):
+            def forward(self, x):
+                if wide_only:
+                    assert x.shape[-1] == 64
+                y = super().forward(x)
+                return y if wide_only or self.fc1.in_features < 64 else y + x
+
+        (site,) = ewa.find_ffns(nn.Sequential(Knows(64, 128)))
+        assert (site.skip_reason is None) == wide_only
 
     def test_in_inference_mode(self):
         model = Transformer(Mlp(), Mlp())

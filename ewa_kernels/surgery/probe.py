@@ -23,6 +23,9 @@ _TOLERANCE = 1e-10
 
 _SEEDS = range(4)
 
+# d_model and d_ff of a narrow copy.
+_NARROW = (24, 40)
+
 
 class NotReplaceableError(Exception):
     """Its text is the reason."""
@@ -31,24 +34,66 @@ class NotReplaceableError(Exception):
 def probe(module: nn.Module, up: tuple[str, ...], down: str) -> FFNLayout:
     """The layout of an FFN whose projections have these names. `module` and the random generators are not touched.
 
+    A large module is examined as a narrow copy, and run once at its own width to confirm what was found; one whose
+    code does not work at another width is examined at its own.
+
     Raises:
         NotReplaceableError: the module is not a plain token-wise FFN.
     """
+    d_model, d_ff = (module.get_parameter(f"{name}.weight").shape[1] for name in (up[0], down))
     with torch.device("cpu"), torch.autocast("cpu", enabled=False), _generators_kept():
         torch.manual_seed(0)
-        # Large enough that all parts of an activation's curve count, and that a bias does.
-        parameters = {
-            name: torch.randn(p.shape, dtype=torch.float64) * (2 * p.shape[-1] ** -0.5 if p.ndim == 2 else 1)
-            for name, p in module.named_parameters()
-        }
-        twin = copy_with_parameters(module, parameters)
-        d_model = parameters[f"{up[0]}.weight"].shape[1]
-        x = torch.randn(2, 3, d_model, dtype=torch.float64)
-        layout = _find_formula(twin.eval(), x, parameters, up, down)
-        _check_other_inputs(twin, d_model, parameters, layout)
-        layout = _find_dropouts(twin.train(), x, parameters, layout)
-        _check_gradients(twin.eval(), x, layout)
-        return layout
+        if d_model > _NARROW[0] or d_ff > _NARROW[1]:
+            narrow = _Twin(module, up, down, min(d_model, _NARROW[0]), min(d_ff, _NARROW[1]))
+            try:
+                layout = _examine(narrow)
+            except NotReplaceableError:
+                pass
+            else:
+                _check_input(_Twin(module, up, down, d_model, d_ff), (2, 3), 1.0, layout)
+                return layout
+        return _examine(_Twin(module, up, down, d_model, d_ff))
+
+
+class _Twin:
+    """A copy of a module with random parameters in float64, and with projections of the sizes given."""
+
+    def __init__(self, module: nn.Module, up: tuple[str, ...], down: str, d_model: int, d_ff: int):
+        self.up, self.down, self.d_model, self.d_ff = up, down, d_model, d_ff
+        # As many times d_ff as the up projections of the module have: 1, or 2 of a GLU.
+        rows = sum(len(module.get_parameter(f"{name}.weight")) for name in up)
+        self.gated = rows == 2 * module.get_parameter(f"{down}.weight").shape[1]
+        per_projection = d_ff * (2 if self.gated and len(up) == 1 else 1)
+        sizes = dict.fromkeys(up, (per_projection, d_model)) | {down: (d_model, d_ff)}
+        self.parameters = {}
+        for name, _ in module.named_parameters():
+            projection, _, which = name.rpartition(".")
+            out_features, in_features = sizes[projection]
+            # Large enough that all parts of an activation's curve count, and that a bias does.
+            if which == "weight":
+                weight = torch.randn(out_features, in_features, dtype=torch.float64)
+                self.parameters[name] = weight.mul_(2 * in_features**-0.5)
+            else:
+                self.parameters[name] = torch.randn(out_features, dtype=torch.float64)
+        self.module = copy_with_parameters(module, self.parameters).eval()
+        for name, (out_features, in_features) in sizes.items():
+            linear = self.module.get_submodule(name)
+            linear.__dict__.update(in_features=in_features, out_features=out_features)
+
+    def tokens(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*shape, self.d_model, dtype=torch.float64)
+
+
+def _examine(twin: _Twin) -> FFNLayout:
+    layout = _find_formula(twin)
+    # Shapes that it may refuse, but not treat otherwise; far larger values; and calls after other calls.
+    for shape, scale in (((2, 3), 100.0), ((7,), 1.0), ((1, 70), 1.0), ((2, 4, 5), 1.0), ((2, 3), 1.0)):
+        _check_input(twin, shape, scale, layout)
+    twin.module.train()
+    layout = _find_dropouts(twin, layout)
+    twin.module.eval()
+    _check_gradients(twin, layout)
+    return layout
 
 
 @contextmanager
@@ -59,59 +104,51 @@ def _generators_kept() -> Iterator[None]:
     random.setstate(state)
 
 
-def _find_formula(
-    twin: nn.Module, x: Tensor, parameters: Mapping[str, Tensor], up: tuple[str, ...], down: str
-) -> FFNLayout:
-    y = _run(twin, x)
-    num_rows = sum(len(parameters[f"{name}.weight"]) for name in up)
-    gated = num_rows == 2 * parameters[f"{down}.weight"].shape[1]
-    for activation, gate_last in itertools.product(reference.ACTIVATIONS, (False, True) if gated else (False,)):
-        layout = FFNLayout(up, down, gated, gate_last, activation)
-        if _close(layout.forward(parameters, x, training=False), y):
+def _find_formula(twin: _Twin) -> FFNLayout:
+    x = twin.tokens(2, 3)
+    y = _run(twin.module, x)
+    gate_places = (False, True) if twin.gated else (False,)
+    for activation, gate_last in itertools.product(reference.ACTIVATIONS, gate_places):
+        layout = FFNLayout(twin.up, twin.down, twin.gated, gate_last, activation)
+        if _close(layout.forward(twin.parameters, x, training=False), y):
             return layout
-    formula = "down(act(gate) * value)" if gated else "down(act(up(x)))"
+    formula = "down(act(gate) * value)" if twin.gated else "down(act(up(x)))"
     raise NotReplaceableError(f"its output is not {formula} with act any of {', '.join(reference.ACTIVATIONS)}")
 
 
-def _check_other_inputs(twin: nn.Module, d_model: int, parameters: Mapping[str, Tensor], layout: FFNLayout) -> None:
-    """Shapes that it may refuse, but not treat otherwise; far larger values; and calls after other calls."""
-    for shape, scale in (
-        ((2, 3), 100.0),
-        ((7,), 1.0),
-        ((1, 70), 1.0),
-        ((2, 4, 5), 1.0),
-        ((2, 3), 1.0),
-    ):
-        x = scale * torch.randn(*shape, d_model, dtype=torch.float64)
-        try:
-            y = _run(twin, x)
-        except NotReplaceableError:
-            if len(shape) == 2:
-                raise
-            continue
-        if not _close(layout.forward(parameters, x, training=False), y):
-            raise NotReplaceableError(f"is no plain FFN on every input: not on {list(x.shape)}, scale {scale:g}")
+def _check_input(twin: _Twin, shape: tuple[int, ...], scale: float, layout: FFNLayout) -> None:
+    x = twin.tokens(*shape, scale=scale)
+    try:
+        y = _run(twin.module, x)
+    except NotReplaceableError:
+        if len(shape) == 2:
+            raise
+        return
+    if not _close(layout.forward(twin.parameters, x, training=False), y):
+        raise NotReplaceableError(f"is no plain FFN on every input: not on {list(x.shape)}, scale {scale:g}")
 
 
-def _find_dropouts(twin: nn.Module, x: Tensor, parameters: Mapping[str, Tensor], layout: FFNLayout) -> FFNLayout:
+def _find_dropouts(twin: _Twin, layout: FFNLayout) -> FFNLayout:
     """Tries each nn.Dropout on hidden and on the output, until every seed gives the same output.
 
     The generator must end in the same state too: whatever else is drawn, though rarely used, is noticed.
     """
+    x = twin.tokens(2, 3)
     # Rate to try → rate it has: large and all different, so that one cannot pass for another, or for none.
     rates = {0.0: 0.0}
-    for i, dropout in enumerate(m for m in twin.modules() if isinstance(m, nn.Dropout) and m.p > 0):
+    dropouts = [m for m in twin.module.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    for i, dropout in enumerate(dropouts):
         trial = 0.3 + 0.4 / (i + 1)
         rates[trial], dropout.p = dropout.p, trial
     python_state = random.getstate()
     expected = {}
     for seed in _SEEDS:
         torch.manual_seed(seed)
-        expected[seed] = _run(twin, x), torch.get_rng_state()
+        expected[seed] = _run(twin.module, x), torch.get_rng_state()
     if random.getstate() == python_state:
         for on_hidden, on_output in itertools.product(rates, repeat=2):
             trial_layout = replace(layout, dropout=on_hidden, output_dropout=on_output)
-            if all(_same_run(trial_layout, parameters, x, seed, *expected[seed]) for seed in _SEEDS):
+            if all(_same_run(trial_layout, twin.parameters, x, seed, *expected[seed]) for seed in _SEEDS):
                 return replace(layout, dropout=rates[on_hidden], output_dropout=rates[on_output])
     raise NotReplaceableError("in training does something else than dropout of hidden and of the output")
 
@@ -123,12 +160,13 @@ def _same_run(
     return _close(layout.forward(parameters, x, training=True), y) and torch.equal(torch.get_rng_state(), rng_state)
 
 
-def _check_gradients(twin: nn.Module, x: Tensor, layout: FFNLayout) -> None:
-    twin.requires_grad_(True)
-    dense = dict(twin.named_parameters())
+def _check_gradients(twin: _Twin, layout: FFNLayout) -> None:
+    x = twin.tokens(2, 3)
+    twin.module.requires_grad_(True)
+    dense = dict(twin.module.named_parameters())
     names, leaves = ["its input", *dense], [x.requires_grad_(), *dense.values()]
     with torch.enable_grad():
-        y, exact = _run(twin, x), layout.forward(dense, x, training=False)
+        y, exact = _run(twin.module, x), layout.forward(dense, x, training=False)
         y = y if y.requires_grad else 0 * exact  # no gradient is a gradient of 0
     direction = torch.randn_like(exact)
     ours = torch.autograd.grad(y, leaves, direction, materialize_grads=True)
