@@ -218,17 +218,23 @@ def average_experts_(
 
     Args and Raises: see `ewa_kernels.functional.average_experts_`.
     """
+    if isinstance(share_rate, Tensor):
+        on_host = share_rate.device.type == "cpu"
+        share_rate = float(share_rate) if on_host else share_rate.reshape(()).to(torch.float64)
     for experts in tensors:
         num_experts = len(experts)
-        if num_experts == 1:
+        # A share rate of 0 must not move anything, not even next to an inf or a NaN.
+        if num_experts == 1 or (not isinstance(share_rate, Tensor) and share_rate == 0):
             continue
         old = experts if isinstance(experts, Tensor) else torch.stack(tuple(experts))
         wide = old if old.dtype == torch.float64 else old.to(torch.float32)
-        beta = torch.as_tensor(share_rate, dtype=torch.float64, device=old.device).reshape(())
-        pull = (beta * num_experts / (num_experts - 1)).to(wide.dtype)
         mean = wide.mean(dim=0, keepdim=True)
-        # `where`, because a share rate of 0 must not move anything, not even next to an inf or a NaN.
-        new = torch.where(beta == 0, wide, torch.lerp(wide, mean, pull)).to(old.dtype)
+        pull = share_rate * num_experts / (num_experts - 1)
+        if isinstance(pull, Tensor):
+            new = torch.where(pull == 0, wide, torch.lerp(wide, mean, pull.to(wide.dtype)))
+        else:
+            new = torch.lerp(wide, mean, pull)
+        new = new.to(old.dtype)
         if isinstance(experts, Tensor):
             experts.copy_(new)
         else:

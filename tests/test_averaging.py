@@ -81,6 +81,12 @@ class TestEquation6:
             ewa.functional.average_experts_([experts], beta)
             torch.testing.assert_close(experts, expected)
 
+    def test_share_rate_that_may_not_be_read(self):
+        """As on a GPU, where reading it would synchronise: on meta, reading raises."""
+        experts = [torch.empty(4, 3, device="meta"), [torch.empty(5, device="meta") for _ in range(2)]]
+        ewa.functional.average_experts_(experts, torch.tensor(0.3, device="meta"))
+        ewa.functional.average_experts_(experts, 0.3)
+
     def test_many_tensors_in_one_call(self):
         """Stacked and separate, of many shapes, dtypes and numbers of experts, views and empty ones."""
         base = experts_of(6, 8, 9)

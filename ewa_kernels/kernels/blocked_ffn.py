@@ -55,7 +55,8 @@ def _blocks(permutation: Tensor, num_experts: int, rows_per_expert: int) -> Iter
     """Covers every grouped row once. Group sizes differ by one at most: those last rows come alone."""
     offsets = expert_offsets(len(permutation), num_experts)
     common = len(permutation) // num_experts
-    first_row = torch.tensor(offsets[:-1], device=permutation.device)
+    # The offsets again, computed where they are needed: a copy from the host may not be captured in a CUDA graph.
+    first_row = torch.arange(num_experts, device=permutation.device) * len(permutation) // num_experts
     pieces = [
         (slice(0, num_experts), start, min(rows_per_expert, common - start))
         for start in range(0, common, rows_per_expert)
