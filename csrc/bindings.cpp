@@ -57,10 +57,11 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "activate_backward",
         [](ewa::Activation activation, bool gated, int64_t n, int64_t rows_per_expert, int64_t d_ff, uintptr_t scale,
-           uintptr_t pre, uintptr_t grad_hidden, uintptr_t grad_pre, uintptr_t hidden) {
+           uintptr_t pre, uintptr_t grad_hidden, uintptr_t grad_pre, uintptr_t hidden, uintptr_t grad_bias,
+           float beta) {
             ewa::activate_backward(activation, {n, rows_per_expert, d_ff, gated, pointer<const float>(scale)},
                                    pointer<const float>(pre), pointer<const float>(grad_hidden),
-                                   pointer<float>(grad_pre), pointer<float>(hidden));
+                                   pointer<float>(grad_pre), pointer<float>(hidden), pointer<float>(grad_bias), beta);
         },
         unlocked);
 }

@@ -1,5 +1,6 @@
 #include "cpu.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -149,6 +150,11 @@ EWA_ROWS(Silu)
 EWA_ROWS(Identity)
 #undef EWA_ROWS
 
+EWA_CLONES void add_row(int64_t columns, const float* row, float* sum) {
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) sum[j] += row[j];
+}
+
 struct Rows {
     void (*forward)(bool, int64_t, const float*, const float*, float*, float*);
     void (*backward)(bool, int64_t, const float*, const float*, const float*, float*, float*);
@@ -173,13 +179,30 @@ void activate(Activation activation, const Block& block, const float* bias, floa
 }
 
 void activate_backward(Activation activation, const Block& block, const float* pre, const float* grad_hidden,
-                       float* grad_pre, float* hidden) {
+                       float* grad_pre, float* hidden, float* grad_bias, float beta) {
     const int64_t columns = block.gated ? 2 * block.d_ff : block.d_ff;
     const auto row = rows_of[static_cast<int>(activation)].backward;
+    // Each chunk of an expert's rows has a sum of its own, so that the order of additions is always the same.
+    constexpr int64_t chunk_rows = 64;
+    const int64_t experts = block.n / block.rows_per_expert;
+    const int64_t chunks = (block.rows_per_expert + chunk_rows - 1) / chunk_rows;
+    std::vector<float> sums(grad_bias == nullptr ? 0 : experts * chunks * columns);
 #pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < block.n; ++i)
-        row(block.gated, block.d_ff, block.scale == nullptr ? nullptr : block.scale + i * block.d_ff,
-            pre + i * columns, grad_hidden + i * block.d_ff, grad_pre + i * columns, hidden + i * block.d_ff);
+    for (int64_t c = 0; c < experts * chunks; ++c) {
+        const int64_t end = (c / chunks + 1) * block.rows_per_expert;
+        const int64_t first = end - block.rows_per_expert + c % chunks * chunk_rows;
+        for (int64_t i = first; i < std::min(first + chunk_rows, end); ++i) {
+            row(block.gated, block.d_ff, block.scale == nullptr ? nullptr : block.scale + i * block.d_ff,
+                pre + i * columns, grad_hidden + i * block.d_ff, grad_pre + i * columns, hidden + i * block.d_ff);
+            if (grad_bias != nullptr) add_row(columns, grad_pre + i * columns, sums.data() + c * columns);
+        }
+    }
+    if (grad_bias == nullptr) return;
+    for (int64_t e = 0; e < experts; ++e) {
+        float* total = grad_bias + e * columns;
+        for (int64_t j = 0; j < columns; ++j) total[j] = beta == 0.0f ? 0.0f : beta * total[j];
+        for (int64_t c = e * chunks; c < (e + 1) * chunks; ++c) add_row(columns, sums.data() + c * columns, total);
+    }
 }
 
 }  // namespace ewa

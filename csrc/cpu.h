@@ -1,7 +1,7 @@
 // What the layer does on a CPU besides matrix products: dealing tokens, moving rows, activations.
 //
 // Knows nothing of torch: float32 and int32 pointers to dense row-major memory, and sizes in elements. Nothing is
-// allocated and nothing is checked here; ewa_kernels/kernels/cpp_rows.py does that.
+// checked here; ewa_kernels/kernels/cpp_rows.py does that. No result depends on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,8 @@ struct Block {
 void activate(Activation activation, const Block& block, const float* bias, float* pre, float* hidden);
 
 // From grad_hidden [n, d_ff]: grad_pre, and hidden once more. grad_pre and grad_hidden must not overlap.
+// grad_bias [experts, columns], if not null, becomes beta·grad_bias + the sum of grad_pre over each expert's rows.
 void activate_backward(Activation activation, const Block& block, const float* pre, const float* grad_hidden,
-                       float* grad_pre, float* hidden);
+                       float* grad_pre, float* hidden, float* grad_bias, float beta);
 
 }  // namespace ewa

@@ -33,4 +33,6 @@ def activate_backward(
     grad_hidden: int,
     grad_pre: int,
     hidden: int,
+    grad_bias: int,
+    beta: float,
 ) -> None: ...

@@ -43,7 +43,7 @@ class TestActivations:
     def run(self, rows_class, activation, pre, grad):
         hidden, grad_pre = torch.full_like(pre, torch.nan), torch.full_like(pre, torch.nan)
         rows = rows_class(activation, False)
-        rows.activate_backward(pre, grad.clone(), None, grad_pre, hidden)
+        rows.activate_backward(pre, grad.clone(), None, grad_pre, hidden, None, 0)
         again = torch.full_like(pre, torch.nan)
         rows.activate(pre, None, again)
         assert torch.equal(hidden.nan_to_num(), again.nan_to_num())
@@ -76,6 +76,22 @@ class TestActivations:
         hidden, grad_pre = self.run(cpp_rows.CppRows, activation, pre, torch.ones_like(pre))
         assert hidden.isnan().all()
         assert activation in ("relu", "identity") or grad_pre.isnan().all()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
+def test_bias_gradient(n, gated):
+    """Over chunks that end inside a group, written and added to."""
+    torch.manual_seed(0)
+    pre, grad = torch.randn(3, n, 14 if gated else 7), torch.randn(3, n, 7)
+    for beta, before in ((0, torch.full((3, pre.shape[-1]), torch.nan)), (1, torch.randn(3, pre.shape[-1]))):
+        results = []
+        for rows_class in (cpp_rows.CppRows, TorchRows):
+            hidden, grad_pre, grad_bias = torch.empty_like(grad), torch.empty_like(pre), before.clone()
+            rows_class("gelu", gated).activate_backward(pre, grad.clone(), None, grad_pre, hidden, grad_bias, beta)
+            results.append(grad_bias)
+        exact = grad_pre.double().sum(1) + (before.double() if beta else 0)
+        assert_parity("grad_bias", results[0], exact, results[1])
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])

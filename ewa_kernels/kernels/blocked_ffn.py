@@ -75,14 +75,6 @@ def _rows_per_expert(x: Tensor, num_experts: int) -> int:
     return max(len(x), 1)  # one block: 16-bit weight gradients summed up over blocks would be rounded each time
 
 
-def _add_sum(grad: Tensor, total: Tensor, beta: int) -> None:
-    """total ← beta·total + Σ over rows, `[e, n, c]` → `[e, c]`."""
-    if beta == 0:
-        torch.sum(grad, 1, out=total)
-    else:
-        total += grad.sum(1)
-
-
 def moe_ffn_forward(
     x: Tensor,
     up_weight: Tensor,
@@ -160,7 +152,7 @@ def moe_ffn_backward(
         grad_out = buffer("y", *shape, d_model)
         rows.gather(grad_y, block.tokens, grad_out)
         if need_down_bias:
-            _add_sum(grad_out, grad_down_bias[experts], beta)
+            rows.add_sum(grad_out, grad_down_bias[experts], beta)
         if need_down_weight or need_pre:
             block_x = buffer("x", *shape, d_model)
             rows.gather(x, block.tokens, block_x)
@@ -175,13 +167,12 @@ def moe_ffn_backward(
                 grad_hidden = buffer("grad_hidden", *shape, d_ff)
                 grad_pre = buffer("grad_pre", *shape, num_up)
                 torch.bmm(grad_out, down_weight[experts], out=grad_hidden)
-                rows.activate_backward(pre, grad_hidden, scale, grad_pre, hidden)
+                grad_bias = grad_up_bias[experts] if need_up_bias else None
+                rows.activate_backward(pre, grad_hidden, scale, grad_pre, hidden, grad_bias, beta)
             else:
                 rows.activate(pre, scale, hidden)
             if need_down_weight:
                 grad_down_weight[experts].baddbmm_(grad_out.mT, hidden, beta=beta)
-            if need_up_bias:
-                _add_sum(grad_pre, grad_up_bias[experts], beta)
             if need_up_weight:
                 grad_up_weight[experts].baddbmm_(grad_pre.mT, block_x, beta=beta)
             if need_x:

@@ -55,7 +55,14 @@ class CppRows(TorchRows):
         self._activate(pre, None, scale, hidden)
 
     def activate_backward(
-        self, pre: Tensor, grad_hidden: Tensor, scale: Tensor | None, grad_pre: Tensor, hidden: Tensor
+        self,
+        pre: Tensor,
+        grad_hidden: Tensor,
+        scale: Tensor | None,
+        grad_pre: Tensor,
+        hidden: Tensor,
+        grad_bias: Tensor | None,
+        beta: int,
     ) -> None:
         _C.activate_backward(
             *self._block(hidden, scale),
@@ -63,6 +70,8 @@ class CppRows(TorchRows):
             grad_hidden.data_ptr(),
             grad_pre.data_ptr(),
             hidden.data_ptr(),
+            _address(grad_bias),
+            beta,
         )
 
     def _activate(self, pre: Tensor, bias: Tensor | None, scale: Tensor | None, hidden: Tensor) -> None:

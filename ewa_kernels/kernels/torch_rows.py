@@ -98,9 +98,16 @@ class TorchRows:
             hidden.mul_(scale)
 
     def activate_backward(
-        self, pre: Tensor, grad_hidden: Tensor, scale: Tensor | None, grad_pre: Tensor, hidden: Tensor
+        self,
+        pre: Tensor,
+        grad_hidden: Tensor,
+        scale: Tensor | None,
+        grad_pre: Tensor,
+        hidden: Tensor,
+        grad_bias: Tensor | None,
+        beta: int,
     ) -> None:
-        """grad_pre from grad_hidden (which is used up), and hidden once more."""
+        """grad_pre from grad_hidden (which is used up), and hidden once more; adds grad_pre up in grad_bias."""
         d_ff = hidden.shape[-1]
         gate, value = pre[..., :d_ff], pre[..., d_ff:]
         act = ACTIVATIONS[self.activation]
@@ -114,3 +121,12 @@ class TorchRows:
         if scale is not None:
             hidden.mul_(scale)
         act.backward(grad_hidden, gate, grad_pre[..., :d_ff])
+        if grad_bias is not None:
+            self.add_sum(grad_pre, grad_bias, beta)
+
+    def add_sum(self, block: Tensor, total: Tensor, beta: int) -> None:
+        """total = beta · total + the sum over rows, `[e, n, c]` → `[e, c]`."""
+        if beta == 0:
+            torch.sum(block, 1, out=total)
+        else:
+            total += block.sum(1)
