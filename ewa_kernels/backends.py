@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ewa_kernels import checks
 from ewa_kernels.kernels import cpp_rows
 from ewa_kernels.version import VERSION
 
@@ -35,8 +36,7 @@ def resolve(operation: str, backend: str, device: torch.device, dtype: torch.dty
         ValueError: `backend` is not one of `BACKENDS`.
         BackendError: it cannot run `operation` on `device` in `dtype`.
     """
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    checks.choice("backend", backend, BACKENDS)
     if backend == "auto":
         return next(b for b in _IMPLEMENTED[operation] if why_not(operation, b, device, dtype) is None)
     reason = why_not(operation, backend, device, dtype)

@@ -200,6 +200,7 @@ def experts(tensors: Any) -> tuple[list[Tensor], list[int]]:
 
 
 def share_rate_tensor(share_rate: float | Tensor) -> Tensor:
+    """`share_rate` as a one-element tensor: a number on the CPU, a tensor where it is, unread if not on the CPU."""
     if not isinstance(share_rate, Tensor):
         probability("share_rate", share_rate)
         return torch.tensor(float(share_rate), dtype=torch.float64, device="cpu")

@@ -176,17 +176,9 @@ class RandomPartitionMoE(nn.Module):
         Raises:
             TypeError, ValueError: x or seed is not what `ewa_kernels.functional.moe_ffn` needs.
         """
+        parameters = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
         if not self.training:
-            checks.ffn(
-                x,
-                self.up.weight,
-                self.up.bias,
-                self.down.weight,
-                self.down.bias,
-                self.activation,
-                self.gated,
-                self.dropout,
-            )
+            checks.ffn(x, *parameters, self.activation, self.gated, self.dropout)
             if seed is not None:
                 checks.seed_tensor(seed, x.device)
             return self._forward_merged(x)
@@ -194,10 +186,7 @@ class RandomPartitionMoE(nn.Module):
             seed = functional.draw_seed(x)
         return functional.moe_ffn(
             x,
-            self.up.weight,
-            self.up.bias,
-            self.down.weight,
-            self.down.bias,
+            *parameters,
             seed=seed,
             activation=self.activation,
             gated=self.gated,

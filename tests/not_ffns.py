@@ -72,6 +72,12 @@ class MixesImages(Mlp):
         return super().forward(x) + (x.mean(1, keepdim=True) if x.ndim == 4 else 0)
 
 
+class WritesIntoImages(Mlp):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if x.ndim < 4 else y + 0 * x.zero_()
+
+
 class Counts(Mlp):
     calls = 0
 
@@ -187,6 +193,7 @@ SKIPPED = [
     (PythonLayerDrop(), "in training does something else than dropout"),
     (MixesManyTokens(), "is no plain FFN on every input: not on [1, 70, 8], scale 1"),
     (MixesImages(), "is no plain FFN on every input: not on [2, 4, 5, 8], scale 1"),
+    (WritesIntoImages(), "writes into its input"),
     (Counts(), "is no plain FFN on every input: not on [7, 8], scale 1"),
     (Detaches(), "its gradient with respect to its input is not that of its output"),
     (NoGradHidden(), "its gradient with respect to its input is not that of its output"),

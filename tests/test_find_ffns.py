@@ -1,11 +1,12 @@
 """What is an FFN, what it computes, and why something is none."""
 
 import copy
+import random
 
 import pytest
 import torch
 from models import Block, Mlp, MLPBlock, PackedGLU, PointMlp, SwiGLU, Transformer, tokens
-from not_ffns import SKIPPED, Residual
+from not_ffns import SKIPPED, PythonLayerDrop, Residual
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -111,6 +112,12 @@ class TestFind:
         assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
         assert torch.equal(torch.get_rng_state(), rng)
         assert model.blocks[0].mlp.drop1.p == 0.3
+
+    def test_random_state_is_kept_when_a_module_is_refused(self):
+        state = random.getstate()
+        (site,) = ewa.find_ffns(nn.Sequential(PythonLayerDrop()))
+        assert site.skip_reason is not None
+        assert random.getstate() == state
 
     def test_other_modules_are_not_listed(self):
         model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.LayerNorm(8))

@@ -19,7 +19,7 @@ LAYERS = {
     "version": set(),
     "reference": set(),
     "kernels": {"_C", "reference"},
-    "backends": {"kernels"},
+    "backends": {"checks", "kernels"},
     "checks": {"reference"},
     "ops": {"kernels", "reference"},
     "functional": {"backends", "checks", "ops", "reference"},

@@ -160,7 +160,7 @@ def moe_ffn_backward(
                 pre = pre_activation[block.saved].view(*shape, num_up)
             else:
                 pre = buffer("pre", *shape, num_up)
-                rows.up(block_x, up_weight[experts], block.of(up_bias), pre)
+                rows.linear(block_x, up_weight[experts], block.of(up_bias), pre)
             scale = dropout_scale(block.rows, d_ff, seed, dropout_p, x.dtype) if dropout_p > 0 else None
             hidden = buffer("hidden", *shape, d_ff)
             if need_pre:

@@ -67,7 +67,7 @@ class TorchRows:
         """out[tokens] = block, `[e, n, D]` → `[T, D]`."""
         out[tokens] = block.flatten(0, 1)
 
-    def up(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out = x @ weightᵀ + bias."""
         if bias is None:
             torch.bmm(x, weight.mT, out=out)
@@ -78,14 +78,14 @@ class TorchRows:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, pre: Tensor, hidden: Tensor
     ) -> None:
         """pre = x @ weightᵀ + bias; hidden = act(pre) · scale."""
-        self.up(x, weight, bias, pre)
+        self.linear(x, weight, bias, pre)
         self.activate(pre, scale, hidden)
 
     def down_and_scatter(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, block_y: Tensor, y: Tensor
     ) -> None:
         """y[tokens] = hidden @ weightᵀ + bias, by way of block_y."""
-        self.up(hidden, weight, bias, block_y)
+        self.linear(hidden, weight, bias, block_y)
         self.scatter(block_y, tokens, y)
 
     def activate(self, pre: Tensor, scale: Tensor | None, hidden: Tensor) -> None:

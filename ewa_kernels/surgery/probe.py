@@ -31,6 +31,10 @@ class NotReplaceableError(Exception):
     """Its text is the reason."""
 
 
+class _FailsError(NotReplaceableError):
+    """The module did not run at all."""
+
+
 def probe(module: nn.Module, up: tuple[str, ...], down: str) -> FFNLayout:
     """The layout of an FFN whose projections have these names. `module` and the random generators are not touched.
 
@@ -99,9 +103,11 @@ def _examine(twin: _Twin) -> FFNLayout:
 @contextmanager
 def _generators_kept() -> Iterator[None]:
     state = random.getstate()
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
-        yield
-    random.setstate(state)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        random.setstate(state)
 
 
 def _find_formula(twin: _Twin) -> FFNLayout:
@@ -120,7 +126,7 @@ def _check_input(twin: _Twin, shape: tuple[int, ...], scale: float, layout: FFNL
     x = twin.tokens(*shape, scale=scale)
     try:
         y = _run(twin.module, x)
-    except NotReplaceableError:
+    except _FailsError:
         if len(shape) == 2:
             raise
         return
@@ -181,7 +187,7 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
         y = module(given)
     except Exception as error:
         shape = [*x.shape[:-1], "D"]
-        raise NotReplaceableError(
+        raise _FailsError(
             f"fails on one tensor [{', '.join(map(str, shape))}]: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(y, Tensor) or y.shape != x.shape:
