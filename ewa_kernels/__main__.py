@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import platform
 
@@ -20,7 +21,7 @@ def report() -> str:
         + (f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU only"),
         f"cpu          {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         f"cuda         {_cuda()}",
-        f"triton       {'installed' if importlib.util.find_spec('triton') else 'not installed'}",
+        f"triton       {_triton()}",
     ]
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
@@ -29,8 +30,13 @@ def report() -> str:
         lines.append(f"\non {device.type}, backend='auto' is")
         for operation, backend, description in backends.table(device):
             lines.append(f"  {operation:20} {backend:10} {description}")
-    lines.append(f"\nThere are no Triton and no CUDA kernels in ewa_kernels {VERSION}.")
     return "\n".join(lines)
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    return importlib.metadata.version("triton")
 
 
 def _cuda() -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 from ewa_kernels import checks
-from ewa_kernels.kernels import cpp_rows
+from ewa_kernels.kernels import cpp_rows, fused
 from ewa_kernels.version import VERSION
 
-BACKENDS = ("auto", "reference", "torch", "triton", "cuda", "cpp")
+BACKENDS = ("auto", "reference", "torch", "triton", "triton-single", "triton-split", "triton-onchip", "cuda", "cpp")
 
-# Best first: "auto" picks the first that can run.
+# Best first: "auto" picks the first that can run. The last of moe_ffn are forms of "triton", which picks the best.
 _IMPLEMENTED = {
-    "random_permutation": ("cpp", "reference"),
-    "moe_ffn": ("cpp", "torch", "reference"),
+    "random_permutation": ("triton", "cpp", "reference"),
+    "moe_ffn": ("triton", "cpp", "torch", "reference", "triton-single", "triton-split", "triton-onchip"),
     "average_experts_": ("reference",),
     "merge_experts": ("reference",),
 }
@@ -21,6 +21,7 @@ _IMPLEMENTED = {
 _DESCRIPTIONS = {
     "reference": "the specification in plain PyTorch, differentiable by autograd",
     "torch": "PyTorch calls block by block, hand-written backward that keeps the pre-activation only",
+    "triton": "one Triton kernel for the forward and one for the backward, hidden on chip where D is small",
     "cpp": "C++ (in moe_ffn: what lies between PyTorch's matrix products, in float32)",
 }
 
@@ -38,7 +39,7 @@ def resolve(operation: str, backend: str, device: torch.device, dtype: torch.dty
     """
     checks.choice("backend", backend, BACKENDS)
     if backend == "auto":
-        return next(b for b in _IMPLEMENTED[operation] if why_not(operation, b, device, dtype) is None)
+        return next(b for b in _IMPLEMENTED[operation] if _why_not_auto(operation, b, device, dtype) is None)
     reason = why_not(operation, backend, device, dtype)
     if reason is not None:
         raise BackendError(f"backend={backend!r} cannot run {operation} on {device}: {reason}")
@@ -48,13 +49,40 @@ def resolve(operation: str, backend: str, device: torch.device, dtype: torch.dty
 def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why a backend cannot run an operation; None if it can."""
     if backend not in _IMPLEMENTED[operation]:
-        return f"ewa_kernels {VERSION} has {' and '.join(_IMPLEMENTED[operation])} only"
+        *others, last = _IMPLEMENTED[operation]
+        names = f"{', '.join(others)} and {last}" if others else last
+        return f"ewa_kernels {VERSION} has {names} only"
     if backend == "cpp":
         if device.type != "cpu":
             return "it is for the CPU"
         if dtype != torch.float32:
             return f"it is for torch.float32, not {dtype}"
         return cpp_rows.WHY_NOT
+    if backend.startswith("triton"):
+        return _why_not_triton(device, dtype)
+    return None
+
+
+def _why_not_auto(operation: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why "auto" does not pick a backend; None if it may."""
+    reason = why_not(operation, backend, device, dtype)
+    if reason is None and backend.startswith("triton") and device.type != "cuda":
+        return "Triton's interpreter is for tests"
+    return reason
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if fused.WHY_NOT is not None:
+        return fused.WHY_NOT
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it is for torch.float16, torch.bfloat16 and torch.float32, not {dtype}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return None if capability >= (8, 0) else f"it needs compute capability 8.0, the device has {capability}"
+    if device.type != "cpu":
+        return "it is for CUDA devices"
+    if not fused.INTERPRETED:
+        return "on the CPU it needs Triton's interpreter: set TRITON_INTERPRET=1 before ewa_kernels is imported"
     return None
 
 
@@ -65,5 +93,5 @@ def table(device: torch.device) -> list[tuple[str, str, str]]:
         backend = resolve(operation, "auto", device)
         rows.append((operation, backend, _DESCRIPTIONS[backend]))
         for faster in implemented[: implemented.index(backend)]:
-            rows.append(("", f"not {faster}", str(why_not(operation, faster, device))))
+            rows.append(("", f"not {faster}", str(_why_not_auto(operation, faster, device))))
     return rows

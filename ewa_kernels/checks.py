@@ -154,6 +154,29 @@ def ffn(
         raise ValueError(f"x must hold fewer than 2^31 tokens, got {num_tokens}")
 
 
+def partition(permutation: Any, expert_offsets: Any, x: Tensor, num_experts: int) -> None:
+    """Raises TypeError or ValueError unless they are a partition of x's tokens; values are checked on the CPU only."""
+    num_tokens = math.prod(x.shape[:-1])
+    for name, tensor, meaning, size in (
+        ("permutation", permutation, "[T]", num_tokens),
+        ("expert_offsets", expert_offsets, "[E + 1]", num_experts + 1),
+    ):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {_kind(tensor)}")
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise TypeError(f"{name} must be on {x.device} like x, got {tensor.device}")
+        _shape(name, tensor, meaning, (size,))
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    steps = expert_offsets.diff()
+    if expert_offsets[0] != 0 or expert_offsets[-1] != num_tokens or bool((steps < 0).any()):
+        raise ValueError(f"expert_offsets must rise from 0 to T = {num_tokens}, got {expert_offsets.tolist()}")
+    if not torch.equal(permutation.sort().values, torch.arange(num_tokens, dtype=permutation.dtype)):
+        raise ValueError(f"permutation must hold each of 0…{num_tokens - 1} once")
+
+
 def experts(tensors: Any) -> tuple[list[Tensor], list[int]]:
     """Checks the `tensors` of `average_experts_` and flattens them.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -14,6 +15,7 @@ from ewa_kernels.backends import resolve
 __all__ = [
     "average_experts_",
     "expert_offsets",
+    "grouped_ffn",
     "merge_experts",
     "moe_ffn",
     "random_permutation",
@@ -76,6 +78,7 @@ def moe_ffn(
     gated: bool = False,
     dropout_p: float = 0.0,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> Tensor:
     """y[t] = down_weight[e] @ act(up_weight[e] @ x[t] + up_bias[e]) + down_bias[e], e the expert of token t.
 
@@ -93,6 +96,7 @@ def moe_ffn(
         gated: see above.
         dropout_p: probability in [0, 1] with which an element of hidden is dropped; drawn from `seed` too.
         backend: auto, reference, or one that `python -m ewa_kernels` lists.
+        recompute: keep x alone for backward, which computes `pre` again.
 
     Returns:
         y, `[..., D]`, of x's dtype; under autocast of autocast's.
@@ -104,37 +108,81 @@ def moe_ffn(
         RuntimeError: forward-mode AD is asked for; only backend="reference" supports it.
     """
     checks.ffn(x, up_weight, up_bias, down_weight, down_bias, activation, gated, dropout_p)
+    checks.boolean("recompute", recompute)
     seed = checks.seed_tensor(seed, x.device)
+    parameters = (up_weight, up_bias, down_weight, down_bias)
+    return _moe_ffn(x, parameters, seed, None, None, activation, gated, dropout_p, backend, recompute)
+
+
+def grouped_ffn(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    *,
+    permutation: Tensor,
+    expert_offsets: Tensor,
+    seed: int | Tensor = 0,
+    activation: str = "gelu",
+    gated: bool = False,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+    recompute: bool = False,
+) -> Tensor:
+    """`moe_ffn` with a partition that somebody else made, into groups of any size: a router, say.
+
+    Args:
+        permutation: int32 or int64 `[T]`, on x's device, a bijection: grouped row i holds token `permutation[i]`.
+        expert_offsets: int32 or int64 `[E + 1]`, on x's device, from 0 to T: expert e owns grouped rows
+            `expert_offsets[e]` … `expert_offsets[e+1]`−1, perhaps none.
+        seed: of hidden dropout.
+
+    Both are read where they are, and so on a GPU their values are not checked: wrong ones read and write
+    memory they should not. The backends "torch" and "reference" read `expert_offsets` on the host.
+    Other Args, Returns, Raises: see `moe_ffn`.
+    """
+    checks.ffn(x, up_weight, up_bias, down_weight, down_bias, activation, gated, dropout_p)
+    checks.boolean("recompute", recompute)
+    checks.partition(permutation, expert_offsets, x, num_experts=up_weight.shape[0])
+    seed = checks.seed_tensor(seed, x.device)
+    partition = (permutation.to(torch.int32), expert_offsets.to(torch.int32))
+    parameters = (up_weight, up_bias, down_weight, down_bias)
+    return _moe_ffn(x, parameters, seed, *partition, activation, gated, dropout_p, backend, recompute)
+
+
+def _moe_ffn(
+    x: Tensor,
+    parameters: tuple[Any, ...],
+    seed: Tensor,
+    permutation: Tensor | None,
+    expert_offsets: Tensor | None,
+    activation: str,
+    gated: bool,
+    dropout_p: float,
+    backend: str,
+    recompute: bool,
+) -> Tensor:
     autocast = checks.autocast_enabled(x.device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     backend = resolve("moe_ffn", backend, x.device, dtype)
     if backend == "reference":
-        return reference.moe_ffn(
-            x,
-            up_weight,
-            up_bias,
-            down_weight,
-            down_bias,
-            seed=seed,
-            activation=activation,
-            gated=gated,
-            dropout_p=dropout_p,
-        )
-    operands: tuple[Tensor | None, ...] = (x, up_weight, up_bias, down_weight, down_bias)
-    _refuse_forward_ad(operands)
-    if autocast:  # what autocast does to the operands of F.linear
-        operands = tuple(None if t is None else t.to(dtype) for t in operands)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    tokens, *parameters = operands
-    assert tokens is not None
+        options: dict[str, Any] = {"seed": seed, "activation": activation, "gated": gated, "dropout_p": dropout_p}
+        if permutation is None or expert_offsets is None:
+            return reference.moe_ffn(x, *parameters, **options)
+        return reference.grouped_ffn(x, *parameters, permutation=permutation, expert_offsets=expert_offsets, **options)
+    _refuse_forward_ad((x, *parameters))
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
     y, _, _ = ops.moe_ffn(
-        tokens.reshape(-1, tokens.shape[-1]),
+        x.to(dtype).reshape(-1, x.shape[-1]),
         *parameters,
         seed,
+        permutation,
+        expert_offsets,
         activation,
         gated,
         float(dropout_p),
-        needs_grad,
+        needs_grad and not recompute,
         backend,
     )
     return y.reshape(x.shape)
@@ -186,9 +234,15 @@ def merge_experts(tensor: Tensor) -> Tensor:
 
 
 def draw_seed(x: Tensor) -> Tensor:
-    """A seed from torch's default generator of x's device: int64, no dimensions, on that device."""
+    """A seed from torch's default generator of x's device: int64, no dimensions.
+
+    It is on the CPU, where drawing it costs no launch, unless it is drawn in a compiled or captured graph, which
+    runs on x's device. The value is the same, except in a captured graph.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if x.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
+        return torch.tensor(ops.draw_seed_on_host(x.device), dtype=torch.int64, device="cpu")
     return ops.draw_seed(x)
 
 

@@ -114,7 +114,7 @@ class RandomPartitionMoE(nn.Module):
         bias: whether both projections have one.
         dropout: probability in [0, 1] with which an element of hidden is dropped in training.
         device, dtype: of the parameters.
-        backend: see `ewa_kernels.functional.moe_ffn`.
+        backend, recompute: see `ewa_kernels.functional.moe_ffn`.
 
     Attributes:
         up.weight, up.bias: `[E, F, D]`, `[E, F]` (2F if gated). Each expert starts as `nn.Linear` does.
@@ -139,12 +139,14 @@ class RandomPartitionMoE(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        recompute: bool = False,
     ):
         super().__init__()
         _check_options(activation, gated, dropout, d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         checks.choice("backend", backend, backends.BACKENDS)
+        checks.boolean("recompute", recompute)
         self.activation, self.gated, self.dropout = activation, gated, dropout
-        self.backend = backend
+        self.backend, self.recompute = backend, recompute
         num_up = 2 * d_ff if gated else d_ff
         self.up = ExpertLinear(num_experts, d_model, num_up, bias, device, dtype)
         self.down = ExpertLinear(num_experts, d_ff, d_model, bias, device, dtype)
@@ -192,6 +194,7 @@ class RandomPartitionMoE(nn.Module):
             gated=self.gated,
             dropout_p=self.dropout,
             backend=self.backend,
+            recompute=self.recompute,
         )
 
     def _forward_merged(self, x: Tensor) -> Tensor:
@@ -228,7 +231,7 @@ class RandomPartitionMoE(nn.Module):
         return (
             f"d_model={self.d_model}, d_ff={self.d_ff}, num_experts={self.num_experts}, "
             f"activation={self.activation}, gated={self.gated}, dropout={self.dropout}, "
-            f"backend={self.backend}"
+            f"backend={self.backend}, recompute={self.recompute}"
         )
 
 

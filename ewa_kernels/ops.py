@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ewa_kernels import reference
-from ewa_kernels.kernels import blocked_ffn, cpp_rows
+from ewa_kernels.kernels import blocked_ffn, cpp_rows, fused
 
 _LIBRARY = torch.library.Library("ewa_kernels", "DEF")
 
@@ -33,6 +33,8 @@ def _define(schema: str, implementation: Any, fake: Any, tags: tuple[torch.Tag, 
 def _random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
     if seed.device.type == "cpu" and cpp_rows.WHY_NOT is None:
         return cpp_rows.random_permutation(num_tokens, seed)
+    if seed.device.type == "cuda" and fused.WHY_NOT is None:
+        return fused.partition.random_permutation(num_tokens, seed)
     return reference.random_permutation(num_tokens, seed)
 
 
@@ -43,7 +45,37 @@ random_permutation = _define(
 )
 
 
+def draw_seed_on_host(device: torch.device) -> int:
+    """A seed from torch's default generator of a GPU, drawn without asking the GPU for anything.
+
+    The generator's state is on the host: a seed and an offset, which every random kernel advances when it is
+    launched. So does this, as if it had launched one; `torch.manual_seed` and checkpointing reproduce it.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)  # it must be a multiple of four
+    return seed_from_state(generator.initial_seed(), offset)
+
+
+def seed_from_state(initial_seed: int, offset: int) -> int:
+    """A seed in 0…2⁶³−1 from the state of a generator."""
+    return _mix64(_mix64(initial_seed) + offset) >> 1
+
+
+def _mix64(z: int) -> int:
+    """splitmix64's step on a Python int."""
+    mask = 2**64 - 1
+    z = (z + 0x9E3779B97F4A7C15) & mask
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+    return z ^ z >> 31
+
+
 def _draw_seed(like: Tensor) -> Tensor:
+    if like.is_cuda and not torch.cuda.is_current_stream_capturing():
+        return torch.full((), draw_seed_on_host(like.device), dtype=torch.int64, device=like.device)
+    # In a CUDA graph the seed must be drawn by the graph, in each replay.
     # `high` is exclusive and at most the largest int64, so 2^63 − 1 alone is never drawn.
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device)
 
@@ -60,79 +92,86 @@ draw_seed = _define(
 
 # --- moe_ffn ---
 
-_FFN_ARGUMENTS = (
-    "Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, Tensor seed, "
-    "str activation, bool gated, float dropout_p"
-)
+
+def _kernels(backend: str) -> Any:
+    return fused.ffn if backend.startswith("triton") else blocked_ffn
 
 
-def _forward_fake(
+def _moe_ffn(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernels(arguments[-1]).moe_ffn_forward(x, *arguments)
+
+
+def _moe_ffn_fake(
     x: Tensor,
     up_weight: Tensor,
     up_bias: Tensor | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
     seed: Tensor,
+    permutation: Tensor | None,
+    expert_offsets: Tensor | None,
     activation: str,
     gated: bool,
     dropout_p: float,
-    save_pre_activation: bool,
+    save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens = x.shape[0]
     return (
         x.new_empty(num_tokens, down_weight.shape[1]),
-        x.new_empty((num_tokens, up_weight.shape[1]) if save_pre_activation else 0),
-        x.new_empty(num_tokens, dtype=torch.int32),
+        x.new_empty((num_tokens, up_weight.shape[1]) if save else 0),
+        x.new_empty(num_tokens if save and permutation is None else 0, dtype=torch.int32),
     )
 
 
-def _backward_fake(
+# The weights may be of another dtype than x: it is x's that is computed in.
+moe_ffn = _define(
+    "moe_ffn(Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, Tensor seed, "
+    "Tensor? permutation, Tensor? expert_offsets, str activation, bool gated, float dropout_p, bool save, str backend) "
+    "-> (Tensor y, Tensor pre_activation, Tensor drawn_permutation)",
+    _moe_ffn,
+    _moe_ffn_fake,
+)
+
+
+def _moe_ffn_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _kernels(arguments[-1]).moe_ffn_backward(grad_y, *arguments)
+
+
+def _moe_ffn_backward_fake(
     grad_y: Tensor,
     x: Tensor,
     up_weight: Tensor,
     up_bias: Tensor | None,
     down_weight: Tensor,
-    seed: Tensor,
-    pre_activation: Tensor,
-    permutation: Tensor,
-    activation: str,
-    gated: bool,
-    dropout_p: float,
-    output_mask: Sequence[bool],
-    backend: str,
+    down_bias: Tensor | None,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    shapes = (
-        x.shape,
-        up_weight.shape,
-        up_weight.shape[:2],
-        down_weight.shape,
-        down_weight.shape[:2],
+    *_, output_mask, _ = arguments
+    inputs = (x, up_weight, up_bias, down_weight, down_bias)
+    return tuple(
+        x.new_empty(0) if t is None else t.new_empty(t.shape if needed else 0)
+        for t, needed in zip(inputs, output_mask, strict=True)
     )
-    return tuple(x.new_empty(shape if needed else 0) for shape, needed in zip(shapes, output_mask, strict=True))
 
 
-moe_ffn = _define(
-    f"moe_ffn({_FFN_ARGUMENTS}, bool save_pre_activation, str backend) "
-    "-> (Tensor y, Tensor pre_activation, Tensor permutation)",
-    blocked_ffn.moe_ffn_forward,
-    _forward_fake,
-)
 moe_ffn_backward = _define(
     "moe_ffn_backward(Tensor grad_y, Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
-    "Tensor seed, Tensor pre_activation, Tensor permutation, str activation, bool gated, float dropout_p, "
-    "bool[] output_mask, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    blocked_ffn.moe_ffn_backward,
-    _backward_fake,
+    "Tensor? down_bias, Tensor seed, Tensor permutation, Tensor? expert_offsets, Tensor pre_activation, "
+    "str activation, bool gated, float dropout_p, bool[] output_mask, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _moe_ffn_backward,
+    _moe_ffn_backward_fake,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, up_weight, up_bias, down_weight, _, seed, activation, gated, dropout_p, _, backend = inputs
-    _, pre_activation, permutation = output
-    ctx.mark_non_differentiable(pre_activation, permutation)
+    *operands, seed, permutation, expert_offsets, activation, gated, dropout_p, _, backend = inputs
+    _, pre_activation, drawn = output
+    ctx.mark_non_differentiable(pre_activation, drawn)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, up_weight, up_bias, down_weight, seed, pre_activation, permutation)
+    permutation = drawn if permutation is None else permutation
+    ctx.save_for_backward(*operands, seed, permutation, expert_offsets, pre_activation)
     ctx.options = (activation, gated, dropout_p)
     ctx.backend = backend
 
@@ -140,10 +179,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     mask = list(ctx.needs_input_grad[:5])
     if grad_y is None:
-        return (None,) * 11
+        return (None,) * 13
     grads = moe_ffn_backward(grad_y, *ctx.saved_tensors, *ctx.options, mask, ctx.backend)
     needed = (grad if need else None for grad, need in zip(grads, mask, strict=True))
-    return (*needed, *itertools.repeat(None, 6))
+    return (*needed, *itertools.repeat(None, 8))
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:

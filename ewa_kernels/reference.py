@@ -184,11 +184,43 @@ def moe_ffn(
     Args and Returns: see `ewa_kernels.functional.moe_ffn`. `backend` is accepted so that calls are
     interchangeable, and ignored.
     """
+    seed = _seed_tensor(seed, x.device)
+    num_tokens, num_experts = math.prod(x.shape[:-1]), down_weight.shape[0]
+    return grouped_ffn(
+        x,
+        up_weight,
+        up_bias,
+        down_weight,
+        down_bias,
+        permutation=random_permutation(num_tokens, seed),
+        expert_offsets=torch.tensor(expert_offsets(num_tokens, num_experts)),
+        seed=seed,
+        activation=activation,
+        gated=gated,
+        dropout_p=dropout_p,
+    )
+
+
+def grouped_ffn(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    *,
+    permutation: Tensor,
+    expert_offsets: Tensor,
+    seed: int | Tensor = 0,
+    activation: str = "gelu",
+    gated: bool = False,
+    dropout_p: float = 0.0,
+    backend: str = "reference",
+) -> Tensor:
+    """`moe_ffn` with a partition that is given. Args and Returns: see `ewa_kernels.functional.grouped_ffn`."""
     tokens = x.reshape(-1, x.shape[-1])
     num_experts, _, d_ff = down_weight.shape
     seed = _seed_tensor(seed, x.device)
-    permutation = random_permutation(len(tokens), seed)
-    offsets = expert_offsets(len(tokens), num_experts)
+    offsets = expert_offsets.tolist()
     grouped = tokens[permutation]
     outputs = []
     for e in range(num_experts):

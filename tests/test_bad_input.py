@@ -26,6 +26,14 @@ def moe_ffn(**changes):
     return ewa.functional.moe_ffn(*operands, **arguments)
 
 
+def grouped_ffn(**changes):
+    partition = {"permutation": torch.arange(5), "expert_offsets": torch.tensor([0, 1, 1, 3, 5])}
+    arguments = {**OPERANDS, **partition, **changes}
+    names = ("x", "up_weight", "up_bias", "down_weight", "down_bias")
+    operands = [arguments.pop(name) for name in names]
+    return ewa.functional.grouped_ffn(*operands, **arguments)
+
+
 def average(tensors, share_rate=0.3, **options):
     return ewa.functional.average_experts_(tensors, share_rate, **options)
 
@@ -114,12 +122,57 @@ CASES = [
     (
         lambda: moe_ffn(backend="fast"),
         ValueError,
-        "backend must be one of auto, reference, torch, triton, cuda, cpp, got 'fast'",
+        "backend must be one of auto, reference, torch, triton, triton-single, triton-split, triton-onchip, cuda, cpp, "
+        "got 'fast'",
     ),
     (
-        lambda: moe_ffn(backend="triton"),
+        lambda: moe_ffn(backend="cuda"),
         ewa.BackendError,
-        "backend='triton' cannot run moe_ffn on cpu: ewa_kernels 0.1.0 has cpp and torch and reference only",
+        "backend='cuda' cannot run moe_ffn on cpu: ewa_kernels 0.1.0 has triton, cpp, torch, reference, triton-single, "
+        "triton-split and triton-onchip only",
+    ),
+    (
+        lambda: moe_ffn(**{name: t.double() for name, t in OPERANDS.items()}, backend="triton"),
+        ewa.BackendError,
+        "backend='triton' cannot run moe_ffn on cpu: it is for torch.float16, torch.bfloat16 and torch.float32, "
+        "not torch.float64",
+    ),
+    (
+        lambda: moe_ffn(
+            x=torch.zeros(5, 500),
+            up_weight=torch.zeros(4, 10, 500),
+            down_weight=torch.zeros(4, 500, 10),
+            down_bias=None,
+            backend="triton-onchip",
+        ),
+        ValueError,
+        "backend='triton-onchip' is for 16-bit types and small d_model, got torch.float32 and 500: "
+        "use backend='triton'",
+    ),
+    (lambda: moe_ffn(recompute=1), TypeError, "recompute must be a bool, got int 1"),
+    # a given partition
+    (lambda: grouped_ffn(permutation=[0]), TypeError, "permutation must be a Tensor, got list [0]"),
+    (lambda: grouped_ffn(permutation=X), TypeError, "permutation must be int32 or int64, got torch.float32"),
+    (lambda: grouped_ffn(permutation=torch.arange(4)), ValueError, "permutation must be [T] = [5], got [4]"),
+    (
+        lambda: grouped_ffn(permutation=torch.tensor([0, 1, 2, 3, 3])),
+        ValueError,
+        "permutation must hold each of 0…4 once",
+    ),
+    (
+        lambda: grouped_ffn(expert_offsets=torch.tensor([0, 5])),
+        ValueError,
+        "expert_offsets must be [E + 1] = [5], got [2]",
+    ),
+    (
+        lambda: grouped_ffn(expert_offsets=torch.tensor([0, 3, 2, 5, 5])),
+        ValueError,
+        "expert_offsets must rise from 0 to T = 5, got [0, 3, 2, 5, 5]",
+    ),
+    (
+        lambda: grouped_ffn(expert_offsets=torch.zeros(5, dtype=torch.int32, device="meta")),
+        TypeError,
+        "expert_offsets must be on cpu like x, got meta",
     ),
     (
         lambda: average([E46], backend="torch"),

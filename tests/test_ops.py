@@ -15,7 +15,7 @@ SEED = torch.tensor(5)
 def ffn_arguments(*, gated=False, bias=True, dropout_p=0.0, dtype=torch.float32, requires_grad=True):
     operands = (X.to(dtype), *random_ffn(4, 6, 10, gated=gated, bias=bias, dtype=dtype))
     leaves = [t if t is None else t.clone().requires_grad_(requires_grad) for t in operands]
-    return (*leaves, SEED, "silu", gated, dropout_p)
+    return (*leaves, SEED, None, None, "silu", gated, dropout_p)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
@@ -26,15 +26,32 @@ def test_opcheck_moe_ffn(options, save, backend):
     torch.library.opcheck(ops.moe_ffn, (*ffn_arguments(requires_grad=False, **options), save, backend))
 
 
-@pytest.mark.parametrize("mask", [[True] * 5, [True, False, False, False, False], [False] * 4 + [True]])
+@pytest.mark.parametrize("backend", ["triton-single", "triton-onchip"])
+def test_opcheck_moe_ffn_triton(backend):
+    """Once each: the interpreter takes its time."""
+    torch.library.opcheck(ops.moe_ffn, (*ffn_arguments(gated=True, dropout_p=0.5), backend == "triton-single", backend))
+
+
 @pytest.mark.parametrize("save", [True, False], ids=["save", "recompute"])
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_opcheck_given_partition(save, backend):
+    arguments = list(ffn_arguments())
+    arguments[6:8] = torch.randperm(21).int(), torch.tensor([0, 4, 4, 20, 21], dtype=torch.int32)
+    torch.library.opcheck(ops.moe_ffn, (*arguments, save, backend))
+
+
+@pytest.mark.parametrize("mask", [[True] * 5, [True, False, False, False, False], [False] * 4 + [True]])
+@pytest.mark.parametrize("save", [True, False], ids=["save", "recompute"])
+@pytest.mark.parametrize("backend", ["cpp", "torch", "triton"])
 def test_opcheck_moe_ffn_backward(mask, save, backend):
+    if backend == "triton" and (save or not all(mask)):
+        return
     arguments = ffn_arguments(requires_grad=False)
     y, pre_activation, permutation = ops.moe_ffn(*arguments, save, backend)
-    x, up_weight, up_bias, down_weight, _, seed, *options = arguments
-    saved = (x, up_weight, up_bias, down_weight, seed, pre_activation, permutation)
-    torch.library.opcheck(ops.moe_ffn_backward, (torch.randn_like(y), *saved, *options, mask, backend))
+    *operands, seed, _, offsets, activation, gated, dropout_p = arguments
+    saved = (*operands, seed, permutation, offsets, pre_activation)
+    options = (activation, gated, dropout_p, mask, backend)
+    torch.library.opcheck(ops.moe_ffn_backward, (torch.randn_like(y), *saved, *options))
 
 
 def test_opcheck_the_others():
@@ -61,7 +78,7 @@ def test_gradcheck(activation, gated, dropout_p):
     assert torch.autograd.gradcheck(lambda *t: ewa.functional.moe_ffn(*t, **options), operands)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("backend", ["cpp", "torch", "triton-single"])
 def test_recomputed_pre_activation_gives_the_same_gradients(backend):
     def grads(save):
         arguments = ffn_arguments(gated=True, dropout_p=0.3)
@@ -78,7 +95,7 @@ def test_what_is_saved_for_backward():
     parameters = random_ffn(4, 6, 10)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append((t.dtype, tuple(t.shape))) or t, lambda t: t):
         ewa.functional.moe_ffn(X.double(), *(p.requires_grad_() for p in parameters), seed=1)
-    of_parameters = [(p.dtype, tuple(p.shape)) for p in parameters[:3]]
+    of_parameters = [(p.dtype, tuple(p.shape)) for p in parameters]
     others = [size for size in sizes if size not in of_parameters]
     wide = torch.float64
     assert sorted(others, key=str) == sorted(

@@ -26,6 +26,7 @@ LAYERS = {
     "modules": {"backends", "checks", "functional", "reference"},
     "averaging": {"checks", "functional", "modules"},
     "surgery": {"backends", "checks", "functional", "modules", "reference"},
+    "aot": {"kernels"},
     "demo": {"*"},
     "demo_plot": {"*"},
     "__init__": {"*"},
@@ -62,7 +63,8 @@ class TestFiles:
         if "*" in allowed:
             return
         for top, imported in imports_of(path):
-            assert top in sys.stdlib_module_names | {"torch", "ewa_kernels"}, f"imports {top}"
+            triton = {"triton"} if part in ("kernels", "aot") else set()
+            assert top in sys.stdlib_module_names | {"torch", "ewa_kernels"} | triton, f"imports {top}"
             assert imported is None or imported in allowed, f"{part} imports {imported}"
 
     def test_is_small_and_has_a_docstring(self, path):

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ewa_kernels.kernels.cpp_rows import CppRows
 from ewa_kernels.kernels.torch_rows import TorchRows
-from ewa_kernels.reference import dropout_scale, expert_offsets
+from ewa_kernels.reference import dropout_scale
+from ewa_kernels.reference import expert_offsets as equal_offsets
 
 # Rows of all experts together in a block: enough for the products to run at full speed, few enough for the
 # scratch memory to stay small.
@@ -51,28 +52,39 @@ class _Block(NamedTuple):
         return None if parameter is None else parameter[self.experts]
 
 
-def _blocks(permutation: Tensor, num_experts: int, rows_per_expert: int) -> Iterator[_Block]:
-    """Covers every grouped row once. Group sizes differ by one at most: those last rows come alone."""
-    offsets = expert_offsets(len(permutation), num_experts)
-    common = len(permutation) // num_experts
-    # The offsets again, computed where they are needed: a copy from the host may not be captured in a CUDA graph.
-    first_row = torch.arange(num_experts, device=permutation.device) * len(permutation) // num_experts
-    pieces = [
-        (slice(0, num_experts), start, min(rows_per_expert, common - start))
-        for start in range(0, common, rows_per_expert)
-    ]
-    pieces += [(slice(e, e + 1), common, 1) for e in range(num_experts) if offsets[e + 1] - offsets[e] > common]
+def _blocks(permutation: Tensor, expert_offsets: Tensor | None, num_experts: int, x: Tensor) -> Iterator[_Block]:
+    """Covers every grouped row once, with no more than some `BLOCK_ROWS` rows at a time.
+
+    Equal groups differ by one row at most: all experts advance in lockstep, and those last rows come alone. Given
+    offsets are read on the host, and experts take turns.
+    """
+    num_tokens, device = len(permutation), permutation.device
+    block_rows = BLOCK_ROWS
+    if x.dtype not in (torch.float32, torch.float64):
+        block_rows = (
+            num_tokens * num_experts
+        )  # 16-bit weight gradients summed up over blocks would be rounded each time
+    if expert_offsets is None:
+        offsets = equal_offsets(num_tokens, num_experts)
+        # The offsets again, computed where they are needed: a copy from the host may not be captured in a CUDA graph.
+        first_row = torch.arange(num_experts, device=device) * num_tokens // num_experts
+        common = num_tokens // num_experts
+        step = max(block_rows // num_experts, 1)
+        pieces = [(slice(0, num_experts), start, min(step, common - start)) for start in range(0, common, step)]
+        pieces += [(slice(e, e + 1), common, 1) for e in range(num_experts) if offsets[e + 1] - offsets[e] > common]
+    else:
+        offsets = expert_offsets.tolist()
+        first_row = expert_offsets[:-1].long()
+        pieces = [
+            (slice(e, e + 1), start, min(block_rows, offsets[e + 1] - offsets[e] - start))
+            for e in range(num_experts)
+            for start in range(0, offsets[e + 1] - offsets[e], block_rows)
+        ]
     done = 0
     for experts, start, n in pieces:
-        rows = first_row[experts, None] + torch.arange(start, start + n, device=permutation.device)
+        rows = first_row[experts, None] + torch.arange(start, start + n, device=device)
         saved = slice(done, done := done + rows.numel())
         yield _Block(experts, rows, permutation[rows.flatten()].long(), saved)
-
-
-def _rows_per_expert(x: Tensor, num_experts: int) -> int:
-    if x.dtype in (torch.float32, torch.float64):
-        return max(BLOCK_ROWS // num_experts, 1)
-    return max(len(x), 1)  # one block: 16-bit weight gradients summed up over blocks would be rounded each time
 
 
 def moe_ffn_forward(
@@ -82,35 +94,41 @@ def moe_ffn_forward(
     down_weight: Tensor,
     down_bias: Tensor | None,
     seed: Tensor,
+    permutation: Tensor | None,
+    expert_offsets: Tensor | None,
     activation: str,
     gated: bool,
     dropout_p: float,
-    save_pre_activation: bool,
+    save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y [T, D], pre_activation [T, F or 2F] (or [0] if not saved) and the int32 permutation [T]."""
+    """Returns y [T, D], pre_activation [T, F or 2F], in block order, and the permutation drawn, int32 [T].
+
+    The last two are [0] unless `save`, and the permutation also if it was given.
+    """
     num_experts, d_model, d_ff = down_weight.shape
     num_up = up_weight.shape[1]
     rows = _ROWS[backend](activation, gated)
     seed = seed.to(x.device)
     x = x.contiguous()
-    permutation = rows.random_permutation(len(x), seed)
+    up_weight, up_bias, down_weight, down_bias = _in_dtype(x.dtype, up_weight, up_bias, down_weight, down_bias)
+    order = rows.random_permutation(len(x), seed) if permutation is None else permutation
     y = x.new_empty(len(x), d_model)
-    pre_activation = x.new_empty((len(x), num_up) if save_pre_activation else 0)
+    pre_activation = x.new_empty((len(x), num_up) if save else 0)
     buffer = _Buffers(x)
-    for block in _blocks(permutation, num_experts, _rows_per_expert(x, num_experts)):
+    for block in _blocks(order, expert_offsets, num_experts, x):
         shape, experts = block.rows.shape, block.experts
         block_x = buffer("x", *shape, d_model)
         rows.gather(x, block.tokens, block_x)
         pre = buffer("pre", *shape, num_up)
-        if save_pre_activation:
+        if save:
             pre = pre_activation[block.saved].view(*shape, num_up)
         scale = dropout_scale(block.rows, d_ff, seed, dropout_p, x.dtype) if dropout_p > 0 else None
         hidden = buffer("hidden", *shape, d_ff)
         rows.up_and_activate(block_x, up_weight[experts], block.of(up_bias), scale, pre, hidden)
         block_y = buffer("y", *shape, d_model)
         rows.down_and_scatter(hidden, down_weight[experts], block.of(down_bias), block.tokens, block_y, y)
-    return y, pre_activation, permutation
+    return y, pre_activation, order if save and permutation is None else order.new_empty(0)
 
 
 def moe_ffn_backward(
@@ -119,16 +137,21 @@ def moe_ffn_backward(
     up_weight: Tensor,
     up_bias: Tensor | None,
     down_weight: Tensor,
+    down_bias: Tensor | None,
     seed: Tensor,
-    pre_activation: Tensor,
     permutation: Tensor,
+    expert_offsets: Tensor | None,
+    pre_activation: Tensor,
     activation: str,
     gated: bool,
     dropout_p: float,
     output_mask: Sequence[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, up_weight, up_bias, down_weight and down_bias; [0] where `output_mask` is False."""
+) -> tuple[Tensor, ...]:
+    """Gradients of x, up_weight, up_bias, down_weight and down_bias; [0] where `output_mask` is False.
+
+    Without `pre_activation`, it and the permutation are computed again.
+    """
     need_x, need_up_weight, need_up_bias, need_down_weight, need_down_bias = output_mask
     need_pre = need_x or need_up_weight or need_up_bias
     num_experts, d_model, d_ff = down_weight.shape
@@ -136,18 +159,23 @@ def moe_ffn_backward(
     rows = _ROWS[backend](activation, gated)
     seed = seed.to(x.device)
     x, grad_y = x.contiguous(), grad_y.contiguous()
+    dtypes = [x.dtype if t is None else t.dtype for t in (x, up_weight, up_bias, down_weight, down_bias)]
+    up_weight, up_bias, down_weight, _ = _in_dtype(x.dtype, up_weight, up_bias, down_weight, None)
+    if len(permutation) == 0:
+        permutation = rows.random_permutation(len(x), seed)
 
     grad_x = x.new_empty(x.shape if need_x else 0)
-    # The first block writes the parameters' gradients, unless some expert has no token.
-    new = x.new_empty if len(x) >= num_experts else x.new_zeros
+    # The first block writes the parameters' gradients, unless it has not all experts.
+    lockstep = expert_offsets is None and len(x) >= num_experts
+    new = x.new_empty if lockstep else x.new_zeros
     grad_up_weight = new(up_weight.shape if need_up_weight else 0)
     grad_up_bias = new((num_experts, num_up) if need_up_bias else 0)
     grad_down_weight = new(down_weight.shape if need_down_weight else 0)
     grad_down_bias = new((num_experts, d_model) if need_down_bias else 0)
-    beta = 0 if len(x) >= num_experts else 1
+    beta = 0 if lockstep else 1
 
     buffer = _Buffers(x)
-    for block in _blocks(permutation, num_experts, _rows_per_expert(x, num_experts)):
+    for block in _blocks(permutation, expert_offsets, num_experts, x):
         shape, experts = block.rows.shape, block.experts
         grad_out = buffer("y", *shape, d_model)
         rows.gather(grad_y, block.tokens, grad_out)
@@ -179,4 +207,10 @@ def moe_ffn_backward(
                 torch.bmm(grad_pre, up_weight[experts], out=grad_out)
                 rows.scatter(grad_out, block.tokens, grad_x)
         beta = 1
-    return grad_x, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias
+    grads = (grad_x, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias)
+    return tuple(grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
+
+
+def _in_dtype(dtype: torch.dtype, *parameters: Tensor | None) -> Any:
+    """Under autocast x is in its dtype and the parameters are not."""
+    return tuple(None if parameter is None else parameter.to(dtype) for parameter in parameters)

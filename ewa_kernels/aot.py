@@ -1,0 +1,296 @@
+"""`python -m ewa_kernels.aot`: compiles every shipped kernel configuration without a GPU, and reports what came out.
+
+The launchers run as they do on a GPU, on tensors without memory: what is compiled is what a launch would compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from ewa_kernels.kernels import fused
+from ewa_kernels.kernels.fused import backward, forward, onchip
+from ewa_kernels.kernels.fused.configs import Tile, table
+from ewa_kernels.kernels.fused.layer import Layer
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+DTYPES = ("bfloat16", "float16", "float32", "tf32")
+# What a block may have, in bytes (CUDA programming guide, technical specifications).
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one configuration, and what it is compiled for."""
+
+    kernel: str  # "forward", "forward up", "forward down", "backward", "backward split" or "onchip"
+    tile: Tile
+    architecture: str
+    dtype: str
+    gated: bool = False  # then with SiLU, without biases
+    dropout: bool = False
+    ragged: bool = False  # with a partition that is given
+
+    @property
+    def capability(self) -> int:
+        return int(self.architecture.removeprefix("sm_"))
+
+    @property
+    def default(self) -> bool:
+        """Whether backend="auto" may pick it."""
+        return self.kernel in ("forward", "backward", "onchip")
+
+    @property
+    def config(self) -> str:
+        t = self.tile
+        words = [f"{t.block_m}x{t.block_n}x{t.block_k}, {t.parts} parts, {t.num_warps} warps, {t.num_stages} stages"]
+        words.append("gated silu" if self.gated else "gelu, biases")
+        return ", ".join(words + ["dropout"] * self.dropout + ["ragged"] * self.ragged)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a case."""
+
+    kernel: str
+    config: str
+    default: bool
+    dtype: str
+    architecture: str
+    registers: int
+    spill_stores: int  # bytes
+    spill_loads: int
+    shared_bytes: int
+    wgmma: int  # instructions; only Hopper has them
+    wgmma_serialized: bool
+    warnings: list[str]
+
+    def problems(self) -> list[str]:
+        """What keeps this configuration from being shipped as a default."""
+        found = list(self.warnings)
+        if self.spill_stores or self.spill_loads:
+            found.append(f"spills: {self.spill_stores} bytes stored, {self.spill_loads} loaded")
+        if self.wgmma_serialized:
+            found.append("each wgmma waits for the one before")
+        if self.architecture == "sm_90" and self.wgmma == 0 and self.dtype != "float32":
+            found.append("no wgmma")
+        limit = SHARED_MEMORY[int(self.architecture.removeprefix("sm_"))]
+        if self.shared_bytes > limit:
+            found.append(f"{self.shared_bytes} bytes of shared memory, at most {limit}")
+        return found
+
+
+def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:
+    """Every entry of the tables for an architecture, with its variants."""
+    capability = int(architecture.removeprefix("sm_"))
+    for dtype in dtypes:
+        tiles = table(capability, _torch_dtype(dtype), "tf32" if dtype == "tf32" else "ieee")
+        for kernel in ("forward", "backward", "onchip"):
+            for tile in tiles[kernel]:
+                plain = Case(kernel, tile, architecture, dtype)
+                yield from (plain, replace(plain, gated=True))
+            for tile in tiles.get(f"{kernel} dropout", tiles[kernel]):
+                plain = Case(kernel, tile, architecture, dtype, dropout=True)
+                yield from (plain, replace(plain, gated=True))
+            for tile in tiles[kernel][:1]:
+                yield Case(kernel, tile, architecture, dtype, ragged=True)
+        for kernel in ("forward up", "forward down", "backward split"):
+            yield Case(kernel, tiles[kernel.split()[0]][0], architecture, dtype)
+
+
+def compile_case(case: Case) -> Report:
+    """Compiles a case and disassembles the result."""
+    kernel, log = _compile(case)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [str(_TOOLS / "cuobjdump"), "-sass", str(cubin)]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = re.findall(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if len(registers) != 1 or len(spills) != 1:
+        raise RuntimeError(f"ptxas said something else than expected about {case}:\n{log}")
+    wgmma = len(re.findall(r"\bHGMMA\b", sass))
+    # A group of them arrives once and then runs; where each waits for the one before, each arrives.
+    arrivals = len(re.findall(r"\bWARPGROUP\.ARRIVE\b", sass))
+    return Report(
+        kernel=case.kernel,
+        config=case.config,
+        default=case.default,
+        dtype=case.dtype,
+        architecture=case.architecture,
+        registers=int(registers[0]),
+        spill_stores=int(spills[0][0]),
+        spill_loads=int(spills[0][1]),
+        shared_bytes=kernel.metadata.shared,
+        wgmma=wgmma,
+        wgmma_serialized=bool(re.search(r"C751[0-5]", log)) or arrivals >= wgmma > 0,
+        # C7517 tells that a result is used at once, which is meant.
+        warnings=[
+            line.strip() for line in log.splitlines() if re.search(r"warning|\(C75", line) and "(C7517)" not in line
+        ],
+    )
+
+
+def compile_all(chosen: list[Case]) -> Iterator[Report]:
+    """Reports in the order of the cases; as many are compiled at a time as there are cores."""
+    # Not forked: that would copy the locks of torch's threads in whatever state they are.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        yield from pool.map(compile_case, chosen)
+
+
+def _compile(case: Case) -> tuple[Any, str]:
+    """The compiled kernel, and what ptxas said."""
+    d_model = case.tile.block_k if case.kernel == "onchip" else 768
+    layer = Layer(
+        num_tokens=50432,
+        num_experts=4,
+        d_model=d_model,
+        d_ff=4 * d_model,
+        activation="silu" if case.gated else "gelu",
+        gated=case.gated,
+        dropout_p=0.1 if case.dropout else 0.0,
+        seed=torch.tensor(0),
+        expert_offsets=torch.empty(5, dtype=torch.int32, device="meta") if case.ragged else None,
+        dtype=_torch_dtype(case.dtype),
+        device=torch.device("meta"),
+        table={case.kernel.split()[0]: (case.tile,)},
+        num_programs=132,
+    )
+    triton.runtime.driver.set_active(_Driver(case.capability))
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log), _float32(case.dtype):
+        kernel = _launch(case, layer)
+    return kernel, log.getvalue()
+
+
+def _launch(case: Case, layer: Layer) -> Any:
+    num_tokens, num_experts, d_model, d_ff = layer.num_tokens, layer.num_experts, layer.d_model, layer.d_ff
+    num_up = 2 * d_ff if case.gated else d_ff
+
+    def new(*shape: int, dtype: torch.dtype = layer.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=layer.device)
+
+    x, y, permutation = new(num_tokens, d_model), new(num_tokens, d_model), new(num_tokens, dtype=torch.int32)
+    up_weight, down_weight = new(num_experts, num_up, d_model), new(num_experts, d_model, d_ff)
+    up_bias, down_bias = (None, None) if case.gated else (new(num_experts, num_up), new(num_experts, d_model))
+    pre_activation, hidden = new(num_tokens, num_up), new(num_tokens, d_ff)
+    operands = (x, up_weight, up_bias, down_weight, down_bias)
+    kernel, _, form = case.kernel.partition(" ")
+    if kernel == "forward":
+        with _instead(forward, "forward_kernel") as compiled:
+            outputs = (y, pre_activation, hidden, permutation)
+            forward.launch_forward(layer, *operands, *outputs, form=form or "single", deal=not case.ragged)
+    elif kernel == "onchip":
+        with _instead(onchip, "onchip_kernel") as compiled:
+            onchip.launch_onchip(layer, *operands, y, pre_activation, permutation, deal=not case.ragged)
+    else:
+        with _instead(backward, "backward_kernel") as compiled:
+            saved = (x, up_weight, down_weight, pre_activation, permutation)
+            backward.launch_backward(layer, y, *saved, *operands, single=not form)
+    return compiled[0]
+
+
+class _Driver:
+    """As much of a GPU as Triton asks for before it launches: which one it is."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _instead(module: Any, name: str) -> Iterator[list[Any]]:
+    """Launches of a module's kernel compile it instead, and add the result to the list."""
+    real, compiled = getattr(module, name), []
+
+    class Compiler:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **kwargs: compiled.append(real.warmup(*args, grid=grid, **kwargs))
+
+    setattr(module, name, Compiler())
+    try:
+        yield compiled
+    finally:
+        setattr(module, name, real)
+
+
+@contextlib.contextmanager
+def _float32(dtype: str) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _torch_dtype(dtype: str) -> torch.dtype:
+    return torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+
+
+def main() -> int:
+    """1 if a default configuration has a problem."""
+    parser = argparse.ArgumentParser(prog="python -m ewa_kernels.aot", description=__doc__)
+    parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="default: all; may be repeated")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: all; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    arguments = parser.parse_args()
+    if fused.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+
+    chosen = [
+        case
+        for architecture in arguments.arch or ARCHITECTURES
+        for case in cases(architecture, tuple(arguments.dtype or DTYPES))
+    ]
+    reports = []
+    for report in compile_all(chosen):
+        reports.append(report)
+        if not arguments.json:
+            print(_line(report), flush=True)
+    if arguments.json:
+        print(json.dumps([asdict(report) for report in reports], indent=1))
+    return 1 if any(report.default and report.problems() for report in reports) else 0
+
+
+def _line(report: Report) -> str:
+    problems = "; ".join(report.problems())
+    return (
+        f"{report.architecture:7}{report.dtype:9} {report.kernel:15}{report.config:70}"
+        f"{report.registers:4} registers {report.shared_bytes:7} bytes shared {report.wgmma:3} wgmma"
+        f"{'' if report.default else '  not a default'}{'  ' + problems if problems else ''}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

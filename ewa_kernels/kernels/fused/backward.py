@@ -1,0 +1,369 @@
+"""The backward in one launch: gradients of x, of both weights and of both biases.
+
+The same kernel does it in three launches (`FORM`), as a fallback and to compare with.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ewa_kernels.kernels.fused.epilogues import (
+    store_grad_pre,
+    store_rows,
+    store_split,
+    sum_block,
+    sum_blocks,
+    sum_splits,
+)
+from ewa_kernels.kernels.fused.layer import Layer
+from ewa_kernels.kernels.fused.partition import load_seed
+from ewa_kernels.kernels.fused.tiles import (
+    FIRST_COUNTER,
+    clamp_columns,
+    draw_ticket,
+    first_block_of_expert,
+    leave_clean,
+    multiply,
+    rows_of_block,
+    rows_of_expert,
+    signal,
+    wait_until,
+)
+from ewa_kernels.kernels.fused.workspace import zeroed_counters
+
+_MAX_SPLITS = 8
+_MIN_SPLIT_STEPS = 8  # steps of a product's loop that a split has at least
+
+
+@triton.jit
+def _wait_for_expert(
+    expert, expert_offsets, num_tokens, num_experts, num_blocks, end_pre, end_sums, counters, BLOCK_M: tl.constexpr
+):
+    """Returns when all tickets before `end_sums` that concern the expert's rows are done."""
+    start, end = rows_of_expert(expert, expert_offsets, num_tokens, num_experts)
+    wait_until(counters + FIRST_COUNTER + expert, tl.cdiv(end - start, BLOCK_M) * (end_sums // num_blocks))
+
+
+@triton.jit(do_not_specialize=[
+    "num_tokens", "num_experts", "num_blocks", "num_splits", "num_counters", "seed_low", "seed_high", "threshold",
+    "scale", "first_ticket", "end_pre", "end_sums", "end_biases", "end_down", "end_up", "end_ticket",
+])  # fmt: skip
+def backward_kernel(
+    grad_y,  # [T, D]
+    x,  # [T, D]
+    up_weight,  # [E, F or 2F, D]
+    down_weight,  # [E, D, F]
+    pre_activation,  # [T, F or 2F], by grouped row
+    permutation,  # int32 [T]
+    expert_offsets,  # int32 [E + 1], or None: equal groups
+    grad_x,  # [T, D]
+    grad_up_weight,
+    grad_up_bias,
+    grad_down_weight,
+    grad_down_bias,  # gradients that no ticket asks for are never touched
+    grad_pre,  # scratch [T, F or 2F], by grouped row
+    hidden,  # scratch [T, F], by grouped row
+    partial_up,  # float32 scratch [row blocks, F or 2F], or None without grad_up_bias
+    partial_down,  # float32 scratch [row blocks, D]
+    partial_weight,  # float32 scratch, a tile for each ticket for a weight, or None if num_splits = 1
+    counters,
+    seed,
+    seed_low,
+    seed_high,
+    threshold,
+    scale,
+    num_tokens,
+    num_experts,
+    num_blocks,
+    num_splits,  # parts of an expert's rows that different tickets add up for a weight
+    num_counters,
+    first_ticket,
+    end_pre,
+    end_sums,
+    end_biases,
+    end_down,
+    end_up,
+    end_ticket,
+    d_model,
+    d_ff,
+    SINGLE: tl.constexpr,  # all tickets in one launch; else those from first_ticket on, without waiting
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
+    ALIGNED: tl.constexpr,  # 8 divides D and F
+    PRECISION: tl.constexpr,
+    MAX_EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Tickets, in this order, each kind up to its `end_…`:
+
+    pre: grad_pre and hidden of a row block, by columns of hidden; sums: grad_y summed over a row block;
+    biases: the sums of all row blocks of an expert; down, up: a tile of a weight's gradient;
+    x: grad_x of a row block. All but the first two wait until those of their expert are done.
+
+    Grid: any number of programs; as many as run at once is best.
+    """
+    num_up = d_ff * 2 if GATED else d_ff
+    key = load_seed(seed, seed_low, seed_high) if DROPOUT else 0
+    if SINGLE:
+        ticket = draw_ticket(counters)
+    else:
+        ticket = first_ticket + tl.program_id(0)
+
+    while ticket < end_ticket:
+        if (ticket < end_pre) | (ticket >= end_up):
+            # --- rows: grad_hidden = grad_y[token] @ down_weight, or grad_x[token] = grad_pre @ up_weight ---
+            is_pre = ticket < end_pre
+            tile = tl.where(is_pre, ticket, ticket - end_up)
+            column_tile = tile // num_blocks
+            block = tile - column_tile * num_blocks
+            expert, first_row, end = rows_of_block(block, expert_offsets, num_tokens, num_experts, BLOCK_M, MAX_EXPERTS)
+            if first_row < end:
+                row = first_row + tl.arange(0, BLOCK_M)
+                source = tl.minimum(row, end - 1)
+                token = tl.load(permutation + source)
+                if SINGLE:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
+                    if ticket >= end_up:
+                        _wait_for_expert(
+                            expert, expert_offsets, num_tokens, num_experts, num_blocks, end_pre, end_sums, counters,
+                            BLOCK_M,
+                        )  # fmt: skip
+                size_k = tl.where(is_pre, d_model, num_up)
+                size_n = tl.where(is_pre, d_ff, d_model)
+                a = tl.where(is_pre, grad_y, grad_pre)
+                b = tl.where(is_pre, down_weight, up_weight)
+                a_row = tl.where(is_pre, token, source)
+                n = clamp_columns(column_tile * BLOCK_N + tl.arange(0, BLOCK_N), size_n, ALIGNED)
+                k = tl.arange(0, BLOCK_K)
+                a_ptrs = a + a_row.to(tl.int64)[:, None] * size_k + k[None, :]
+                b_ptrs = b + (expert.to(tl.int64) * size_k + k)[:, None] * size_n + n[None, :]
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                for first_k in range(0, size_k, BLOCK_K):
+                    if EVEN_K:
+                        a_tile = tl.load(a_ptrs)
+                        b_tile = tl.load(b_ptrs)
+                    else:
+                        inside = k < size_k - first_k
+                        a_tile = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
+                        b_tile = tl.load(b_ptrs, mask=inside[:, None], other=0.0)
+                    acc = multiply(a_tile, b_tile, acc, PRECISION)
+                    a_ptrs += BLOCK_K
+                    b_ptrs += BLOCK_K * size_n
+                if is_pre:
+                    store_grad_pre(
+                        acc, row, end, block, column_tile * BLOCK_N, pre_activation, grad_pre, hidden, partial_up,
+                        key, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, BLOCK_N, PARTS,
+                    )  # fmt: skip
+                    if SINGLE:
+                        signal(counters + FIRST_COUNTER + expert)
+                else:
+                    store_rows(
+                        acc, row, end, token, column_tile * BLOCK_N, None, grad_x, d_model, BLOCK_M, BLOCK_N, PARTS
+                    )
+        elif ticket < end_sums:
+            # --- grad_y summed over a row block ---
+            tile = ticket - end_pre
+            column_tile = tile // num_blocks
+            block = tile - column_tile * num_blocks
+            expert, first_row, end = rows_of_block(block, expert_offsets, num_tokens, num_experts, BLOCK_M, MAX_EXPERTS)
+            if first_row < end:
+                column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+                partial = partial_down + block.to(tl.int64) * d_model
+                sum_block(grad_y, permutation, first_row, end, column, d_model, partial, BLOCK_M)
+                if SINGLE:
+                    signal(counters + FIRST_COUNTER + expert)
+        elif ticket < end_biases:
+            # --- biases: columns of up, then of down ---
+            tile = ticket - end_sums
+            column_tile = tile // num_experts
+            expert = tile - column_tile * num_experts
+            if SINGLE:
+                _wait_for_expert(
+                    expert, expert_offsets, num_tokens, num_experts, num_blocks, end_pre, end_sums, counters, BLOCK_M
+                )
+            start, end = rows_of_expert(expert, expert_offsets, num_tokens, num_experts)
+            first_block = first_block_of_expert(expert, expert_offsets, num_tokens, num_experts, BLOCK_M, MAX_EXPERTS)
+            blocks = tl.cdiv(end - start, BLOCK_M)
+            up_tiles = 0
+            if partial_up is not None:
+                up_tiles = tl.cdiv(num_up, BLOCK_N)
+                if column_tile < up_tiles:
+                    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+                    out = grad_up_bias + expert.to(tl.int64) * num_up
+                    sum_blocks(partial_up, first_block, blocks, column, num_up, out)
+            if column_tile >= up_tiles:
+                column = (column_tile - up_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+                out = grad_down_bias + expert.to(tl.int64) * d_model
+                sum_blocks(partial_down, first_block, blocks, column, d_model, out)
+        else:
+            # --- weights: grad_down = grad_y[token]ᵀ @ hidden, or grad_up = grad_preᵀ @ x[token] ---
+            is_down = ticket < end_down
+            tile = tl.where(is_down, ticket - end_biases, ticket - end_down)
+            size_m = tl.where(is_down, d_model, num_up)
+            size_n = tl.where(is_down, d_ff, d_model)
+            split = tile % num_splits
+            tile = tile // num_splits
+            tiles_m = tl.cdiv(size_m, BLOCK_M)
+            tiles_n = tl.cdiv(size_n, BLOCK_N)
+            expert = tile // (tiles_m * tiles_n)
+            rest = tile - expert * (tiles_m * tiles_n)
+            tile_n = rest // tiles_m
+            tile_m = rest - tile_n * tiles_m
+            if SINGLE:
+                _wait_for_expert(
+                    expert, expert_offsets, num_tokens, num_experts, num_blocks, end_pre, end_sums, counters, BLOCK_M
+                )
+            start, end = rows_of_expert(expert, expert_offsets, num_tokens, num_experts)
+            length = tl.cdiv(end - start, num_splits)
+            start += split * length
+            end = tl.minimum(start + length, end)
+
+            a = tl.where(is_down, grad_y, grad_pre)
+            b = tl.where(is_down, hidden, x)
+            m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+            a_column = clamp_columns(m, size_m, ALIGNED)
+            b_column = clamp_columns(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), size_n, ALIGNED)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for first in range(start, end, BLOCK_K):
+                row = first + tl.arange(0, BLOCK_K)
+                inside = row < end
+                token = tl.load(permutation + row, mask=inside, other=0)
+                a_row = tl.where(is_down, token, row).to(tl.int64) * size_m
+                b_row = tl.where(is_down, row, token).to(tl.int64) * size_n
+                a_tile = tl.load(a + a_row[:, None] + a_column[None, :], mask=inside[:, None], other=0.0)
+                b_tile = tl.load(b + b_row[:, None] + b_column[None, :], mask=inside[:, None], other=0.0)
+                acc = multiply(a_tile.T, b_tile, acc, PRECISION)
+
+            out = tl.where(is_down, grad_down_weight, grad_up_weight)
+            out += expert.to(tl.int64) * size_m * size_n
+            if partial_weight is None:
+                store_rows(acc, m, size_m, m, tile_n * BLOCK_N, None, out, size_n, BLOCK_M, BLOCK_N, PARTS)
+            else:
+                first_split = ticket - end_biases - split
+                partial = partial_weight + first_split.to(tl.int64) * (BLOCK_M * BLOCK_N)
+                store_split(acc, partial + split * (BLOCK_M * BLOCK_N), 0, BLOCK_M, BLOCK_N, BLOCK_N, PARTS)
+                counter = counters + FIRST_COUNTER + num_experts + first_split // num_splits
+                if signal(counter) == num_splits - 1:
+                    sum_splits(
+                        partial, num_splits, m, tile_n * BLOCK_N, size_m, size_n, out, BLOCK_M, BLOCK_N,
+                        BLOCK_N // PARTS,
+                    )  # fmt: skip
+        if SINGLE:
+            ticket = draw_ticket(counters)
+        else:
+            ticket += tl.num_programs(0)
+    leave_clean(counters, num_counters)
+
+
+def launch_backward(
+    layer: Layer,
+    grad_y: Tensor,
+    x: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    pre_activation: Tensor,
+    permutation: Tensor,
+    grad_x: Tensor | None,
+    grad_up_weight: Tensor | None,
+    grad_up_bias: Tensor | None,
+    grad_down_weight: Tensor | None,
+    grad_down_bias: Tensor | None,
+    *,
+    single: bool,
+) -> None:
+    """Fills the gradients that are not None; see `backward_kernel`. Three launches unless `single`."""
+    tile = layer.tile("backward")
+    num_blocks = layer.num_blocks(tile.block_m)
+    num_up = up_weight.shape[1]
+    programs = layer.grid(2**31)[0]
+
+    def tiles(width: int, block: int = tile.block_n) -> int:
+        return triton.cdiv(width, block)
+
+    need_pre = any(grad is not None for grad in (grad_x, grad_up_weight, grad_up_bias, grad_down_weight))
+    pre_tickets = num_blocks * tiles(layer.d_ff) if need_pre else 0
+    sum_tickets = num_blocks * tiles(layer.d_model) if grad_down_bias is not None else 0
+    bias_tickets = layer.num_experts * (
+        (tiles(num_up) if grad_up_bias is not None else 0) + (tiles(layer.d_model) if grad_down_bias is not None else 0)
+    )
+    down_tiles = up_tiles = 0
+    if grad_down_weight is not None:
+        down_tiles = layer.num_experts * tiles(layer.d_model, tile.block_m) * tiles(layer.d_ff)
+    if grad_up_weight is not None:
+        up_tiles = layer.num_experts * tiles(num_up, tile.block_m) * tiles(layer.d_model)
+    # Tiles of the weights are the longest: split them until there are two for each program.
+    steps = triton.cdiv(layer.num_tokens, layer.num_experts * tile.block_k)
+    wanted = 2 * programs // max(1, down_tiles + up_tiles)
+    num_splits = max(1, min(wanted, _MAX_SPLITS, steps // _MIN_SPLIT_STEPS))
+    x_tickets = num_blocks * tiles(layer.d_model) if grad_x is not None else 0
+    ends = list(
+        itertools.accumulate(
+            (pre_tickets, sum_tickets, bias_tickets, down_tiles * num_splits, up_tiles * num_splits, x_tickets)
+        )
+    )
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    grad_pre = scratch(layer.num_tokens, num_up, dtype=x.dtype) if need_pre else None
+    hidden = scratch(layer.num_tokens, layer.d_ff, dtype=x.dtype) if need_pre else None
+    partial_up = scratch(num_blocks, num_up) if grad_up_bias is not None else None
+    partial_down = scratch(num_blocks, layer.d_model) if grad_down_bias is not None else None
+    partial_weight = None
+    if num_splits > 1:
+        partial_weight = scratch((down_tiles + up_tiles) * num_splits, tile.block_m, tile.block_n)
+    num_counters = FIRST_COUNTER.value + layer.num_experts + down_tiles + up_tiles
+    ranges = [(0, ends[-1])] if single else [(0, ends[1]), (ends[1], ends[4]), (ends[4], ends[5])]
+    for first_ticket, end_ticket in ranges:
+        if first_ticket == end_ticket:
+            continue
+        num_tickets = end_ticket - first_ticket
+        with zeroed_counters(num_counters, x.device) as counters:
+            backward_kernel[layer.grid(num_tickets)](
+                grad_y,
+                x,
+                up_weight,
+                down_weight,
+                pre_activation,
+                permutation,
+                # What no ticket asks for is replaced by something of its type.
+                grad_x=_first_of(grad_x, x),
+                grad_up_weight=_first_of(grad_up_weight, grad_down_weight, up_weight),
+                grad_up_bias=_first_of(grad_up_bias, up_weight),
+                grad_down_weight=_first_of(grad_down_weight, grad_up_weight, up_weight),
+                grad_down_bias=_first_of(grad_down_bias, up_weight),
+                grad_pre=_first_of(grad_pre, x),
+                hidden=_first_of(hidden, x),
+                partial_up=partial_up,
+                partial_down=_first_of(partial_down, partial_up, up_weight),
+                partial_weight=partial_weight,
+                counters=counters,
+                num_blocks=num_blocks,
+                num_splits=num_splits,
+                num_counters=num_counters,
+                first_ticket=first_ticket,
+                end_pre=ends[0],
+                end_sums=ends[1],
+                end_biases=ends[2],
+                end_down=ends[3],
+                end_up=ends[4],
+                end_ticket=end_ticket,
+                SINGLE=single,
+                EVEN_K=layer.d_model % tile.block_k == 0 and layer.d_ff % tile.block_k == 0,
+                ALIGNED=layer.d_model % 8 == 0 and layer.d_ff % 8 == 0,
+                **layer.arguments,
+                **tile.launch_options(),
+            )
+
+
+def _first_of(*tensors: Tensor | None) -> Tensor:
+    return next(tensor for tensor in tensors if tensor is not None)

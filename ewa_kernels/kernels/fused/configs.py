@@ -1,0 +1,113 @@
+"""Tile tables, one per architecture: made offline, looked up at run time, never searched.
+
+`python -m ewa_kernels.aot` compiles every entry and reports registers, spills and tensor-core use.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of the tiles of a kernel, and how Triton compiles it.
+
+    Attributes:
+        block_m, block_n, block_k: rows, columns and depth of a tile's matrix product; powers of two, at least 16.
+        parts: the accumulator is stored in so many pieces, one after the other, to save registers.
+        num_warps, num_stages: as Triton understands them.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    parts: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        sizes = (self.block_m, self.block_n, self.block_k, self.parts, self.num_warps)
+        assert all(size > 0 and size & (size - 1) == 0 for size in sizes), f"{self}: not all powers of two"
+        assert min(sizes[:3]) >= 16, f"{self}: a side below 16"
+
+    def launch_options(self) -> dict[str, int]:
+        """Keyword arguments of a kernel launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "PARTS": self.parts,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,  # Triton's default changes with its version
+        }
+
+
+# {kernel: its tiles, best first}. With dropout, which takes registers, those under "… dropout" if there are any. Of
+# several, `choose` takes the one that leaves fewest of its cells empty. For "onchip", block_n columns of hidden are
+# worked on at a time, and block_k is the largest D.
+Table = dict[str, tuple[Tile, ...]]
+
+_HOPPER: Table = {
+    "forward": (Tile(128, 256, 64, 4, 8, 3), Tile(256, 128, 64, 4, 8, 3), Tile(128, 128, 64, 2, 8, 3)),
+    "forward dropout": (Tile(128, 256, 64, 8, 8, 3), Tile(256, 128, 64, 4, 8, 3), Tile(128, 128, 64, 2, 8, 3)),
+    "backward": (Tile(128, 256, 64, 8, 8, 3), Tile(256, 128, 64, 8, 8, 3), Tile(128, 128, 64, 4, 8, 3)),
+    "backward dropout": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 4, 8, 3)),
+    "onchip": (Tile(128, 64, 128, 2, 8, 2),),
+    "onchip dropout": (Tile(128, 32, 128, 2, 8, 2),),
+}
+_BLACKWELL: Table = {
+    "forward": _HOPPER["forward"],
+    "forward dropout": (Tile(128, 128, 64, 2, 8, 3),),
+    "backward": (Tile(128, 128, 64, 4, 8, 3),),
+    "onchip": (Tile(128, 32, 128, 2, 8, 2),),
+}
+_AMPERE: Table = {  # and all others
+    "forward": (Tile(128, 128, 32, 2, 8, 4),),
+    "backward": (Tile(128, 128, 32, 4, 8, 4),),
+    "onchip": (Tile(128, 32, 128, 2, 8, 2),),
+}
+_TF32: Table = {
+    "forward": (Tile(128, 128, 32, 4, 8, 2),),
+    "backward": (Tile(128, 64, 32, 4, 8, 2),),
+    "onchip": (),
+}
+_FLOAT32: Table = {
+    "forward": (Tile(64, 64, 32, 2, 8, 2),),
+    "backward": (Tile(64, 64, 16, 2, 8, 2),),
+    "onchip": (),
+}
+# In the interpreter an operation on a tile costs the same whatever its size; small tiles are many tiles.
+INTERPRETER: Table = {
+    "forward": (Tile(32, 32, 16, 2, 4, 1),),
+    "backward": (Tile(32, 32, 16, 2, 4, 1),),
+    "onchip": (Tile(32, 32, 64, 2, 4, 1),),
+}
+
+
+def table(capability: int, dtype: torch.dtype, precision: str) -> Table:
+    """The tiles for a compute capability (90: 9.0); precision "ieee" or "tf32" matters to float32 only."""
+    if dtype == torch.float32:
+        return _TF32 if precision == "tf32" else _FLOAT32
+    return {9: _HOPPER, 10: _BLACKWELL}.get(capability // 10, _AMPERE)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(tiles: tuple[Tile, ...], num_tokens: int, num_experts: int, widths: tuple[int, ...]) -> Tile:
+    """The tile with the least work, empty cells included; `widths`: the columns of the products. Ties to the first."""
+
+    def work(tile: Tile) -> int:
+        rows = -(-num_tokens // (num_experts * tile.block_m)) * tile.block_m
+        return rows * sum(-(-width // tile.block_n) * tile.block_n for width in widths)
+
+    return min(tiles, key=work)
+
+
+def choose_onchip(tiles: tuple[Tile, ...], d_model: int) -> Tile | None:
+    """The tile that holds a row of x, as narrow as D allows; None if D is too large for all."""
+    width = max(16, 1 << (d_model - 1).bit_length())
+    fitting = (tile for tile in tiles if width <= tile.block_k)
+    return next((replace(tile, block_k=width) for tile in fitting), None)

@@ -1,0 +1,194 @@
+"""What is done with an accumulated tile, and the sums over rows that biases need.
+
+A tile is taken part by part (`PARTS`, by columns): whole, what is computed from it takes too many registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ewa_kernels.kernels.fused.activations import activate, activate_with_slope, dropout_scale
+from ewa_kernels.kernels.fused.tiles import halves, pairs
+
+_SUM_ROWS = tl.constexpr(32)  # rows at a time in sums over rows
+
+
+@triton.jit
+def store_up(
+    acc, row, end, expert, first_column, up_bias, pre_activation, hidden, seed, threshold, scale, d_ff,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """pre_activation and hidden of a tile `acc` `[BLOCK_M, WIDTH]`, part by part: whole, it takes too many registers.
+
+    Gated: even columns are gates, odd ones values, so that both of a hidden column are in one thread.
+    """
+    if PARTS > 1:
+        left, right = halves(acc, BLOCK_M, WIDTH)
+        step: tl.constexpr = WIDTH // 4 if GATED else WIDTH // 2
+        store_up(
+            left, row, end, expert, first_column, up_bias, pre_activation, hidden, seed, threshold, scale, d_ff,
+            ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2, PARTS // 2,
+        )  # fmt: skip
+        store_up(
+            right, row, end, expert, first_column + step, up_bias, pre_activation, hidden, seed, threshold, scale,
+            d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2, PARTS // 2,
+        )  # fmt: skip
+    else:
+        columns: tl.constexpr = WIDTH // 2 if GATED else WIDTH
+        num_up = d_ff * 2 if GATED else d_ff
+        column = first_column + tl.arange(0, columns)
+        inside = (row < end)[:, None] & (column < d_ff)[None, :]
+        pre_row = row.to(tl.int64)[:, None] * num_up + column[None, :]
+        bias_row = expert.to(tl.int64) * num_up + column
+        if GATED:
+            gate, value = pairs(acc, BLOCK_M, WIDTH)
+            if up_bias is not None:
+                gate += tl.load(up_bias + bias_row, mask=column < d_ff, other=0.0).to(tl.float32)[None, :]
+                value += tl.load(up_bias + bias_row + d_ff, mask=column < d_ff, other=0.0).to(tl.float32)[None, :]
+            if pre_activation is not None:
+                tl.store(pre_activation + pre_row, gate, mask=inside)
+                tl.store(pre_activation + pre_row + d_ff, value, mask=inside)
+            result = activate(gate, ACTIVATION) * value
+        else:
+            if up_bias is not None:
+                acc += tl.load(up_bias + bias_row, mask=column < d_ff, other=0.0).to(tl.float32)[None, :]
+            if pre_activation is not None:
+                tl.store(pre_activation + pre_row, acc, mask=inside)
+            result = activate(acc, ACTIVATION)
+        if DROPOUT:
+            result *= dropout_scale(row, column, seed, threshold, scale)
+        if hidden is not None:
+            tl.store(hidden + row.to(tl.int64)[:, None] * d_ff + column[None, :], result, mask=inside)
+
+
+@triton.jit
+def store_grad_pre(
+    acc, row, end, block, first_column, pre_activation, grad_pre, hidden, partial_up, seed, threshold, scale, d_ff,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """From `acc`, the gradient of hidden: grad_pre, hidden once more, and grad_pre summed over the block's rows."""
+    if PARTS > 1:
+        left, right = halves(acc, BLOCK_M, WIDTH)
+        store_grad_pre(
+            left, row, end, block, first_column, pre_activation, grad_pre, hidden, partial_up, seed, threshold, scale,
+            d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2, PARTS // 2,
+        )  # fmt: skip
+        store_grad_pre(
+            right, row, end, block, first_column + WIDTH // 2, pre_activation, grad_pre, hidden, partial_up, seed,
+            threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2, PARTS // 2,
+        )  # fmt: skip
+    else:
+        column = first_column + tl.arange(0, WIDTH)
+        num_up = d_ff * 2 if GATED else d_ff
+        exists = column < d_ff
+        inside = (row < end)[:, None] & exists[None, :]
+        pre_row = row.to(tl.int64)[:, None] * num_up + column[None, :]
+        partial_row = block.to(tl.int64) * num_up + column
+        hidden_row = row.to(tl.int64)[:, None] * d_ff + column[None, :]
+        pre = tl.load(pre_activation + pre_row, mask=inside, other=0.0).to(tl.float32)
+        act, slope = activate_with_slope(pre, ACTIVATION)
+        if DROPOUT:
+            kept = dropout_scale(row, column, seed, threshold, scale)
+            acc *= kept
+        if GATED:
+            value = tl.load(pre_activation + pre_row + d_ff, mask=inside, other=0.0).to(tl.float32)
+            _store_and_sum(acc * act, pre_row + d_ff, inside, grad_pre, partial_row + d_ff, exists, partial_up)
+            acc *= value
+            act *= value
+        if DROPOUT:
+            act *= kept
+        # First what sets most registers free.
+        if GATED:
+            _store_and_sum(acc * slope, pre_row, inside, grad_pre, partial_row, exists, partial_up)
+            tl.store(hidden + hidden_row, act, mask=inside)
+        else:
+            tl.store(hidden + hidden_row, act, mask=inside)
+            _store_and_sum(acc * slope, pre_row, inside, grad_pre, partial_row, exists, partial_up)
+
+
+@triton.jit
+def _store_and_sum(tile, index, inside, out, total_index, exists, total):
+    """out = tile; total = its sum over rows, unless None."""
+    tl.store(out + index, tile, mask=inside)
+    if total is not None:
+        tl.store(total + total_index, tl.sum(tl.where(inside, tile, 0.0), 0), mask=exists)
+
+
+@triton.jit
+def store_rows(
+    acc, row, end, target, first_column, bias, out, num_columns,
+    BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """out[target] = acc + bias (if not None), for rows before `end`, part by part."""
+    if PARTS > 1:
+        left, right = halves(acc, BLOCK_M, WIDTH)
+        half: tl.constexpr = WIDTH // 2
+        store_rows(left, row, end, target, first_column, bias, out, num_columns, BLOCK_M, half, PARTS // 2)
+        store_rows(right, row, end, target, first_column + half, bias, out, num_columns, BLOCK_M, half, PARTS // 2)
+    else:
+        column = first_column + tl.arange(0, WIDTH)
+        exists = column < num_columns
+        if bias is not None:
+            acc += tl.load(bias + column, mask=exists, other=0.0).to(tl.float32)[None, :]
+        inside = (row < end)[:, None] & exists[None, :]
+        tl.store(out + target.to(tl.int64)[:, None] * num_columns + column[None, :], acc, mask=inside)
+
+
+@triton.jit
+def store_split(
+    acc, partial, first_column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
+):
+    """partial = acc, both `[BLOCK_M, BLOCK_N]`."""
+    if PARTS > 1:
+        left, right = halves(acc, BLOCK_M, WIDTH)
+        half: tl.constexpr = WIDTH // 2
+        store_split(left, partial, first_column, BLOCK_M, BLOCK_N, half, PARTS // 2)
+        store_split(right, partial, first_column + half, BLOCK_M, BLOCK_N, half, PARTS // 2)
+    else:
+        index = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + (first_column + tl.arange(0, WIDTH))[None, :]
+        tl.store(partial + index, acc)
+
+
+@triton.jit
+def sum_splits(
+    partial, num_splits, m, n, size_m, size_n, out,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """out = the sum of `num_splits` tiles `[BLOCK_M, BLOCK_N]`, always in the same order."""
+    for first_column in range(0, BLOCK_N, WIDTH):
+        index = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + (first_column + tl.arange(0, WIDTH))[None, :]
+        total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+        for split in range(num_splits):
+            total += tl.load(partial + tl.cast(split, tl.int64) * (BLOCK_M * BLOCK_N) + index)
+        column = n + first_column + tl.arange(0, WIDTH)
+        inside = (m < size_m)[:, None] & (column < size_n)[None, :]
+        tl.store(out + m.to(tl.int64)[:, None] * size_n + column[None, :], total, mask=inside)
+
+
+@triton.jit
+def sum_block(grad_y, permutation, first_row, end, column, d_model, partial, BLOCK_M: tl.constexpr):
+    """partial = grad_y summed over the tokens of a row block."""
+    exists = column < d_model
+    total = tl.zeros(column.shape, tl.float32)
+    for first in range(0, BLOCK_M, _SUM_ROWS):
+        row = first_row + first + tl.arange(0, _SUM_ROWS)
+        token = tl.load(permutation + row, mask=row < end, other=0).to(tl.int64)
+        inside = (row < end)[:, None] & exists[None, :]
+        tile = tl.load(grad_y + token[:, None] * d_model + column[None, :], mask=inside, other=0.0)
+        total += tl.sum(tile.to(tl.float32), 0)
+    tl.store(partial + column, total, mask=exists)
+
+
+@triton.jit
+def sum_blocks(partial, first_block, num_blocks, column, num_columns, out):
+    """out = the sum of an expert's row blocks, always in the same order."""
+    exists = column < num_columns
+    total = tl.zeros(column.shape, tl.float32)
+    for first in range(0, num_blocks, _SUM_ROWS):
+        block = first + tl.arange(0, _SUM_ROWS)
+        index = (first_block + block).to(tl.int64)[:, None] * num_columns + column[None, :]
+        total += tl.sum(tl.load(partial + index, mask=(block < num_blocks)[:, None] & exists[None, :], other=0.0), 0)
+    tl.store(out + column, total, mask=exists)

@@ -1,0 +1,233 @@
+"""The forward in one launch: deal, gather, up projection, activation, down projection, scatter.
+
+The same kernel does the two halves in a launch each (`FORM`), as a fallback and to compare with.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ewa_kernels.kernels.fused.epilogues import store_rows, store_up
+from ewa_kernels.kernels.fused.layer import Layer
+from ewa_kernels.kernels.fused.partition import load_seed, radices, tokens_of_rows
+from ewa_kernels.kernels.fused.tiles import (
+    FIRST_COUNTER,
+    draw_ticket,
+    leave_clean,
+    multiply,
+    rows_of_block,
+    signal,
+    wait_until,
+)
+from ewa_kernels.kernels.fused.workspace import zeroed_counters
+
+
+@triton.jit(do_not_specialize=[
+    "num_tokens", "num_experts", "num_blocks", "group", "num_counters", "radix_a", "radix_b", "rounds",
+    "seed_low", "seed_high", "threshold", "scale",
+])  # fmt: skip
+def forward_kernel(
+    x,  # [T, D]
+    up_weight,  # [E, F or 2F, D]
+    up_bias,  # [E, F or 2F] or None
+    down_weight,  # [E, D, F]
+    down_bias,  # [E, D] or None
+    y,  # [T, D]
+    pre_activation,  # [T, F or 2F], by grouped row, or None
+    hidden,  # [T, F], by grouped row; may be None in form "up"
+    permutation,  # int32 [T]; written if DEAL, else read
+    expert_offsets,  # int32 [E + 1], or None: equal groups
+    counters,
+    seed,  # int64 [1] or None: the halves
+    seed_low,
+    seed_high,
+    radix_a,
+    radix_b,
+    rounds,
+    threshold,  # uint32 bits: dropped below it
+    scale,
+    num_tokens,
+    num_experts,
+    num_blocks,
+    group,  # row blocks whose down tiles follow the up tiles of the next as many
+    num_counters,
+    d_model,
+    d_ff,
+    FORM: tl.constexpr,  # "single"; "up" and "down": half of it each, without waiting
+    DEAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
+    PRECISION: tl.constexpr,
+    MAX_EXPERTS: tl.constexpr,  # power of two ≥ E
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Tiles of up (rows × hidden columns) and of down (rows × D), as the tickets come.
+
+    Tickets: the up tiles of the first `group` row blocks; then, again and again, the up tiles of the next `group`
+    and the down tiles of the one before, whose hidden is still in the L2 cache.
+
+    Grid: any number of programs; as many as run at once is best.
+    """
+    up_columns: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # hidden columns of an up tile
+    num_up = d_ff * 2 if GATED else d_ff
+    up_tiles = tl.cdiv(d_ff, up_columns)
+    down_tiles = tl.cdiv(d_model, BLOCK_N)
+    num_groups = tl.cdiv(num_blocks, group)
+    key = load_seed(seed, seed_low, seed_high) if DEAL or DROPOUT else 0
+
+    if FORM == "single":
+        num_tickets = num_groups * group * (up_tiles + down_tiles)
+        ticket = draw_ticket(counters)
+    elif FORM == "up":
+        num_tickets = num_groups * group * up_tiles
+        ticket = tl.program_id(0)
+    else:
+        num_tickets = num_groups * group * down_tiles
+        ticket = tl.program_id(0)
+
+    while ticket < num_tickets:
+        # Which tile: neighbours in a group share the weights' columns.
+        if FORM == "single":
+            lead = group * up_tiles
+            later = tl.maximum(ticket - lead, 0)
+            step = later // (group * (up_tiles + down_tiles))
+            rest = later - step * (group * (up_tiles + down_tiles))
+            last = step == num_groups - 1  # no up tiles are left
+            is_up = (ticket < lead) | ((rest < lead) & (step < num_groups - 1))
+            which_group = tl.where(ticket < lead, 0, tl.where(is_up, step + 1, step))
+            rest = tl.where(ticket < lead, ticket, tl.where(is_up | last, rest, rest - lead))
+        else:
+            is_up = FORM == "up"
+            which_group = ticket // (group * (up_tiles if FORM == "up" else down_tiles))
+            rest = ticket - which_group * group * (up_tiles if FORM == "up" else down_tiles)
+        column_tile = rest // group
+        block = which_group * group + rest - column_tile * group
+        expert, first_row, end = rows_of_block(block, expert_offsets, num_tokens, num_experts, BLOCK_M, MAX_EXPERTS)
+        if (block < num_blocks) & (first_row < end):
+            row = first_row + tl.arange(0, BLOCK_M)
+            source = tl.minimum(row, end - 1)  # past the end, work on the last row again
+            if is_up:
+                if DEAL:
+                    a_row = tokens_of_rows(source, num_tokens, radix_a, radix_b, rounds, key)
+                    if column_tile == 0:
+                        tl.store(permutation + row, a_row, mask=row < end)
+                else:
+                    a_row = tl.load(permutation + source)
+            else:
+                if FORM == "single":
+                    wait_until(counters + FIRST_COUNTER + block, up_tiles)
+                a_row = source
+
+            # One loop for both products: two would be merged at their ends, and no longer overlap with the loads.
+            size_k = tl.where(is_up, d_model, d_ff)
+            size_n = tl.where(is_up, num_up, d_model)
+            if FORM == "up":
+                a, b = x, up_weight
+            elif FORM == "down":
+                a, b = hidden, down_weight
+            else:
+                a = tl.where(is_up, x, hidden)
+                b = tl.where(is_up, up_weight, down_weight)
+            n = tl.arange(0, BLOCK_N)
+            if GATED:
+                b_row = tl.where(
+                    is_up,
+                    tl.minimum(column_tile * up_columns + n // 2, d_ff - 1) + n % 2 * d_ff,
+                    tl.minimum(column_tile * BLOCK_N + n, d_model - 1),
+                )
+            else:
+                b_row = tl.minimum(column_tile * BLOCK_N + n, size_n - 1)
+            k = tl.arange(0, BLOCK_K)
+            a_ptrs = a + a_row.to(tl.int64)[:, None] * size_k + k[None, :]
+            b_ptrs = b + (expert.to(tl.int64) * size_n + b_row)[:, None] * size_k + k[None, :]
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for first_k in range(0, size_k, BLOCK_K):
+                if EVEN_K:
+                    a_tile = tl.load(a_ptrs)
+                    b_tile = tl.load(b_ptrs)
+                else:
+                    inside = (k < size_k - first_k)[None, :]
+                    a_tile = tl.load(a_ptrs, mask=inside, other=0.0)
+                    b_tile = tl.load(b_ptrs, mask=inside, other=0.0)
+                acc = multiply(a_tile, b_tile.T, acc, PRECISION)
+                a_ptrs += BLOCK_K
+                b_ptrs += BLOCK_K
+
+            if is_up:
+                store_up(
+                    acc, row, end, expert, column_tile * up_columns, up_bias, pre_activation, hidden, key, threshold,
+                    scale, d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, BLOCK_N, PARTS,
+                )  # fmt: skip
+                if FORM == "single":
+                    signal(counters + FIRST_COUNTER + block)
+            else:
+                token = tl.load(permutation + source)
+                bias = None
+                if down_bias is not None:
+                    bias = down_bias + expert.to(tl.int64) * d_model
+                store_rows(acc, row, end, token, column_tile * BLOCK_N, bias, y, d_model, BLOCK_M, BLOCK_N, PARTS)
+        if FORM == "single":
+            ticket = draw_ticket(counters)
+        else:
+            ticket += tl.num_programs(0)
+    if FORM == "single":
+        leave_clean(counters, num_counters)
+
+
+def launch_forward(
+    layer: Layer,
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    y: Tensor | None,
+    pre_activation: Tensor | None,
+    hidden: Tensor | None,
+    permutation: Tensor,
+    *,
+    form: str,
+    deal: bool,
+) -> None:
+    """Fills y, pre_activation, hidden and, if `deal`, the permutation; see `forward_kernel`."""
+    tile = layer.tile("forward")
+    num_blocks = layer.num_blocks(tile.block_m)
+    up_tiles = triton.cdiv(layer.d_ff, tile.block_n // 2 if layer.gated else tile.block_n)
+    down_tiles = triton.cdiv(layer.d_model, tile.block_n)
+    tiles = {"single": up_tiles + down_tiles, "up": up_tiles, "down": down_tiles}[form]
+    (num_programs,) = grid = layer.grid(num_blocks * tiles)
+    # Enough up tiles in a group to keep all programs busy: its down tiles find hidden ready then.
+    group = min(num_blocks, triton.cdiv(num_programs, up_tiles))
+    num_counters = FIRST_COUNTER.value + num_blocks
+    radix_a, radix_b, rounds = radices(layer.num_tokens)
+    with zeroed_counters(num_counters, x.device) as counters:
+        forward_kernel[grid](
+            x,
+            up_weight,
+            up_bias,
+            down_weight,
+            down_bias,
+            y,
+            pre_activation,
+            hidden,
+            permutation,
+            counters=counters,
+            radix_a=radix_a,
+            radix_b=radix_b,
+            rounds=rounds,
+            num_blocks=num_blocks,
+            group=group,
+            num_counters=num_counters,
+            FORM=form,
+            DEAL=deal,
+            EVEN_K=layer.d_model % tile.block_k == 0 and layer.d_ff % tile.block_k == 0,
+            **layer.arguments,
+            **tile.launch_options(),
+        )

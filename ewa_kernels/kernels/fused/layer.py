@@ -1,0 +1,127 @@
+"""What all launches for one call of the layer have in common."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ewa_kernels.kernels.fused.configs import INTERPRETER, Table, Tile, choose, choose_onchip, table
+from ewa_kernels.kernels.fused.partition import int32_bits, seed_arguments
+from ewa_kernels.kernels.fused.tiles import INTERPRETED
+
+_MAX_TOKENS = 2**31 - 1024  # so that a row past the end of a tile is an int32
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes, options, and the partition.
+
+    Attributes:
+        seed: int64, one element, on the CPU or on `device`.
+        expert_offsets: int32 `[E + 1]` on `device`, or None: equal groups.
+        table: the tiles to choose from; None: those for the device.
+        num_programs: how many programs work on a launch; None: as many as run at once.
+    """
+
+    num_tokens: int
+    num_experts: int
+    d_model: int
+    d_ff: int
+    activation: str
+    gated: bool
+    dropout_p: float
+    seed: Tensor
+    expert_offsets: Tensor | None
+    dtype: torch.dtype
+    device: torch.device
+    table: Table | None = None
+    num_programs: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        down_weight: Tensor,
+        seed: Tensor,
+        expert_offsets: Tensor | None,
+        activation: str,
+        gated: bool,
+        dropout_p: float,
+    ) -> Layer:
+        num_experts, d_model, d_ff = down_weight.shape
+        if len(x) > _MAX_TOKENS:
+            raise ValueError(f"x must hold at most {_MAX_TOKENS} tokens for this backend, got {len(x)}")
+        return cls(
+            len(x), num_experts, d_model, d_ff, activation, gated, dropout_p, seed, expert_offsets, x.dtype, x.device
+        )
+
+    def _tiles_of(self, kernel: str) -> tuple[Tile, ...]:
+        tiles = self.table
+        if tiles is None:
+            tiles = INTERPRETER if INTERPRETED else table(_capability(self.device), self.dtype, precision())
+        return tiles.get(f"{kernel} dropout", tiles[kernel]) if self.dropout_p > 0 else tiles[kernel]
+
+    def tile(self, kernel: str) -> Tile:
+        """The tile for "forward" or "backward"."""
+        widths = (self.d_ff, self.d_model)
+        return choose(self._tiles_of(kernel), self.num_tokens, self.num_experts, widths)
+
+    def onchip_tile(self) -> Tile | None:
+        """The tile for "onchip", or None if D is too large."""
+        return choose_onchip(self._tiles_of("onchip"), self.d_model)
+
+    def num_blocks(self, block_m: int) -> int:
+        """Row blocks, empty ones included: how the rows are dealt may be known on the device only."""
+        if self.expert_offsets is not None:
+            return self.num_tokens // block_m + self.num_experts
+        return self.num_experts * triton.cdiv(triton.cdiv(self.num_tokens, self.num_experts), block_m)
+
+    def grid(self, num_tickets: int) -> tuple[int]:
+        return (max(1, min(num_tickets, self.num_programs or _programs(self.device))),)
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments that the kernels have in common."""
+        seed, seed_low, seed_high = seed_arguments(self.seed)
+        return {
+            "expert_offsets": self.expert_offsets,
+            "seed": seed,
+            "seed_low": seed_low,
+            "seed_high": seed_high,
+            "threshold": int32_bits(min(round(self.dropout_p * 2**32), 2**32 - 1)),
+            "scale": 1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0,
+            "num_tokens": self.num_tokens,
+            "num_experts": self.num_experts,
+            "d_model": self.d_model,
+            "d_ff": self.d_ff,
+            "ACTIVATION": "gelu_16bit" if self.activation == "gelu" and self.dtype.itemsize == 2 else self.activation,
+            "GATED": self.gated,
+            "DROPOUT": self.dropout_p > 0,
+            "PRECISION": precision(),
+            "MAX_EXPERTS": triton.next_power_of_2(self.num_experts) if self.expert_offsets is not None else 1,
+        }
+
+
+def precision() -> str:
+    """How float32 matrix products are computed: as PyTorch's are."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    """One for each multiprocessor: tiles take most of its registers."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,166 @@
+"""The forward for small D, in one launch, with hidden never leaving the chip: no queue, nothing to wait for."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ewa_kernels.kernels.fused.activations import activate, dropout_scale
+from ewa_kernels.kernels.fused.epilogues import store_rows
+from ewa_kernels.kernels.fused.layer import Layer
+from ewa_kernels.kernels.fused.partition import load_seed, radices, tokens_of_rows
+from ewa_kernels.kernels.fused.tiles import multiply, rows_of_block
+
+
+@triton.jit
+def _up(
+    x_tile, up_weight, up_bias, pre_activation, row, end, weight_row, column, first_row_of_expert, d, d_model, d_ff,
+    num_up, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """pre = x @ up_weight[weight_row]ᵀ + bias, stored; `[BLOCK_M, BLOCK_F]`."""
+    source = (first_row_of_expert + tl.minimum(weight_row, num_up - 1))[:, None] * d_model + d[None, :]
+    if EVEN_D:
+        weight = tl.load(up_weight + source)
+    else:
+        weight = tl.load(up_weight + source, mask=(d < d_model)[None, :], other=0.0)
+    zero = tl.zeros((x_tile.shape[0], weight.shape[0]), tl.float32)
+    pre = multiply(x_tile, weight.T, zero, PRECISION)
+    if up_bias is not None:
+        pre += tl.load(up_bias + first_row_of_expert + weight_row, mask=column < d_ff, other=0.0).to(tl.float32)[
+            None, :
+        ]
+    if pre_activation is not None:
+        inside = (row < end)[:, None] & (column < d_ff)[None, :]
+        tl.store(pre_activation + row.to(tl.int64)[:, None] * num_up + weight_row[None, :], pre, mask=inside)
+    return pre
+
+
+@triton.jit(do_not_specialize=[
+    "num_tokens", "num_experts", "num_blocks", "radix_a", "radix_b", "rounds", "seed_low", "seed_high", "threshold",
+    "scale",
+])  # fmt: skip
+def onchip_kernel(
+    x,  # [T, D]
+    up_weight,  # [E, F or 2F, D]
+    up_bias,  # [E, F or 2F] or None
+    down_weight,  # [E, D, F]
+    down_bias,  # [E, D] or None
+    y,  # [T, D]
+    pre_activation,  # [T, F or 2F], by grouped row, or None
+    permutation,  # int32 [T]; written if DEAL, else read
+    expert_offsets,  # int32 [E + 1], or None: equal groups
+    seed,  # int64 [1] or None: the halves
+    seed_low,
+    seed_high,
+    radix_a,
+    radix_b,
+    rounds,
+    threshold,  # uint32 bits: dropped below it
+    scale,
+    num_tokens,
+    num_experts,
+    num_blocks,
+    d_model,
+    d_ff,
+    DEAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN_D: tl.constexpr,  # BLOCK_K = D
+    EVEN_F: tl.constexpr,  # BLOCK_N divides F
+    PRECISION: tl.constexpr,
+    MAX_EXPERTS: tl.constexpr,  # power of two ≥ E
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of hidden at a time
+    BLOCK_K: tl.constexpr,  # power of two ≥ D
+    PARTS: tl.constexpr,
+):
+    """y of a row block: for each BLOCK_N columns of hidden, up projection, activation, and a piece of the down one.
+
+    Grid: any number of programs; as many as run at once is best.
+    """
+    num_up = d_ff * 2 if GATED else d_ff
+    key = load_seed(seed, seed_low, seed_high) if DEAL or DROPOUT else 0
+    d = tl.arange(0, BLOCK_K)
+    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        expert, first_row, end = rows_of_block(block, expert_offsets, num_tokens, num_experts, BLOCK_M, MAX_EXPERTS)
+        if first_row < end:
+            row = first_row + tl.arange(0, BLOCK_M)
+            source = tl.minimum(row, end - 1)  # past the end, work on the last row again
+            if DEAL:
+                token = tokens_of_rows(source, num_tokens, radix_a, radix_b, rounds, key)
+                tl.store(permutation + row, token, mask=row < end)
+            else:
+                token = tl.load(permutation + source)
+            x_tile = tl.load(
+                x + token.to(tl.int64)[:, None] * d_model + d[None, :], mask=(d < d_model)[None, :], other=0.0
+            )
+            up_row = expert.to(tl.int64) * num_up
+            down_row = expert.to(tl.int64) * d_model + tl.minimum(d, d_model - 1)
+            acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            for first_column in range(0, d_ff, BLOCK_N):
+                column = first_column + tl.arange(0, BLOCK_N)
+                pre = _up(
+                    x_tile, up_weight, up_bias, pre_activation, row, end, column, column, up_row, d, d_model, d_ff,
+                    num_up, EVEN_D, PRECISION,
+                )  # fmt: skip
+                hidden = activate(pre, ACTIVATION)
+                if GATED:
+                    hidden *= _up(
+                        x_tile, up_weight, up_bias, pre_activation, row, end, d_ff + column, column, up_row, d,
+                        d_model, d_ff, num_up, EVEN_D, PRECISION,
+                    )  # fmt: skip
+                if DROPOUT:
+                    hidden *= dropout_scale(row, column, key, threshold, scale)
+                weight_index = down_row[:, None] * d_ff + column[None, :]
+                if EVEN_F:
+                    weight = tl.load(down_weight + weight_index)
+                else:
+                    weight = tl.load(down_weight + weight_index, mask=(column < d_ff)[None, :], other=0.0)
+                    # Columns that do not exist hold copies of others: not zero, and perhaps not finite.
+                    hidden = tl.where((column < d_ff)[None, :], hidden, 0.0)
+                acc = multiply(hidden.to(weight.dtype), weight.T, acc, PRECISION)
+            bias = None
+            if down_bias is not None:
+                bias = down_bias + expert.to(tl.int64) * d_model
+            store_rows(acc, row, end, token, 0, bias, y, d_model, BLOCK_M, BLOCK_K, PARTS)
+
+
+def launch_onchip(
+    layer: Layer,
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    y: Tensor,
+    pre_activation: Tensor | None,
+    permutation: Tensor,
+    *,
+    deal: bool,
+) -> None:
+    """Fills y, pre_activation and, if `deal`, the permutation; see `onchip_kernel`."""
+    tile = layer.onchip_tile()
+    assert tile is not None
+    num_blocks = layer.num_blocks(tile.block_m)
+    radix_a, radix_b, rounds = radices(layer.num_tokens)
+    onchip_kernel[layer.grid(num_blocks)](
+        x,
+        up_weight,
+        up_bias,
+        down_weight,
+        down_bias,
+        y,
+        pre_activation,
+        permutation,
+        radix_a=radix_a,
+        radix_b=radix_b,
+        rounds=rounds,
+        num_blocks=num_blocks,
+        DEAL=deal,
+        EVEN_D=layer.d_model == tile.block_k,
+        EVEN_F=layer.d_ff % tile.block_n == 0,
+        **layer.arguments,
+        **tile.launch_options(),
+    )

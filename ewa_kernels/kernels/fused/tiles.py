@@ -1,0 +1,138 @@
+"""What the tiles of the forward and the backward share: who works on what, who waits for whom, matrix products.
+
+Work is queued. A tile's number is its ticket; a running program draws the next ticket from a counter, so tickets
+are handed out in order, and a tile may wait for tiles with lower tickets: those are done, or held by programs
+that are running. That makes progress certain with any number of programs, one after the other included.
+
+`counters` (int32, zero before and after each launch): [0] the next ticket, [1] programs that have finished,
+[2…] tiles done, by row block (forward) or by expert (backward), then splits done, by tile (backward).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FIRST_COUNTER = tl.constexpr(2)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# --- the queue ---
+
+
+@triton.jit
+def draw_ticket(counters):
+    return tl.atomic_add(counters, 1, sem="relaxed")
+
+
+@triton.jit
+def wait_until(counter, count):
+    """Returns when the counter has reached `count`; what was written before its `signal`s can be read then."""
+    done = tl.atomic_add(counter, 0, sem="acquire")
+    while done < count:
+        done = tl.atomic_add(counter, 0, sem="acquire")
+
+
+@triton.jit
+def signal(counter):
+    """Adds one to a counter, after everything that this program has written; returns the count before."""
+    # Triton puts no barrier before the atomic, which one thread executes: without this it overtakes the others' stores.
+    tl.debug_barrier()
+    return tl.atomic_add(counter, 1, sem="acq_rel")
+
+
+@triton.jit
+def leave_clean(counters, num_counters):
+    """The last program out sets all counters to zero."""
+    if signal(counters + 1) == tl.num_programs(0) - 1:
+        for first in range(0, num_counters, 256):
+            index = first + tl.arange(0, 256)
+            tl.store(counters + index, 0, mask=index < num_counters)
+
+
+# --- experts and row blocks ---
+
+
+@triton.jit
+def rows_of_expert(expert, expert_offsets, num_tokens, num_experts):
+    """First grouped row of an expert, and the end of its rows."""
+    if expert_offsets is not None:
+        return tl.load(expert_offsets + expert), tl.load(expert_offsets + expert + 1)
+    # ⌊e·T/E⌋ without 64-bit divisions, which cost more than all the rest here.
+    quotient = num_tokens // num_experts
+    remainder = num_tokens - quotient * num_experts
+    start = expert * quotient + expert * remainder // num_experts
+    end = (expert + 1) * quotient + (expert + 1) * remainder // num_experts
+    return start, end
+
+
+@triton.jit
+def _last_blocks(expert_offsets, num_experts, BLOCK_M: tl.constexpr, MAX_EXPERTS: tl.constexpr):
+    """Row blocks of the experts 0…e, for every e; `[MAX_EXPERTS]`."""
+    expert = tl.arange(0, MAX_EXPERTS)
+    exists = expert < num_experts
+    start = tl.load(expert_offsets + expert, mask=exists, other=0)
+    end = tl.load(expert_offsets + expert + 1, mask=exists, other=0)
+    return tl.cumsum((end - start + BLOCK_M - 1) // BLOCK_M, 0)
+
+
+@triton.jit
+def rows_of_block(
+    block, expert_offsets, num_tokens, num_experts, BLOCK_M: tl.constexpr, MAX_EXPERTS: tl.constexpr
+):  # fmt: skip
+    """(expert, first row, end of the expert's rows) of a row block; a block without rows has first row ≥ end."""
+    if expert_offsets is not None:
+        last = _last_blocks(expert_offsets, num_experts, BLOCK_M, MAX_EXPERTS)
+        expert = tl.sum((last <= block).to(tl.int32), 0)
+        before = tl.max(tl.where(last <= block, last, 0), 0)
+        # There may be fewer blocks than numbers for them: those past the end have no expert.
+        exists = expert < num_experts
+        expert = tl.minimum(expert, num_experts - 1)
+        start, end = rows_of_expert(expert, expert_offsets, num_tokens, num_experts)
+        return expert, tl.where(exists, start + (block - before) * BLOCK_M, end), end
+    blocks_per_expert = tl.cdiv(tl.cdiv(num_tokens, num_experts), BLOCK_M)
+    expert = block // blocks_per_expert
+    start, end = rows_of_expert(expert, expert_offsets, num_tokens, num_experts)
+    return expert, start + (block - expert * blocks_per_expert) * BLOCK_M, end
+
+
+@triton.jit
+def first_block_of_expert(
+    expert, expert_offsets, num_tokens, num_experts, BLOCK_M: tl.constexpr, MAX_EXPERTS: tl.constexpr
+):  # fmt: skip
+    if expert_offsets is not None:
+        last = _last_blocks(expert_offsets, num_experts, BLOCK_M, MAX_EXPERTS)
+        return tl.max(tl.where(tl.arange(0, MAX_EXPERTS) < expert, last, 0), 0)
+    return expert * tl.cdiv(tl.cdiv(num_tokens, num_experts), BLOCK_M)
+
+
+# --- matrix products ---
+
+
+@triton.jit
+def clamp_columns(column, size, ALIGNED: tl.constexpr):
+    """Columns ≥ size are replaced by some that exist; nobody uses what is computed from them."""
+    if ALIGNED:
+        # Runs of eight stay together, so that one instruction loads them.
+        return tl.max_contiguous(tl.multiple_of(tl.where(column < size, column, column % 8), 8), 8)
+    return tl.minimum(column, size - 1)
+
+
+@triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b."""
+    if INTERPRETED:
+        # The interpreter would multiply the bit patterns of bfloat16.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def halves(tile, M: tl.constexpr, N: tl.constexpr):
+    """Left and right half of a tile `[M, N]`; no data moves between threads."""
+    return tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def pairs(tile, M: tl.constexpr, N: tl.constexpr):
+    """Even and odd columns of a tile `[M, N]`; no data moves between threads."""
+    return tl.split(tl.reshape(tile, (M, N // 2, 2)))

@@ -1,0 +1,49 @@
+"""The counters of the queue: zero before a launch, left zero by it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+@contextmanager
+def zeroed_counters(count: int, device: torch.device) -> Iterator[Tensor]:
+    """At least `count` int32 zeros, for launches on the current stream within the context, which leave them zero.
+
+    One tensor for each stream, because launches on a stream follow one another. If the context is left by an
+    error, what the launch did is not known, and the tensor is not used again. A graph that is being captured gets
+    counters of its own, zeroed in each replay, because it may be replayed on any stream.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        yield torch.zeros(count, dtype=torch.int32, device=device)
+        return
+    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    counters = _counters.pop(key, None)
+    if counters is None or len(counters) < count:
+        counters = _new_counters(max(1024, 1 << (count - 1).bit_length()), device)
+    yield counters
+    _counters[key] = counters
+
+
+def _new_counters(count: int, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device)
+    made = []
+
+    def make() -> None:
+        with torch.cuda.stream(stream):
+            made.append(torch.zeros(count, dtype=torch.int32, device=device))
+
+    # In a thread of its own: while torch.compile warms up a CUDA graph, all that this thread allocates comes from
+    # the graph's pool, where nothing may stay behind.
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    return made[0]

@@ -1,0 +1,68 @@
+"""Run by test_fused.py in a process of its own: rows so far into their tensors that their offsets exceed an int32.
+
+The tensors are of 4 GB each and are never touched but for the last rows, so that no memory is committed for the rest.
+The kernels are told of these rows alone: expert 0 owns rows `BASE` … `BASE + 64`.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+
+import ewa_kernels as ewa
+from ewa_kernels.kernels.fused.backward import launch_backward
+from ewa_kernels.kernels.fused.forward import launch_forward
+from ewa_kernels.kernels.fused.layer import Layer
+from ewa_kernels.kernels.fused.onchip import launch_onchip
+
+WIDTH, ROWS = 32, 64
+BASE = 2**31 // WIDTH
+torch.manual_seed(0)
+weights = [torch.randn(1, WIDTH, WIDTH) / 6, torch.randn(1, WIDTH), torch.randn(1, WIDTH, WIDTH) / 6]
+up_weight, bias, down_weight = (t.half() for t in weights)
+OPERANDS = (up_weight, bias, down_weight, bias)
+
+
+def layer(first_row):
+    offsets = torch.tensor([first_row, first_row + ROWS], dtype=torch.int32)
+    sizes = (ROWS, 1, WIDTH, WIDTH)
+    return Layer(*sizes, "silu", False, 0.0, torch.tensor(0), offsets, torch.float16, torch.device("cpu"))
+
+
+def run(first_row, last_rows):
+    """Outputs and gradients of the last rows, of tensors with `first_row` rows before them."""
+    num_rows = first_row + ROWS
+
+    def new():
+        return torch.empty(num_rows, WIDTH, dtype=torch.float16)
+
+    x, y, pre_activation, hidden, grad_y, grad_x = (new() for _ in range(6))
+    permutation = torch.empty(num_rows, dtype=torch.int32)
+    permutation[first_row:] = torch.arange(first_row, num_rows).flip(0)
+    x[first_row:], grad_y[first_row:] = last_rows
+    kwargs = {"deal": False}
+    launch_forward(layer(first_row), x, *OPERANDS, y, pre_activation, hidden, permutation, form="single", **kwargs)
+    results = [y[first_row:].clone(), pre_activation[first_row:].clone()]
+    y[first_row:] = torch.nan
+    launch_onchip(layer(first_row), x, *OPERANDS, y, pre_activation, permutation, **kwargs)
+    results.append(y[first_row:].clone())
+    grads = [grad_x, *(torch.empty_like(t) for t in OPERANDS)]
+    # Scratch is made by the number of rows that the layer is said to have; here it must reach as far as the rows.
+    empty = torch.empty
+    torch.empty = lambda shape, **options: empty((num_rows, *shape[1:]) if shape[0] == ROWS else shape, **options)
+    launch_backward(
+        layer(first_row), grad_y, x, up_weight, down_weight, pre_activation, permutation, *grads, single=True
+    )
+    torch.empty = empty
+    return [*results, grads[0][first_row:].clone(), *grads[1:]]
+
+
+last_rows = torch.randn(2, ROWS, WIDTH).half()
+near, far = run(0, last_rows), run(BASE, last_rows)
+assert BASE * WIDTH >= 2**31
+for a, b in zip(near, far, strict=True):
+    assert a.abs().max() > 0.01
+    assert torch.equal(a, b)
+expected = ewa.reference.moe_ffn(last_rows[0], *OPERANDS, seed=0, activation="silu")
+torch.testing.assert_close(near[0], expected, rtol=2e-2, atol=2e-2)
+print("same results at offset", BASE * WIDTH)

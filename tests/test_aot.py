@@ -1,0 +1,102 @@
+"""Every shipped kernel configuration, compiled without a GPU: no spills, asynchronous tensor cores, enough memory."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+from ewa_kernels import aot
+from ewa_kernels.kernels.fused.configs import Tile
+
+# The kernels of this process are the interpreter's.
+COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def run_aot(*arguments):
+    command = [sys.executable, "-m", "ewa_kernels.aot", "--json", *arguments]
+    result = subprocess.run(command, env=COMPILING, capture_output=True, text=True)
+    assert result.stdout, result.stderr
+    return [aot.Report(**entry) for entry in json.loads(result.stdout)], result.returncode
+
+
+def compile_tile(kernel, tile, **options):
+    """The report on a tile that is in no table."""
+    case = aot.Case(kernel, tile, "sm_90", "bfloat16", **options)
+    fields = {**dataclasses.asdict(case), "tile": dataclasses.astuple(tile)}
+    code = (
+        "import json, dataclasses; from ewa_kernels import aot; from ewa_kernels.kernels.fused.configs import Tile\n"
+        f"fields = {fields!r}; fields['tile'] = Tile(*fields['tile'])\n"
+        "print(json.dumps(dataclasses.asdict(aot.compile_case(aot.Case(**fields)))))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=COMPILING, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return aot.Report(**json.loads(result.stdout))
+
+
+def check(reports, returncode):
+    for report in reports:
+        if report.default:
+            assert report.problems() == [], report
+    assert returncode == 0
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_bfloat16(architecture):
+    reports, returncode = run_aot("--arch", architecture, "--dtype", "bfloat16")
+    check(reports, returncode)
+    assert {report.kernel for report in reports if report.default} == {"forward", "backward", "onchip"}
+    assert {report.kernel for report in reports if not report.default} == {
+        "forward up", "forward down", "backward split"
+    }  # fmt: skip
+    for report in reports:
+        assert 32 <= report.registers <= 255
+        assert (report.wgmma > 0) == (architecture == "sm_90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_all_dtypes(architecture):
+    reports, returncode = run_aot("--arch", architecture)
+    check(reports, returncode)
+    assert {report.dtype for report in reports} == set(aot.DTYPES)
+
+
+class TestTheGate:
+    """Configurations known to be bad are called so."""
+
+    def test_spills(self):
+        report = compile_tile("backward", Tile(128, 256, 64, 1, 8, 3))
+        assert report.spill_stores > 0
+        assert report.spill_loads > 0
+        assert any("spills" in problem for problem in report.problems())
+
+    def test_too_much_shared_memory(self):
+        report = compile_tile("forward", Tile(128, 256, 64, 4, 8, 6))
+        assert report.shared_bytes > aot.SHARED_MEMORY[90]
+        assert any("shared memory" in problem for problem in report.problems())
+
+    def test_serialized_wgmma(self):
+        """Four warps have too few registers for this accumulator; the compiler waits after each product."""
+        report = compile_tile("forward", Tile(128, 256, 64, 4, 4, 3))
+        assert report.wgmma_serialized
+        assert any("wgmma" in problem for problem in report.problems())
+
+    def test_a_bad_default_is_an_exit_code(self, monkeypatch, capsys):
+        bad = aot.Report("forward", "", True, "bfloat16", "sm_90", 255, 8, 8, 1000, 4, False, [])
+        monkeypatch.setattr(aot, "compile_all", lambda chosen: iter([bad]))
+        monkeypatch.setattr(aot.fused, "INTERPRETED", False)
+        monkeypatch.setattr(sys, "argv", ["aot", "--arch", "sm_90"])
+        assert aot.main() == 1
+        assert "spills: 8 bytes stored, 8 loaded" in capsys.readouterr().out
+
+
+def test_interpreter_compiles_nothing():
+    command = [sys.executable, "-m", "ewa_kernels.aot"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET is set" in result.stderr

@@ -1,0 +1,333 @@
+"""The Triton kernels: in every form against the specification, by the interpreter where there is no GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from parity import assert_parity, check_ffn, output_and_grads, random_ffn
+
+import ewa_kernels as ewa
+from ewa_kernels import ops
+from ewa_kernels.kernels.fused import layer, partition, workspace
+from ewa_kernels.kernels.fused.activations import activate, activate_with_slope
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMS = ["triton-single", "triton-split", "triton-onchip"]
+# The dtypes in which every case runs. bfloat16 has cases of its own: the interpreter rounds it towards zero, which
+# costs twice the error; that is within the floor of `assert_parity`.
+DTYPES = [torch.float32, torch.float16]
+
+
+def tokens(*shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def parameters(*sizes, dtype=torch.float32, **options):
+    return tuple(t if t is None else t.to(DEVICE) for t in random_ffn(*sizes, dtype=dtype, **options))
+
+
+@pytest.fixture(params=[1, 3, 50], ids=lambda n: f"{n} programs")
+def num_programs(request, monkeypatch):
+    """How many programs share the work; the interpreter runs one after the other."""
+    monkeypatch.setattr(layer, "_programs", lambda device: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "d_model", "d_ff"),
+    [
+        pytest.param(128, 2, 32, 64, id="aligned: whole tiles"),
+        pytest.param(75, 4, 24, 40, id="ragged: tiles with empty rows and columns"),
+        pytest.param(67, 3, 17, 33, id="odd D and F"),
+        pytest.param(3, 5, 16, 16, id="T < E: experts without a token"),
+        pytest.param(1, 1, 16, 16, id="one token, one expert"),
+    ],
+)
+def test_every_shape(num_tokens, num_experts, d_model, d_ff, form, dtype, num_programs):
+    weights = parameters(num_experts, d_model, d_ff, dtype=dtype)
+    check_ffn(tokens(num_tokens, d_model, dtype=dtype), weights, seed=11, backend=form)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_option(form, gated, bias, dropout_p):
+    weights = parameters(3, 24, 40, gated=gated, bias=bias)
+    check_ffn(tokens(70, 24), weights, seed=3, gated=gated, dropout_p=dropout_p, backend=form)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2", "silu", "identity"])
+def test_every_activation(activation, dtype):
+    weights = parameters(2, 16, 48, gated=activation != "gelu", dtype=dtype)
+    options = {"seed": 3, "activation": activation, "gated": activation != "gelu"}
+    check_ffn(tokens(40, 16, dtype=dtype), weights, backend="triton-single", **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16(form):
+    weights = parameters(3, 24, 40, gated=True, dtype=torch.bfloat16)
+    check_ffn(tokens(70, 24, dtype=torch.bfloat16), weights, seed=3, gated=True, backend=form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float32_to_a_millionth(form):
+    x, weights = tokens(75, 24), parameters(4, 24, 40)
+    grad_y = torch.randn_like(x)
+    wide = tuple(t.double() for t in (x, *weights))
+    exact = output_and_grads(ewa.reference.moe_ffn, wide, grad_y.double(), seed=2)
+    ours = output_and_grads(ewa.functional.moe_ffn, (x, *weights), grad_y, seed=2, backend=form)
+    for name, value in ours.items():
+        assert (value - exact[name]).norm() <= 1e-6 * exact[name].norm(), name
+
+
+@triton.jit
+def _apply(v, act, act_too, slope, ACTIVATION: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    value = tl.load(v + i)
+    tl.store(act + i, activate(value, ACTIVATION))
+    both = activate_with_slope(value, ACTIVATION)
+    tl.store(act_too + i, both[0])
+    tl.store(slope + i, both[1])
+
+
+def apply(v, activation):
+    """act(v) by the forward's function, and act(v) and act'(v) by the backward's."""
+    outputs = [torch.full_like(v, torch.nan) for _ in range(3)]
+    _apply[(1,)](v, *outputs, ACTIVATION=activation, N=len(v), enable_fp_fusion=True)
+    return outputs
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("gelu", 2e-7), ("gelu_16bit", 1e-5)])
+def test_gelu_everywhere(name, tolerance):
+    """The polynomial that 16-bit tensors get, and the accurate one."""
+    v = torch.linspace(-12, 12, 4096, dtype=torch.float64, device=DEVICE).requires_grad_()
+    exact = torch.nn.functional.gelu(v)
+    (slope,) = torch.autograd.grad(exact.sum(), v)
+    act, act_too, our_slope = apply(v.detach().float(), name)
+    assert torch.equal(act, act_too)
+    assert (act - exact).abs().max() <= tolerance * 5
+    assert (our_slope - slope).abs().max() <= tolerance * 5
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("name", ["gelu", "gelu_16bit", "gelu_tanh", "relu", "relu2", "silu", "identity"])
+def test_activations_of_what_is_not_finite(name):
+    """A NaN stays one, and +inf too (torch's GELU has a NaN there on some CPUs)."""
+    v = torch.tensor([torch.nan, torch.inf, 1e4, -1e4], device=DEVICE)
+    act, act_too, slope = apply(v, name)
+    expected = ewa.reference.ACTIVATIONS[name.removesuffix("_16bit")](v)
+    expected[1] = torch.inf
+    for ours in (act, act_too):
+        torch.testing.assert_close(ours, expected, equal_nan=True, rtol=1e-6, atol=1e-6)
+    assert slope[0].isnan() or name == "identity"
+    assert slope[2:].isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+class TestGivenPartition:
+    @pytest.mark.parametrize("offsets", [[0, 50, 50, 51, 70], [0, 0, 0, 0, 70], [0, 32, 64, 70, 70]])
+    def test_ragged(self, offsets, form, num_programs):
+        x, weights = tokens(70, 24), parameters(4, 24, 40)
+        options = {
+            "permutation": torch.randperm(70, generator=torch.Generator().manual_seed(0)).to(DEVICE),
+            "expert_offsets": torch.tensor(offsets, device=DEVICE),
+        }
+        grad_y = torch.randn_like(x)
+        wide = tuple(t.double() for t in (x, *weights))
+        exact = output_and_grads(ewa.reference.grouped_ffn, wide, grad_y.double(), **options)
+        torch_ = output_and_grads(ewa.reference.grouped_ffn, (x, *weights), grad_y, **options)
+        for backend in (form, "torch"):
+            ours = output_and_grads(ewa.functional.grouped_ffn, (x, *weights), grad_y, backend=backend, **options)
+            for name, value in ours.items():
+                assert_parity(name, value, exact[name], torch_[name])
+
+    def test_the_random_one_given_is_the_random_one(self, form):
+        x, weights = tokens(67, 16), parameters(4, 16, 24)
+        options = {
+            "permutation": ewa.functional.random_permutation(67, 5, device=DEVICE),
+            "expert_offsets": torch.tensor(ewa.functional.expert_offsets(67, 4), device=DEVICE),
+        }
+        given = ewa.functional.grouped_ffn(x, *weights, seed=5, dropout_p=0.2, backend=form, **options)
+        drawn = ewa.functional.moe_ffn(x, *weights, seed=5, dropout_p=0.2, backend=form)
+        assert torch.equal(given, drawn)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 64, 65, 197, 1023, 1024, 3000])
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**63 - 1, 12345678901234567])
+def test_permutation_is_the_specified_one(num_tokens, seed):
+    expected = ewa.reference.random_permutation(num_tokens, seed)
+    assert torch.equal(partition.random_permutation(num_tokens, torch.tensor(seed)).cpu(), expected)
+    on_device = torch.tensor(seed, device=DEVICE)
+    assert torch.equal(partition.random_permutation(num_tokens, on_device).cpu(), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_permutation_saved_by_the_forward(form):
+    weights = parameters(2, 16, 16)
+    *_, drawn = ops.moe_ffn(tokens(77, 16), *weights, torch.tensor(9), None, None, "gelu", False, 0.0, True, form)
+    assert torch.equal(drawn.cpu(), ewa.reference.random_permutation(77, 9))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_tokens(form):
+    check_ffn(tokens(0, 16), parameters(3, 16, 24), seed=0, backend=form)
+
+
+def test_split_k_adds_up(monkeypatch):
+    """Weight tiles shared by several programs, summed by the last."""
+    monkeypatch.setattr(layer, "_programs", lambda device: 64)
+    check_ffn(tokens(900, 24), parameters(2, 24, 40), seed=1, backend="triton-single")
+
+
+def test_same_bits_whatever_the_number_of_programs(monkeypatch):
+    x, weights = tokens(300, 24), parameters(2, 24, 40)
+    grad_y = torch.randn_like(x)
+
+    def run(num_programs):
+        monkeypatch.setattr(layer, "_programs", lambda device: num_programs)
+        return output_and_grads(ewa.functional.moe_ffn, (x, *weights), grad_y, seed=1, backend="triton-single")
+
+    one = run(1)
+    for name, value in run(2).items():
+        assert torch.equal(value, one[name]), name
+
+
+@pytest.mark.parametrize(
+    "needed", [["x"], ["up_weight"], ["up_bias"], ["down_weight"], ["down_bias"], ["x", "down_bias"], []], ids=str
+)
+@pytest.mark.parametrize("form", ["triton-single", "triton-split"])
+def test_frozen_inputs_get_no_gradient_and_change_no_other(form, needed):
+    names = ["x", "up_weight", "up_bias", "down_weight", "down_bias"]
+    operands = dict(zip(names, (tokens(70, 16), *parameters(3, 16, 24)), strict=True))
+
+    def grads(needed):
+        leaves = {n: t.clone().requires_grad_(n in needed) for n, t in operands.items()}
+        y = ewa.functional.moe_ffn(*leaves.values(), seed=1, backend=form)
+        if needed:
+            (y * y.detach()).sum().backward()
+        return {n: t.grad for n, t in leaves.items()}
+
+    everything = grads(names)
+    for name, grad in grads(needed).items():
+        assert (grad is None) == (name not in needed)
+        assert grad is None or torch.equal(grad, everything[name])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_unwritten_memory_is_never_read(monkeypatch, form):
+    """With every fresh tensor full of NaN, results are the same."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(fresh):
+        return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh.fill_(2**30)
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+    for num_tokens, gated in [(41, True), (3, False)]:
+        check_ffn(tokens(num_tokens, 17), parameters(4, 17, 24, gated=gated), seed=1, gated=gated, backend=form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_stays_in_its_row(form):
+    x, weights = tokens(70, 17), parameters(3, 17, 33)
+    clean = ewa.functional.moe_ffn(x, *weights, seed=1, backend=form)
+    x[13, 5] = torch.nan
+    y = ewa.functional.moe_ffn(x, *weights, seed=1, backend=form)
+    assert y[13].isnan().all()
+    others = torch.arange(70) != 13
+    assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_reads_float32_parameters(form):
+    """Weights are computed with in 16 bits; gradients come in the parameters' float32."""
+    leaves = [t.requires_grad_() for t in (tokens(70, 16), *parameters(3, 16, 24))]
+    with torch.autocast(DEVICE, torch.float16):
+        y = ewa.functional.moe_ffn(*leaves, seed=1, backend=form)
+        reference = ewa.functional.moe_ffn(*leaves, seed=1, backend="reference")
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y, reference, rtol=2e-3, atol=2e-3)
+    grad_y = torch.randn_like(y)
+    ours = torch.autograd.grad(y, leaves, grad_y)
+    theirs = torch.autograd.grad(reference, leaves, grad_y)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= 3e-3 * b.norm()
+
+
+def test_recompute_saves_x_alone():
+    x, weights = tokens(70, 16), parameters(3, 16, 24)
+    expected = output_and_grads(ewa.functional.moe_ffn, (x, *weights), x, seed=4, backend="triton-single")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        recomputed = output_and_grads(
+            ewa.functional.moe_ffn, (x, *weights), x, seed=4, backend="triton-single", recompute=True
+        )
+    per_token = [t for t in saved if t.numel() > 1 and t.shape[0] == 70]
+    assert [tuple(t.shape) for t in per_token] == [(70, 16)]
+    for name, value in recomputed.items():
+        assert torch.equal(value, expected[name])
+
+
+class TestWorkspace:
+    def test_left_clean(self):
+        check_ffn(tokens(70, 16), parameters(3, 16, 24), seed=1, backend="triton-single")
+        (counters,) = workspace._counters.values()
+        assert not counters.any()
+
+    def test_not_used_again_after_an_error(self):
+        def launch():
+            with workspace.zeroed_counters(10, torch.device(DEVICE)) as counters:
+                counters.fill_(7)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            launch()
+        with workspace.zeroed_counters(10, torch.device(DEVICE)) as counters:
+            assert not counters.any()
+
+    def test_grows(self):
+        with workspace.zeroed_counters(5000, torch.device(DEVICE)) as counters:
+            assert len(counters) >= 5000
+            assert not counters.any()
+
+    def test_two_at_once_are_two(self):
+        device = torch.device(DEVICE)
+        with workspace.zeroed_counters(10, device) as first, workspace.zeroed_counters(10, device) as second:
+            assert first.data_ptr() != second.data_ptr()
+
+
+def test_module_uses_the_backend_and_compiles():
+    module = ewa.RandomPartitionMoE(16, 24, 3, backend="triton", device=DEVICE)
+    x = tokens(50, 16)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(0)
+    expected = module(x)
+    torch.manual_seed(0)
+    assert torch.equal(compiled(x), expected)
+
+
+def test_seed_from_state():
+    """Values of the generator's state that follow one another give seeds that do not."""
+    seeds = {ops.seed_from_state(state, offset) for state in range(50) for offset in range(0, 400, 4)}
+    assert len(seeds) == 5000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    bits = torch.tensor([[seed >> k & 1 for k in range(63)] for seed in sorted(seeds)], dtype=torch.float64)
+    assert (bits.mean(0) - 0.5).abs().max() < 5 * 0.5 / 5000**0.5
+
+
+def test_offsets_beyond_an_int32():
+    script = Path(__file__).parent / "big_indices.py"
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "same results at offset 2147483648" in result.stdout
