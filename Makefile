@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-slow venv bench check format clean
+.PHONY: demo test test-slow venv bench gpu check format clean
 
 demo: venv
 	$(BIN)/python -m ewa_kernels.demo
@@ -29,6 +29,12 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 bench: venv
 	$(BIN)/python -m benchmarks
+
+# On a CUDA machine, with the Python and the packages that are there: nothing is installed. GPU_FLAGS: e.g.
+# --sections parity benchmarks --output folder
+GPU_FLAGS ?=
+gpu:
+	$(PYTHON) tests/gpu/run.py $(GPU_FLAGS)
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -93,7 +94,7 @@ def _queue(*kinds: tuple[int, float]) -> float:
 
 def predictions(s: Shape) -> Iterator[tuple[str, float]]:
     """(form, seconds) of what the package can launch."""
-    tiles = table(90, __import__("torch").bfloat16, "ieee")
+    tiles = table(90, torch.bfloat16, "ieee")
     floor = [size / COPY_RATE for size in least_bytes(s)]
     tile = choose(tiles["forward"], s.num_tokens, s.num_experts, (s.d_ff, s.d_model))
     up_cost = EPILOGUE["pre_activation and GELU"] * (0.6 if s.gated else 1)

@@ -12,6 +12,9 @@ from models import SwiGLU
 import ewa_kernels as ewa
 from ewa_kernels.surgery import adapters
 
+# They need a GPU: `make gpu` runs them.
+collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+
 
 @pytest.fixture
 def registered(monkeypatch):

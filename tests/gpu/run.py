@@ -1,0 +1,108 @@
+"""`make gpu`: everything that needs a CUDA machine, in one command, offline, with the Python that is found there.
+
+Runs from the checkout. Each section is a process of its own with a time limit; a section that fails does not keep
+the next from running. Writes `gpu.json` (device, versions, what passed, how long) and `gpu.log` into --output,
+next to what the benchmarks write. Exit code: 0 if all sections passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = [sys.executable, "tests/gpu/small.py"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "default", "-p", "no:cacheprovider"]
+
+
+def sections(output: Path) -> dict[str, tuple[list[str], int]]:
+    """{name: (command, seconds it may take)}, in the order in which they run."""
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
+    return {
+        "build": ([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 60),
+        "report": ([sys.executable, "-m", "ewa_kernels"], 60),
+        "parity": ([*PYTEST, "tests/test_fused.py"], 150),
+        "gpu": ([*PYTEST, "tests/gpu/test_gpu.py"], 240),
+        "memcheck": ([*sanitizer, "memcheck", *SMALL], 120),
+        "racecheck": ([*sanitizer, "racecheck", *SMALL], 120),
+        "benchmarks": ([sys.executable, "-m", "benchmarks.ffn_cuda", "--output", str(output)], 150),
+    }
+
+
+def run(command: list[str], limit: int, log) -> int:
+    """Runs a command, its output to the console and the log; 124 if it took too long."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    deadline = time.monotonic() + limit
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    os.set_blocking(process.stdout.fileno(), False)
+    while True:
+        text = process.stdout.read()
+        if text:
+            print(text, end="", flush=True)
+            log.write(text)
+        elif process.poll() is not None:
+            return process.returncode
+        elif time.monotonic() > deadline:
+            process.kill()
+            return 124
+        else:
+            time.sleep(0.05)
+
+
+def device() -> dict[str, str]:
+    """What the results are of."""
+    code = (
+        "import json, torch, triton; p = torch.cuda.get_device_properties(0); print(json.dumps({'device': p.name, "
+        "'capability': f'{p.major}.{p.minor}', 'multiprocessors': p.multi_processor_count, "
+        "'torch': torch.__version__, 'triton': triton.__version__}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"make gpu needs a CUDA device, torch and triton:\n{result.stderr}")
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {**json.loads(result.stdout), "python": sys.version.split()[0], "commit": commit or "unknown"}
+
+
+def main() -> int:
+    names = list(sections(Path()))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="a folder")
+    arguments = parser.parse_args()
+    output = arguments.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+
+    summary = {"environment": device(), "sections": {}}
+    print(json.dumps(summary["environment"], indent=1), flush=True)
+    with (output / "gpu.log").open("w") as log:
+        for name, (command, limit) in sections(output).items():
+            if name not in arguments.sections:
+                continue
+            print(f"\n=== {name}: {' '.join(command)}", flush=True)
+            log.write(f"\n=== {name}\n")
+            start = time.monotonic()
+            try:
+                returncode = run(command, limit, log)
+            except FileNotFoundError as error:
+                print(error)
+                returncode = 127
+            seconds = round(time.monotonic() - start, 1)
+            summary["sections"][name] = {"returncode": returncode, "seconds": seconds}
+            (output / "gpu.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print()
+    for name, result in summary["sections"].items():
+        print(f"{name:12} {'passed' if result['returncode'] == 0 else 'FAILED'} {result['seconds']:7.1f} s")
+    return int(any(result["returncode"] for result in summary["sections"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""Small cases for compute-sanitizer: every form, forward and backward, odd sizes, several programs."""
+
+import torch
+
+import ewa_kernels as ewa
+
+torch.manual_seed(0)
+for form in ("triton-single", "triton-split", "triton-onchip"):
+    for num_tokens, d_model, d_ff, gated in ((1000, 64, 256, False), (333, 72, 200, True), (65, 33, 47, False)):
+        layer = ewa.RandomPartitionMoE(
+            d_model, d_ff, 3, gated=gated, dropout=0.1, device="cuda", dtype=torch.bfloat16, backend=form
+        )
+        x = torch.randn(num_tokens, d_model, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        y = layer(x)
+        y.backward(torch.randn_like(y))
+        assert x.grad.isfinite().all()
+    print(form, "done", flush=True)
+assert (
+    ewa.functional.random_permutation(1000, 3, device="cuda")
+    .long()
+    .sort()
+    .values.equal(torch.arange(1000, device="cuda"))
+)
+torch.cuda.synchronize()

@@ -1,0 +1,264 @@
+"""What only a GPU can show: real sizes, numbers of launches, streams, graphs, the compiler. Run by `make gpu`."""
+
+import pytest
+import torch
+from parity import assert_parity, check_ffn, random_ffn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+import ewa_kernels as ewa
+from ewa_kernels.kernels.fused import workspace
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def tokens(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device="cuda", dtype=dtype, generator=torch.Generator("cuda").manual_seed(7))
+
+
+def parameters(*sizes, dtype=torch.bfloat16, **options):
+    return tuple(t if t is None else t.cuda() for t in random_ffn(*sizes, dtype=dtype, **options))
+
+
+def kernels(function):
+    """Names of all kernels, copies and fills that a function launches, after a first call that does not count."""
+    function()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        function()
+        torch.cuda.synchronize()
+    return [event.name for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("form", ["triton-single", "triton-split"])
+@pytest.mark.parametrize(
+    ("num_tokens", "d_model", "d_ff"),
+    [
+        pytest.param(50432, 384, 1536, id="ViT-S"),
+        pytest.param(50432, 768, 3072, id="ViT-B"),
+        pytest.param(50431, 770, 3075, id="odd sizes"),
+        pytest.param(777, 768, 3072, id="few tokens"),
+    ],
+)
+def test_parity_at_real_sizes(num_tokens, d_model, d_ff, form, gated, dtype):
+    weights = parameters(4, d_model, d_ff, gated=gated, dtype=dtype)
+    check_ffn(tokens(num_tokens, d_model, dtype=dtype), weights, seed=3, gated=gated, backend=form)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("d_model", [96, 128])
+def test_onchip_at_real_sizes(d_model, dtype):
+    weights = parameters(4, d_model, 4 * d_model, dtype=dtype)
+    check_ffn(tokens(200705, d_model, dtype=dtype), weights, seed=3, backend="triton-onchip")
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_float32_follows_torch(precision):
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        weights = parameters(4, 384, 1536, dtype=torch.float32)
+        check_ffn(tokens(4099, 384, dtype=torch.float32), weights, seed=3, backend="triton")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_more_than_an_int32_of_hidden():
+    """T·F > 2³¹: output and grad_x of rows here and there, and the weights' gradients in pieces."""
+    num_tokens, d_model, d_ff = 2**21 + 5, 64, 1024
+    weights = [t.requires_grad_() for t in parameters(2, d_model, d_ff)]
+    x = tokens(num_tokens, d_model).requires_grad_()
+    y = ewa.functional.moe_ffn(x, *weights, seed=3, backend="triton-single")
+    grad_y = torch.randn_like(y)
+    grads = torch.autograd.grad(y, [x, *weights], grad_y)
+
+    permutation = ewa.functional.random_permutation(num_tokens, 3, device="cuda").long()
+    offsets = ewa.functional.expert_offsets(num_tokens, 2)
+    wide = [t.detach().double().requires_grad_() for t in weights]
+    narrow = [t.detach().requires_grad_() for t in weights]
+    totals = [[torch.zeros_like(t, dtype=torch.float64) for t in weights] for _ in range(2)]
+    for e in range(2):
+        rows = permutation[offsets[e] : offsets[e + 1]]
+        for piece in rows.split(2**17):
+            results = []
+            for total, group in zip(totals, (wide, narrow), strict=True):
+                leaf = x.detach()[piece].to(group[0].dtype).requires_grad_()
+                up_weight, up_bias, down_weight, down_bias = (t[e : e + 1] for t in group)
+                out = ewa.reference.moe_ffn(leaf, up_weight, up_bias, down_weight, down_bias, seed=0)
+                pieces = torch.autograd.grad(out, [leaf, *group], grad_y[piece].to(out.dtype))
+                for sum_, part in zip(total, pieces[1:], strict=True):
+                    sum_ += part
+                results.append((out, pieces[0]))
+            (exact, exact_grad), (torch_, torch_grad) = results
+            assert_parity("y", y[piece].detach(), exact.detach(), torch_.detach())
+            assert_parity("grad_x", grads[0][piece], exact_grad, torch_grad)
+    for grad, exact, torch_ in zip(grads[1:], *totals, strict=True):
+        assert_parity("gradient of a parameter", grad, exact, torch_.to(grad.dtype))
+
+
+class TestLaunches:
+    @pytest.mark.parametrize("d_model", [96, 384])
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_one_forward_one_backward(self, gated, d_model):
+        layer = ewa.RandomPartitionMoE(d_model, 4 * d_model, 4, gated=gated, device="cuda", dtype=torch.bfloat16)
+        x = tokens(5000, d_model).requires_grad_()
+        with torch.no_grad():
+            assert len(kernels(lambda: layer(x))) == 1
+        inputs = [x, *layer.parameters()]
+        grad_y = torch.randn_like(x)
+        y = layer(x)
+        launched = kernels(lambda: torch.autograd.grad(y, inputs, grad_y, retain_graph=True))
+        assert len(launched) == 1, launched
+        assert "backward_kernel" in launched[0]
+
+    def test_split(self):
+        weights = parameters(4, 384, 1536)
+        x = tokens(5000, 384)
+        launched = kernels(lambda: ewa.functional.moe_ffn(x, *weights, seed=0, backend="triton-split"))
+        assert len(launched) == 2, launched
+
+    def test_permutation(self):
+        seed = torch.tensor(3, device="cuda")
+        assert len(kernels(lambda: ewa.functional.random_permutation(50432, seed))) == 1
+
+
+def test_permutation_is_the_specified_one():
+    for num_tokens in (1, 5, 1023, 1024, 50432, 3_000_000):
+        expected = ewa.reference.random_permutation(num_tokens, 2**62 + 1)
+        assert torch.equal(ewa.functional.random_permutation(num_tokens, 2**62 + 1, device="cuda").cpu(), expected)
+
+
+def step(x, weights, grad_y, seed, form):
+    y = ewa.functional.moe_ffn(x, *weights, seed=seed, dropout_p=0.1, backend=form)
+    return y.detach(), *torch.autograd.grad(y, [x, *weights], grad_y)
+
+
+@pytest.mark.parametrize(("d_model", "form"), [(384, "triton-single"), (96, "triton-onchip")])
+def test_same_bits_a_hundred_times(d_model, form):
+    weights = [t.requires_grad_() for t in parameters(4, d_model, 4 * d_model)]
+    x, grad_y = tokens(9001, d_model).requires_grad_(), tokens(9001, d_model)
+    first = step(x, weights, grad_y, 1, form)
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(step(x, weights, grad_y, 1, form), first, strict=True))
+    assert not any(counters.any() for counters in workspace._counters.values())
+
+
+def test_streams_do_not_disturb_one_another():
+    weights = [t.requires_grad_() for t in parameters(4, 384, 1536)]
+    x, grad_y = tokens(9001, 384).requires_grad_(), tokens(9001, 384)
+    expected = [step(x, weights, grad_y, seed, "triton-single") for seed in range(4)]
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        results = []
+        for seed, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results.append(step(x, weights, grad_y, seed, "triton-single"))
+        torch.cuda.synchronize()
+        for ours, theirs in zip(results, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+class TestGraphs:
+    def test_seed_in_memory(self):
+        """A replay reads the seed that is there then."""
+        weights, x = parameters(4, 384, 1536), tokens(5000, 384)
+        seed = torch.tensor(1, device="cuda")
+        ewa.functional.moe_ffn(x, *weights, seed=seed)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = ewa.functional.moe_ffn(x, *weights, seed=seed)
+        for value in (1, 5, 2**62):
+            seed.fill_(value)
+            for _ in range(3):
+                graph.replay()
+            assert torch.equal(y, ewa.functional.moe_ffn(x, *weights, seed=value))
+
+    def test_a_layer_draws_anew_in_each_replay(self):
+        layer = ewa.RandomPartitionMoE(384, 768, 4, device="cuda", dtype=torch.bfloat16)
+        x, grad_y = tokens(5000, 384).requires_grad_(), tokens(5000, 384)
+        layer(x).backward(grad_y)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+            (grad_x,) = torch.autograd.grad(y, [x], grad_y)
+        seen = []
+        for _ in range(3):
+            graph.replay()
+            seen.append(y.clone())
+            assert grad_x.isfinite().all()
+        assert not torch.equal(seen[0], seen[1])
+        assert not torch.equal(seen[1], seen[2])
+
+
+class TestCompile:
+    @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+    def test_as_eager(self, mode):
+        torch.compiler.reset()
+        layer = ewa.RandomPartitionMoE(384, 768, 4, device="cuda", dtype=torch.bfloat16)
+        compiled = torch.compile(layer, fullgraph=True, mode=mode)
+        x = tokens(5000, 384).requires_grad_()
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            compiled(x, seed=torch.tensor(3, device="cuda")).sum().backward()
+        x.grad = None
+        torch.compiler.cudagraph_mark_step_begin()
+        y = compiled(x, seed=torch.tensor(3, device="cuda"))
+        torch.testing.assert_close(y, layer(x, seed=3))
+
+    def test_draws_the_seeds_of_eager(self):
+        torch.compiler.reset()
+        layer = ewa.RandomPartitionMoE(384, 768, 4, device="cuda", dtype=torch.bfloat16)
+        compiled = torch.compile(layer, fullgraph=True)
+        x = tokens(5000, 384)
+        compiled(x)
+        results = []
+        for function in (compiled, layer):
+            torch.manual_seed(5)
+            results.append([function(x), function(x)])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+        assert not torch.equal(*results[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_repeats_the_deal(use_reentrant):
+    layer = ewa.RandomPartitionMoE(384, 768, 4, dropout=0.2, device="cuda", dtype=torch.bfloat16)
+
+    def grads(run):
+        torch.manual_seed(1)
+        x = tokens(5000, 384).requires_grad_()
+        y = run(x)
+        y.square().sum().backward()
+        return y.detach(), x.grad
+
+    plain = grads(layer)
+    recomputed = grads(lambda x: checkpoint(layer, x, use_reentrant=use_reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+def test_nothing_waits_for_the_gpu():
+    layer = ewa.RandomPartitionMoE(384, 768, 4, device="cuda", dtype=torch.bfloat16)
+    x = tokens(5000, 384).requires_grad_()
+    layer(x).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_kept_for_backward():
+    """x is the caller's; what a forward leaves behind is pre_activation, y and the permutation."""
+    layer = ewa.RandomPartitionMoE(768, 3072, 4, device="cuda", dtype=torch.bfloat16)
+    x = tokens(20000, 768).requires_grad_()
+    layer(x)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = layer(x)
+    kept = torch.cuda.memory_allocated() - before
+    expected = 20000 * (2 * (3072 + 768) + 4)
+    assert kept <= expected + 2**16, (kept, expected)
+    assert y.requires_grad

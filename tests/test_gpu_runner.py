@@ -1,0 +1,62 @@
+"""`make gpu` where there is no GPU: how it runs its sections, and what it says here."""
+
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "gpu" / "run.py"
+
+
+@pytest.fixture
+def runner():
+    spec = importlib.util.spec_from_file_location("gpu_runner", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_section_is_logged_and_its_exit_code_kept(runner, capfd):
+    log = io.StringIO()
+    assert runner.run([sys.executable, "-c", "print('here'); raise SystemExit(3)"], 60, log) == 3
+    assert log.getvalue() == "here\n"
+    assert capfd.readouterr().out == "here\n"
+
+
+def test_a_section_that_takes_too_long_is_stopped(runner):
+    assert runner.run([sys.executable, "-c", "import time; time.sleep(60)"], 1, io.StringIO()) == 124
+
+
+def test_under_nine_minutes_of_work_with_some_left(runner):
+    """Limits are for what goes wrong; all of them together are more than a run takes."""
+    for command, limit in runner.sections(Path()).values():
+        assert limit <= 240
+        for word in command:
+            if word.endswith(".py"):
+                assert (runner.ROOT / word).exists()
+
+
+def test_one_failed_section_does_not_keep_the_next_from_running(runner, monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "device", lambda: {"device": "none"})
+    commands = {
+        "bad": ([sys.executable, "-c", "raise SystemExit(1)"], 60),
+        "missing": (["no-such-program"], 60),
+        "good": ([sys.executable, "-c", "print(1)"], 60),
+    }
+    monkeypatch.setattr(runner, "sections", lambda output: commands)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--output", str(tmp_path)])
+    assert runner.main() == 1
+    results = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    assert {name: result["returncode"] for name, result in results.items()} == {"bad": 1, "missing": 127, "good": 0}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_says_what_is_missing():
+    result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "make gpu needs a CUDA device" in result.stderr
