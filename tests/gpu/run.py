@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -38,23 +39,24 @@ def run(command: list[str], limit: int, log) -> int:
     """Runs a command, its output to the console and the log; 124 if it took too long."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    deadline = time.monotonic() + limit
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    os.set_blocking(process.stdout.fileno(), False)
-    while True:
-        text = process.stdout.read()
-        if text:
-            print(text, end="", flush=True)
-            log.write(text)
-        elif process.poll() is not None:
-            return process.returncode
-        elif time.monotonic() > deadline:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+
+        def copy_output() -> None:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                log.write(line)
+
+        reader = threading.Thread(target=copy_output)
+        reader.start()
+        try:
+            process.wait(limit)
+            timed_out = False
+        except subprocess.TimeoutExpired:
             process.kill()
-            return 124
-        else:
-            time.sleep(0.05)
+            timed_out = True
+        reader.join()
+    return 124 if timed_out else process.returncode
 
 
 def device() -> dict[str, str]:
