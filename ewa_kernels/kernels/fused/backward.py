@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ewa_kernels.kernels.fused.configs import ceil_div
 from ewa_kernels.kernels.fused.epilogues import (
     store_grad_pre,
     store_rows,
@@ -287,7 +288,7 @@ def launch_backward(
     programs = layer.grid(2**31)[0]
 
     def tiles(width: int, block: int = tile.block_n) -> int:
-        return triton.cdiv(width, block)
+        return ceil_div(width, block)
 
     need_pre = any(grad is not None for grad in (grad_x, grad_up_weight, grad_up_bias, grad_down_weight))
     pre_tickets = num_blocks * tiles(layer.d_ff) if need_pre else 0
@@ -301,7 +302,7 @@ def launch_backward(
     if grad_up_weight is not None:
         up_tiles = layer.num_experts * tiles(num_up, tile.block_m) * tiles(layer.d_model)
     # Tiles of the weights are the longest: split them until there are two for each program.
-    steps = triton.cdiv(layer.num_tokens, layer.num_experts * tile.block_k)
+    steps = ceil_div(layer.num_tokens, layer.num_experts * tile.block_k)
     wanted = 2 * programs // max(1, down_tiles + up_tiles)
     num_splits = max(1, min(wanted, _MAX_SPLITS, steps // _MIN_SPLIT_STEPS))
     x_tickets = num_blocks * tiles(layer.d_model) if grad_x is not None else 0

@@ -38,15 +38,15 @@ def moe_ffn_forward(
     with torch.cuda.device_of(x):
         operands = _operands(x, up_weight, up_bias, down_weight, down_bias)
         y = x.new_empty(x.shape)
-        pre_activation = x.new_empty((len(x), up_weight.shape[1]) if save else 0)
+        pre_activation = x.new_empty((layer.num_tokens, up_weight.shape[1]) if save else 0)
         if permutation is None:
-            permutation = torch.empty(len(x), dtype=torch.int32, device=x.device)
-        if len(x) > 0:
+            permutation = torch.empty(layer.num_tokens, dtype=torch.int32, device=x.device)
+        if layer.num_tokens > 0:
             saved = pre_activation if save else None
             if form == "onchip":
                 launch_onchip(layer, *operands, y, saved, permutation, deal=deal)
             else:
-                hidden = x.new_empty(len(x), layer.d_ff)
+                hidden = x.new_empty(layer.num_tokens, layer.d_ff)
                 for step in ("up", "down") if form == "split" else ("single",):
                     launch_forward(layer, *operands, y, saved, hidden, permutation, form=step, deal=deal)
     return y, pre_activation, permutation if save and deal else permutation.new_empty(0)
@@ -81,17 +81,17 @@ def moe_ffn_backward(
     dtypes[1] = dtypes[3] = torch.promote_types(up_weight.dtype, down_weight.dtype)
     with torch.cuda.device_of(x):
         # Nothing is launched for no tokens.
-        new = torch.empty if len(x) > 0 else torch.zeros
+        new = torch.empty if layer.num_tokens > 0 else torch.zeros
         grads = [
             new(t.shape, dtype=dtype, device=x.device) if t is not None and needed else None
             for t, dtype, needed in zip(inputs, dtypes, output_mask, strict=True)
         ]
-        if len(x) > 0 and any(output_mask):
+        if layer.num_tokens > 0 and any(output_mask):
             x, up_weight, up_bias, down_weight, _ = operands = _operands(*inputs)
             if len(pre_activation) == 0:
                 deal = len(permutation) == 0
-                pre_activation = x.new_empty(len(x), up_weight.shape[1])
-                permutation = torch.empty(len(x), dtype=torch.int32, device=x.device) if deal else permutation
+                pre_activation = x.new_empty(layer.num_tokens, up_weight.shape[1])
+                permutation = torch.empty(layer.num_tokens, dtype=torch.int32, device=x.device) if deal else permutation
                 launch_forward(layer, *operands, None, pre_activation, None, permutation, form="up", deal=deal)
             launch_backward(
                 layer,

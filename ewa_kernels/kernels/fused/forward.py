@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ewa_kernels.kernels.fused.configs import ceil_div
 from ewa_kernels.kernels.fused.epilogues import store_rows, store_up
 from ewa_kernels.kernels.fused.layer import Layer
 from ewa_kernels.kernels.fused.partition import load_seed, radices, tokens_of_rows
@@ -199,12 +200,12 @@ def launch_forward(
     """Fills y, pre_activation, hidden and, if `deal`, the permutation; see `forward_kernel`."""
     tile = layer.tile("forward")
     num_blocks = layer.num_blocks(tile.block_m)
-    up_tiles = triton.cdiv(layer.d_ff, tile.block_n // 2 if layer.gated else tile.block_n)
-    down_tiles = triton.cdiv(layer.d_model, tile.block_n)
+    up_tiles = ceil_div(layer.d_ff, tile.block_n // 2 if layer.gated else tile.block_n)
+    down_tiles = ceil_div(layer.d_model, tile.block_n)
     tiles = {"single": up_tiles + down_tiles, "up": up_tiles, "down": down_tiles}[form]
     (num_programs,) = grid = layer.grid(num_blocks * tiles)
     # Enough up tiles in a group to keep all programs busy: its down tiles find hidden ready then.
-    group = min(num_blocks, triton.cdiv(num_programs, up_tiles))
+    group = min(num_blocks, ceil_div(num_programs, up_tiles))
     num_counters = FIRST_COUNTER.value + num_blocks
     radix_a, radix_b, rounds = radices(layer.num_tokens)
     with zeroed_counters(num_counters, x.device) as counters:

@@ -8,10 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ewa_kernels.kernels.fused.configs import INTERPRETER, Table, Tile, choose, choose_onchip, table
+from ewa_kernels.kernels.fused.configs import INTERPRETER, Table, Tile, ceil_div, choose, choose_onchip, table
 from ewa_kernels.kernels.fused.partition import int32_bits, seed_arguments
 from ewa_kernels.kernels.fused.tiles import INTERPRETED
 
@@ -54,11 +53,22 @@ class Layer:
         gated: bool,
         dropout_p: float,
     ) -> Layer:
+        num_tokens = x.shape[0]
         num_experts, d_model, d_ff = down_weight.shape
-        if len(x) > _MAX_TOKENS:
-            raise ValueError(f"x must hold at most {_MAX_TOKENS} tokens for this backend, got {len(x)}")
+        if num_tokens > _MAX_TOKENS:
+            raise ValueError(f"x must hold at most {_MAX_TOKENS} tokens for this backend, got {num_tokens}")
         return cls(
-            len(x), num_experts, d_model, d_ff, activation, gated, dropout_p, seed, expert_offsets, x.dtype, x.device
+            num_tokens,
+            num_experts,
+            d_model,
+            d_ff,
+            activation,
+            gated,
+            dropout_p,
+            seed,
+            expert_offsets,
+            x.dtype,
+            x.device,
         )
 
     def _tiles_of(self, kernel: str) -> tuple[Tile, ...]:
@@ -80,7 +90,7 @@ class Layer:
         """Row blocks, empty ones included: how the rows are dealt may be known on the device only."""
         if self.expert_offsets is not None:
             return self.num_tokens // block_m + self.num_experts
-        return self.num_experts * triton.cdiv(triton.cdiv(self.num_tokens, self.num_experts), block_m)
+        return self.num_experts * ceil_div(ceil_div(self.num_tokens, self.num_experts), block_m)
 
     def grid(self, num_tickets: int) -> tuple[int]:
         return (max(1, min(num_tickets, self.num_programs or _programs(self.device))),)
@@ -104,7 +114,7 @@ class Layer:
             "GATED": self.gated,
             "DROPOUT": self.dropout_p > 0,
             "PRECISION": precision(),
-            "MAX_EXPERTS": triton.next_power_of_2(self.num_experts) if self.expert_offsets is not None else 1,
+            "MAX_EXPERTS": 1 << (self.num_experts - 1).bit_length() if self.expert_offsets is not None else 1,
         }
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ewa_kernels.kernels.fused.configs import ceil_div
 from ewa_kernels.reference import num_rounds
 
 _BLOCK = 1024
@@ -17,7 +18,7 @@ _BLOCK = 1024
 def radices(num_tokens: int) -> tuple[int, int, int]:
     """a = ⌈√T⌉, b = ⌈T/a⌉ and the number of rounds: what `tokens_of_rows` needs to know of T ≥ 1."""
     a = math.isqrt(num_tokens - 1) + 1
-    return a, -(-num_tokens // a), num_rounds(num_tokens)
+    return a, ceil_div(num_tokens, a), num_rounds(num_tokens)
 
 
 def seed_arguments(seed: Tensor) -> tuple[Tensor | None, int, int]:
@@ -109,6 +110,6 @@ def random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
     """See `ewa_kernels.reference.random_permutation`; int32 `[T]` on the seed's device."""
     permutation = torch.empty(num_tokens, dtype=torch.int32, device=seed.device)
     if num_tokens > 0:
-        grid = (triton.cdiv(num_tokens, _BLOCK),)
+        grid = (ceil_div(num_tokens, _BLOCK),)
         _permutation_kernel[grid](permutation, *seed_arguments(seed), num_tokens, *radices(num_tokens), BLOCK=_BLOCK)
     return permutation

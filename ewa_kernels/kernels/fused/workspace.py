@@ -25,7 +25,7 @@ def zeroed_counters(count: int, device: torch.device) -> Iterator[Tensor]:
         return
     key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
     counters = _counters.pop(key, None)
-    if counters is None or len(counters) < count:
+    if counters is None or counters.shape[0] < count:
         counters = _new_counters(max(1024, 1 << (count - 1).bit_length()), device)
     yield counters
     _counters[key] = counters
