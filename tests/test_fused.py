@@ -1,5 +1,6 @@
 """The Triton kernels: in every form against the specification, by the interpreter where there is no GPU."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -331,3 +332,29 @@ def test_offsets_beyond_an_int32():
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "same results at offset 2147483648" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("", "on the CPU it needs Triton's interpreter: set TRITON_INTERPRET=1 before ewa_kernels is imported"),
+        ("import sys; sys.modules['triton'] = None", "Triton is not installed: pip install triton"),
+    ],
+    ids=["no interpreter", "no Triton"],
+)
+def test_says_why_it_cannot_run(before, reason):
+    """And the package works without."""
+    code = f"""{before}
+import torch, ewa_kernels as ewa
+layer = ewa.RandomPartitionMoE(4, 8, 2)
+assert layer(torch.zeros(3, 4)).shape == (3, 4)
+layer.backend = "triton"
+try:
+    layer(torch.zeros(3, 4))
+except ewa.BackendError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == f"backend='triton' cannot run moe_ffn on cpu: {reason}", result.stderr

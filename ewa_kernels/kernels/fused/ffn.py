@@ -105,7 +105,8 @@ def moe_ffn_backward(
                 single=form != "split",
             )
     return tuple(
-        x.new_empty(0) if t is None or grad is None else grad.to(t.dtype) for t, grad in zip(inputs, grads, strict=True)
+        (x if t is None else t).new_empty(0) if t is None or grad is None else grad.to(t.dtype)
+        for t, grad in zip(inputs, grads, strict=True)
     )
 
 
