@@ -48,6 +48,8 @@ class Case:
     gated: bool = False  # then with SiLU, without biases
     dropout: bool = False
     ragged: bool = False  # with a partition that is given
+    d_model: int = 768  # for "onchip", as many as fit
+    d_ff: int = 3072
 
     @property
     def capability(self) -> int:
@@ -63,7 +65,8 @@ class Case:
         t = self.tile
         words = [f"{t.block_m}x{t.block_n}x{t.block_k}, {t.parts} parts, {t.num_warps} warps, {t.num_stages} stages"]
         words.append("gated silu" if self.gated else "gelu, biases")
-        return ", ".join(words + ["dropout"] * self.dropout + ["ragged"] * self.ragged)
+        sizes = [f"D={self.d_model} F={self.d_ff}"] if (self.d_model, self.d_ff) != (768, 3072) else []
+        return ", ".join(words + ["dropout"] * self.dropout + ["ragged"] * self.ragged + sizes)
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,15 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
                 plain = Case(kernel, tile, architecture, dtype, dropout=True)
                 yield from (plain, replace(plain, gated=True))
             for tile in tiles[kernel][:1]:
-                yield Case(kernel, tile, architecture, dtype, ragged=True)
+                plain = Case(kernel, tile, architecture, dtype, ragged=True)
+                yield from (plain, replace(plain, gated=True))
         for kernel in ("forward up", "forward down", "backward split"):
             yield Case(kernel, tiles[kernel.split()[0]][0], architecture, dtype)
+        for kernel in ("forward", "backward"):  # sizes that 64 does not divide, nor 16, nor 8
+            yield Case(kernel, tiles[kernel][0], architecture, dtype, d_model=1000, d_ff=4000)
+            for tile in tiles.get(f"{kernel} unaligned", tiles[kernel])[:1]:
+                plain = Case(kernel, tile, architecture, dtype, d_model=770, d_ff=3075)
+                yield from (plain, replace(plain, gated=True))
 
 
 def compile_case(case: Case) -> Report:
@@ -146,8 +155,24 @@ def compile_case(case: Case) -> Report:
         # C7517 tells that a result is used at once, which is meant.
         warnings=[
             line.strip() for line in log.splitlines() if re.search(r"warning|\(C75", line) and "(C7517)" not in line
-        ],
+        ]
+        + hand_off_problems(kernel.asm["ptx"]),
     )
+
+
+def hand_off_problems(ptx: str) -> list[str]:
+    """What is wrong with how programs hand results to one another: it must be stores, barrier, release.
+
+    Triton puts no barrier before a release, and no interpreter would notice.
+    """
+    found = []
+    last = ""
+    for line in ptx.splitlines():
+        if re.search(r"\bst\.global|\bbar\.sync|\bbarrier\.sync", line):
+            last = line
+        elif re.search(r"\batom\.\S*(acq_rel|release)", line) and "st.global" in last:
+            found.append(f"no barrier between a store and a release: {line.strip()}")
+    return found
 
 
 def compile_all(chosen: list[Case]) -> Iterator[Report]:
@@ -160,12 +185,12 @@ def compile_all(chosen: list[Case]) -> Iterator[Report]:
 
 def _compile(case: Case) -> tuple[Any, str]:
     """The compiled kernel, and what ptxas said."""
-    d_model = case.tile.block_k if case.kernel == "onchip" else 768
+    onchip_size = case.tile.block_k if case.kernel == "onchip" else 0
     layer = Layer(
         num_tokens=50432,
         num_experts=4,
-        d_model=d_model,
-        d_ff=4 * d_model,
+        d_model=onchip_size or case.d_model,
+        d_ff=4 * onchip_size or case.d_ff,
         activation="silu" if case.gated else "gelu",
         gated=case.gated,
         dropout_p=0.1 if case.dropout else 0.0,
@@ -200,7 +225,10 @@ def _launch(case: Case, layer: Layer) -> Any:
     kernel, _, form = case.kernel.partition(" ")
     if kernel == "forward":
         with _instead(forward, "forward_kernel") as compiled:
-            outputs = (y, pre_activation, hidden, permutation)
+            # "up" as it is when pre_activation is computed again.
+            outputs = (
+                (None, pre_activation, None, permutation) if form == "up" else (y, pre_activation, hidden, permutation)
+            )
             forward.launch_forward(layer, *operands, *outputs, form=form or "single", deal=not case.ragged)
     elif kernel == "onchip":
         with _instead(onchip, "onchip_kernel") as compiled:

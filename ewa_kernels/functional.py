@@ -146,7 +146,7 @@ def grouped_ffn(
     checks.boolean("recompute", recompute)
     checks.partition(permutation, expert_offsets, x, num_experts=up_weight.shape[0])
     seed = checks.seed_tensor(seed, x.device)
-    partition = (permutation.to(torch.int32), expert_offsets.to(torch.int32))
+    partition = (permutation.to(torch.int32).contiguous(), expert_offsets.to(torch.int32).contiguous())
     parameters = (up_weight, up_bias, down_weight, down_bias)
     return _moe_ffn(x, parameters, seed, *partition, activation, gated, dropout_p, backend, recompute)
 

@@ -85,6 +85,13 @@ class TestTheGate:
         assert report.wgmma_serialized
         assert any("wgmma" in problem for problem in report.problems())
 
+    def test_a_release_without_a_barrier(self):
+        """The text that Triton gives without the explicit barrier, and with it."""
+        store, barrier, release = "st.global.b32 [%rd1], {%r1};", "bar.sync 0;", "atom.global.gpu.acq_rel.add.s32 %r2;"
+        assert aot.hand_off_problems("\n".join((store, release)))
+        assert aot.hand_off_problems("\n".join((barrier, "@%p1 " + store, "@%p2 " + release)))
+        assert aot.hand_off_problems("\n".join((store, barrier, release))) == []
+
     def test_a_bad_default_is_an_exit_code(self, monkeypatch, capsys):
         bad = aot.Report("forward", "", True, "bfloat16", "sm_90", 255, 8, 8, 1000, 4, False, [])
         monkeypatch.setattr(aot, "compile_all", lambda chosen: iter([bad]))

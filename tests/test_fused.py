@@ -18,9 +18,10 @@ from ewa_kernels.kernels.fused.activations import activate, activate_with_slope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ["triton-single", "triton-split", "triton-onchip"]
-# The dtypes in which every case runs. bfloat16 has cases of its own: the interpreter rounds it towards zero, which
-# costs twice the error; that is within the floor of `assert_parity`.
+# The dtypes in which every case runs. bfloat16 has cases of its own: the interpreter rounds it towards zero, and so
+# each rounding errs by up to a unit in the last place in place of half a one.
 DTYPES = [torch.float32, torch.float16]
+BFLOAT16_SLACK = 1.0 if DEVICE == "cuda" else 2.0
 
 
 def tokens(*shape, dtype=torch.float32):
@@ -70,13 +71,15 @@ def test_every_option(form, gated, bias, dropout_p):
 def test_every_activation(activation, dtype):
     weights = parameters(2, 16, 48, gated=activation != "gelu", dtype=dtype)
     options = {"seed": 3, "activation": activation, "gated": activation != "gelu"}
-    check_ffn(tokens(40, 16, dtype=dtype), weights, backend="triton-single", **options)
+    slack = BFLOAT16_SLACK if dtype == torch.bfloat16 else 1.0
+    check_ffn(tokens(40, 16, dtype=dtype), weights, backend="triton-single", slack=slack, **options)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16(form):
     weights = parameters(3, 24, 40, gated=True, dtype=torch.bfloat16)
-    check_ffn(tokens(70, 24, dtype=torch.bfloat16), weights, seed=3, gated=True, backend=form)
+    x = tokens(70, 24, dtype=torch.bfloat16)
+    check_ffn(x, weights, seed=3, gated=True, backend=form, slack=BFLOAT16_SLACK)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -151,6 +154,16 @@ class TestGivenPartition:
             for name, value in ours.items():
                 assert_parity(name, value, exact[name], torch_[name])
 
+    def test_strided(self, form):
+        """A column of a router's [T, k] table is not contiguous."""
+        x, weights = tokens(67, 16), parameters(4, 16, 24)
+        permutation = torch.randperm(67, device=DEVICE).int()
+        offsets = torch.tensor([0, 3, 40, 41, 67], dtype=torch.int32, device=DEVICE)
+        y = ewa.functional.grouped_ffn(x, *weights, permutation=permutation, expert_offsets=offsets, backend=form)
+        strided = (torch.stack((t, torch.zeros_like(t)), dim=1)[:, 0] for t in (permutation, offsets))
+        options = dict(zip(("permutation", "expert_offsets"), strided, strict=True))
+        assert torch.equal(ewa.functional.grouped_ffn(x, *weights, backend=form, **options), y)
+
     def test_the_random_one_given_is_the_random_one(self, form):
         x, weights = tokens(67, 16), parameters(4, 16, 24)
         options = {
@@ -189,17 +202,17 @@ def test_split_k_adds_up(monkeypatch):
     check_ffn(tokens(900, 24), parameters(2, 24, 40), seed=1, backend="triton-single")
 
 
-def test_same_bits_whatever_the_number_of_programs(monkeypatch):
-    x, weights = tokens(300, 24), parameters(2, 24, 40)
-    grad_y = torch.randn_like(x)
+def test_same_bits_whatever_is_asked_for(monkeypatch):
+    """How many programs share the rows of a weight's gradient does not depend on which gradients are needed."""
+    monkeypatch.setattr(layer, "_programs", lambda device: 64)
+    x, weights = tokens(900, 24), parameters(2, 24, 40)
 
-    def run(num_programs):
-        monkeypatch.setattr(layer, "_programs", lambda device: num_programs)
-        return output_and_grads(ewa.functional.moe_ffn, (x, *weights), grad_y, seed=1, backend="triton-single")
+    def grad(frozen):
+        leaves = [t.clone().requires_grad_(i not in frozen) for i, t in enumerate((x, *weights))]
+        y = ewa.functional.moe_ffn(*leaves, seed=1, backend="triton-single")
+        return torch.autograd.grad(y, leaves[1], x)[0]
 
-    one = run(1)
-    for name, value in run(2).items():
-        assert torch.equal(value, one[name]), name
+    assert torch.equal(grad(()), grad((0, 2, 3, 4)))
 
 
 @pytest.mark.parametrize(
@@ -327,6 +340,7 @@ def test_seed_from_state():
     assert (bits.mean(0) - 0.5).abs().max() < 5 * 0.5 / 5000**0.5
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has tests at real sizes: gpu/test_gpu.py")
 def test_offsets_beyond_an_int32():
     script = Path(__file__).parent / "big_indices.py"
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,15 @@ def test_a_section_is_logged_and_its_exit_code_kept(runner, capfd):
 
 
 def test_a_section_that_takes_too_long_is_stopped(runner):
-    assert runner.run([sys.executable, "-c", "import time; time.sleep(60)"], 1, io.StringIO()) == 124
+    """With its children, which hold its output."""
+    start = time.monotonic()
+    assert runner.run(["bash", "-c", "sleep 60 & sleep 60"], 1, io.StringIO()) == 124
+    assert time.monotonic() - start < 20
 
 
-def test_under_nine_minutes_of_work_with_some_left(runner):
-    """Limits are for what goes wrong; all of them together are more than a run takes."""
-    for command, limit in runner.sections(Path()).values():
-        assert limit <= 240
+def test_under_nine_minutes(runner):
+    assert sum(limit for _, limit in runner.sections(Path()).values()) <= 540
+    for command, _ in runner.sections(Path()).values():
         for word in command:
             if word.endswith(".py"):
                 assert (runner.ROOT / word).exists()

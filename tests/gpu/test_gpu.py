@@ -54,6 +54,35 @@ def test_onchip_at_real_sizes(d_model, dtype):
     check_ffn(tokens(200705, d_model, dtype=dtype), weights, seed=3, backend="triton-onchip")
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_recompute_gives_the_same_bits(dtype):
+    weights = [t.requires_grad_() for t in parameters(4, 384, 1536, dtype=dtype)]
+    x, grad_y = tokens(9001, 384, dtype=dtype).requires_grad_(), tokens(9001, 384, dtype=dtype)
+
+    def grads(recompute):
+        y = ewa.functional.moe_ffn(x, *weights, seed=1, recompute=recompute, backend="triton-single")
+        return torch.autograd.grad(y, [x, *weights], grad_y)
+
+    for kept, computed in zip(grads(False), grads(True), strict=True):
+        assert torch.equal(kept, computed)
+
+
+@pytest.mark.parametrize("form", ["triton-single", "triton-split"])
+def test_ragged_groups(form):
+    """Against the random partition, given as one: the same bits; and against torch with groups of all sizes."""
+    x, weights = tokens(9001, 384), parameters(4, 384, 1536)
+    permutation = ewa.functional.random_permutation(9001, 3, device="cuda")
+    equal = torch.tensor(ewa.functional.expert_offsets(9001, 4), device="cuda")
+    given = {"permutation": permutation, "expert_offsets": equal, "backend": form}
+    drawn = ewa.functional.moe_ffn(x, *weights, seed=3, backend=form)
+    assert torch.equal(ewa.functional.grouped_ffn(x, *weights, **given), drawn)
+    given["expert_offsets"] = torch.tensor([0, 5000, 5000, 5001, 9001], device="cuda")
+    ours = ewa.functional.grouped_ffn(x, *weights, **given)
+    given["backend"] = "torch"
+    exact = ewa.functional.grouped_ffn(x.double(), *(t.double() for t in weights), **given)
+    assert_parity("y", ours, exact, ewa.functional.grouped_ffn(x, *weights, **given))
+
+
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_float32_follows_torch(precision):
     before = torch.backends.cuda.matmul.fp32_precision
@@ -106,6 +135,7 @@ class TestLaunches:
         x = tokens(5000, d_model).requires_grad_()
         with torch.no_grad():
             assert len(kernels(lambda: layer(x))) == 1
+        assert len(kernels(lambda: layer(x))) == 1, "a forward in training"
         inputs = [x, *layer.parameters()]
         grad_y = torch.randn_like(x)
         y = layer(x)

@@ -29,6 +29,7 @@ from ewa_kernels.kernels.fused.tiles import (
     draw_ticket,
     first_block_of_expert,
     leave_clean,
+    multiple_of_eight,
     multiply,
     rows_of_block,
     rows_of_expert,
@@ -113,6 +114,8 @@ def backward_kernel(
 
     Grid: any number of programs; as many as run at once is best.
     """
+    if ALIGNED:
+        d_model, d_ff = multiple_of_eight(d_model), multiple_of_eight(d_ff)
     num_up = d_ff * 2 if GATED else d_ff
     key = load_seed(seed, seed_low, seed_high) if DROPOUT else 0
     if SINGLE:
@@ -296,15 +299,15 @@ def launch_backward(
     bias_tickets = layer.num_experts * (
         (tiles(num_up) if grad_up_bias is not None else 0) + (tiles(layer.d_model) if grad_down_bias is not None else 0)
     )
-    down_tiles = up_tiles = 0
-    if grad_down_weight is not None:
-        down_tiles = layer.num_experts * tiles(layer.d_model, tile.block_m) * tiles(layer.d_ff)
-    if grad_up_weight is not None:
-        up_tiles = layer.num_experts * tiles(num_up, tile.block_m) * tiles(layer.d_model)
-    # Tiles of the weights are the longest: split them until there are two for each program.
+    down_tiles = layer.num_experts * tiles(layer.d_model, tile.block_m) * tiles(layer.d_ff)
+    up_tiles = layer.num_experts * tiles(num_up, tile.block_m) * tiles(layer.d_model)
+    # Tiles of the weights are the longest: split them until there are two for each program. Counted as if all were
+    # asked for: how a sum is split decides about its last bits.
     steps = ceil_div(layer.num_tokens, layer.num_experts * tile.block_k)
-    wanted = 2 * programs // max(1, down_tiles + up_tiles)
+    wanted = 2 * programs // (down_tiles + up_tiles)
     num_splits = max(1, min(wanted, _MAX_SPLITS, steps // _MIN_SPLIT_STEPS))
+    down_tiles = 0 if grad_down_weight is None else down_tiles
+    up_tiles = 0 if grad_up_weight is None else up_tiles
     x_tickets = num_blocks * tiles(layer.d_model) if grad_x is not None else 0
     ends = list(
         itertools.accumulate(
@@ -360,7 +363,7 @@ def launch_backward(
                 end_ticket=end_ticket,
                 SINGLE=single,
                 EVEN_K=layer.d_model % tile.block_k == 0 and layer.d_ff % tile.block_k == 0,
-                ALIGNED=layer.d_model % 8 == 0 and layer.d_ff % 8 == 0,
+                ALIGNED=layer.aligned,
                 **layer.arguments,
                 **tile.launch_options(),
             )

@@ -51,29 +51,37 @@ class Tile:
         }
 
 
-# {kernel: its tiles, best first}. With dropout, which takes registers, those under "… dropout" if there are any. Of
-# several, `choose` takes the one that leaves fewest of its cells empty. For "onchip", block_n columns of hidden are
-# worked on at a time, and block_k is the largest D.
+# {kernel: its tiles, best first}. If 8 does not divide D and F, those under "… unaligned"; with dropout, which takes
+# registers, those under "… dropout"; if there are any. Of several, `choose` takes the one that leaves fewest of its
+# cells empty. For "onchip", block_n columns of hidden are worked on at a time, and block_k is the largest D.
 Table = dict[str, tuple[Tile, ...]]
 
+_UNALIGNED: Table = {  # each element is loaded by itself, into registers
+    "forward unaligned": (Tile(64, 64, 32, 2, 8, 2),),
+    "backward unaligned": (Tile(64, 64, 32, 2, 8, 2),),
+    "onchip unaligned": (),
+}
 _HOPPER: Table = {
     "forward": (Tile(128, 256, 64, 4, 8, 3), Tile(256, 128, 64, 4, 8, 3), Tile(128, 128, 64, 2, 8, 3)),
-    "forward dropout": (Tile(128, 256, 64, 8, 8, 3), Tile(256, 128, 64, 4, 8, 3), Tile(128, 128, 64, 2, 8, 3)),
+    "forward dropout": (Tile(128, 256, 64, 8, 8, 3), Tile(256, 128, 64, 8, 8, 3), Tile(128, 128, 64, 2, 8, 3)),
     "backward": (Tile(128, 256, 64, 8, 8, 3), Tile(256, 128, 64, 8, 8, 3), Tile(128, 128, 64, 4, 8, 3)),
     "backward dropout": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 4, 8, 3)),
     "onchip": (Tile(128, 64, 128, 2, 8, 2),),
     "onchip dropout": (Tile(128, 32, 128, 2, 8, 2),),
+    **_UNALIGNED,
 }
 _BLACKWELL: Table = {
     "forward": _HOPPER["forward"],
     "forward dropout": (Tile(128, 128, 64, 2, 8, 3),),
     "backward": (Tile(128, 128, 64, 4, 8, 3),),
     "onchip": (Tile(128, 32, 128, 2, 8, 2),),
+    **_UNALIGNED,
 }
 _AMPERE: Table = {  # and all others
     "forward": (Tile(128, 128, 32, 2, 8, 4),),
     "backward": (Tile(128, 128, 32, 4, 8, 4),),
     "onchip": (Tile(128, 32, 128, 2, 8, 2),),
+    **_UNALIGNED,
 }
 _TF32: Table = {
     "forward": (Tile(128, 128, 32, 4, 8, 2),),

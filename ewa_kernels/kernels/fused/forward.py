@@ -17,6 +17,7 @@ from ewa_kernels.kernels.fused.tiles import (
     FIRST_COUNTER,
     draw_ticket,
     leave_clean,
+    multiple_of_eight,
     multiply,
     rows_of_block,
     signal,
@@ -62,6 +63,7 @@ def forward_kernel(
     GATED: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
+    ALIGNED: tl.constexpr,  # 8 divides D and F
     PRECISION: tl.constexpr,
     MAX_EXPERTS: tl.constexpr,  # power of two ≥ E
     BLOCK_M: tl.constexpr,
@@ -76,6 +78,8 @@ def forward_kernel(
 
     Grid: any number of programs; as many as run at once is best.
     """
+    if ALIGNED:
+        d_model, d_ff = multiple_of_eight(d_model), multiple_of_eight(d_ff)
     up_columns: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # hidden columns of an up tile
     num_up = d_ff * 2 if GATED else d_ff
     up_tiles = tl.cdiv(d_ff, up_columns)
@@ -105,7 +109,8 @@ def forward_kernel(
             which_group = tl.where(ticket < lead, 0, tl.where(is_up, step + 1, step))
             rest = tl.where(ticket < lead, ticket, tl.where(is_up | last, rest, rest - lead))
         else:
-            is_up = FORM == "up"
+            # Known here: the other half is not compiled, and what belongs to it may be None.
+            is_up: tl.constexpr = FORM == "up"  # type: ignore[no-redef]
             which_group = ticket // (group * (up_tiles if FORM == "up" else down_tiles))
             rest = ticket - which_group * group * (up_tiles if FORM == "up" else down_tiles)
         column_tile = rest // group
@@ -228,6 +233,7 @@ def launch_forward(
             num_counters=num_counters,
             FORM=form,
             DEAL=deal,
+            ALIGNED=layer.aligned,
             EVEN_K=layer.d_model % tile.block_k == 0 and layer.d_ff % tile.block_k == 0,
             **layer.arguments,
             **tile.launch_options(),

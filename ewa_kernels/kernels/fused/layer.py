@@ -15,6 +15,7 @@ from ewa_kernels.kernels.fused.partition import int32_bits, seed_arguments
 from ewa_kernels.kernels.fused.tiles import INTERPRETED
 
 _MAX_TOKENS = 2**31 - 1024  # so that a row past the end of a tile is an int32
+_MAX_EXPERTS = 2**15  # so that the product of two experts' numbers is one
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Layer:
         num_experts, d_model, d_ff = down_weight.shape
         if num_tokens > _MAX_TOKENS:
             raise ValueError(f"x must hold at most {_MAX_TOKENS} tokens for this backend, got {num_tokens}")
+        if num_experts > _MAX_EXPERTS:
+            raise ValueError(f"up_weight must hold at most {_MAX_EXPERTS} experts for this backend, got {num_experts}")
         return cls(
             num_tokens,
             num_experts,
@@ -75,6 +78,8 @@ class Layer:
         tiles = self.table
         if tiles is None:
             tiles = INTERPRETER if INTERPRETED else table(_capability(self.device), self.dtype, precision())
+        if not self.aligned:
+            return tiles.get(f"{kernel} unaligned", tiles[kernel])
         return tiles.get(f"{kernel} dropout", tiles[kernel]) if self.dropout_p > 0 else tiles[kernel]
 
     def tile(self, kernel: str) -> Tile:
@@ -85,6 +90,11 @@ class Layer:
     def onchip_tile(self) -> Tile | None:
         """The tile for "onchip", or None if D is too large."""
         return choose_onchip(self._tiles_of("onchip"), self.d_model)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows can be loaded 16 bytes at a time."""
+        return self.d_model % 8 == 0 and self.d_ff % 8 == 0
 
     def num_blocks(self, block_m: int) -> int:
         """Row blocks, empty ones included: how the rows are dealt may be known on the device only."""

@@ -10,7 +10,7 @@ from ewa_kernels.kernels.fused.activations import activate, dropout_scale
 from ewa_kernels.kernels.fused.epilogues import store_rows
 from ewa_kernels.kernels.fused.layer import Layer
 from ewa_kernels.kernels.fused.partition import load_seed, radices, tokens_of_rows
-from ewa_kernels.kernels.fused.tiles import multiply, rows_of_block
+from ewa_kernels.kernels.fused.tiles import multiple_of_eight, multiply, rows_of_block
 
 
 @triton.jit
@@ -68,6 +68,7 @@ def onchip_kernel(
     GATED: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN_D: tl.constexpr,  # BLOCK_K = D
+    ALIGNED: tl.constexpr,  # 8 divides D and F
     EVEN_F: tl.constexpr,  # BLOCK_N divides F
     PRECISION: tl.constexpr,
     MAX_EXPERTS: tl.constexpr,  # power of two ≥ E
@@ -80,6 +81,8 @@ def onchip_kernel(
 
     Grid: any number of programs; as many as run at once is best.
     """
+    if ALIGNED:
+        d_model, d_ff = multiple_of_eight(d_model), multiple_of_eight(d_ff)
     num_up = d_ff * 2 if GATED else d_ff
     key = load_seed(seed, seed_low, seed_high) if DEAL or DROPOUT else 0
     d = tl.arange(0, BLOCK_K)
@@ -159,6 +162,7 @@ def launch_onchip(
         rounds=rounds,
         num_blocks=num_blocks,
         DEAL=deal,
+        ALIGNED=layer.aligned,
         EVEN_D=layer.d_model == tile.block_k,
         EVEN_F=layer.d_ff % tile.block_n == 0,
         **layer.arguments,

@@ -111,5 +111,7 @@ def random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
     permutation = torch.empty(num_tokens, dtype=torch.int32, device=seed.device)
     if num_tokens > 0:
         grid = (ceil_div(num_tokens, _BLOCK),)
-        _permutation_kernel[grid](permutation, *seed_arguments(seed), num_tokens, *radices(num_tokens), BLOCK=_BLOCK)
+        arguments = (*seed_arguments(seed), num_tokens, *radices(num_tokens))
+        with torch.cuda.device_of(seed):
+            _permutation_kernel[grid](permutation, *arguments, BLOCK=_BLOCK, enable_fp_fusion=True)
     return permutation

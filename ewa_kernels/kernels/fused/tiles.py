@@ -109,6 +109,12 @@ def first_block_of_expert(
 
 
 @triton.jit
+def multiple_of_eight(size):
+    """The same number, in a form that shows the compiler what it is, and so which rows begin at 16 bytes."""
+    return size // 8 * 8
+
+
+@triton.jit
 def clamp_columns(column, size, ALIGNED: tl.constexpr):
     """Columns ≥ size are replaced by some that exist; nobody uses what is computed from them."""
     if ALIGNED:
