@@ -86,6 +86,7 @@ _AMPERE: Table = {  # and all others
 _TF32: Table = {
     "forward": (Tile(128, 128, 32, 4, 8, 2),),
     "backward": (Tile(128, 64, 32, 4, 8, 2),),
+    "backward unaligned": (Tile(64, 64, 32, 4, 8, 2),),
     "onchip": (),
 }
 _FLOAT32: Table = {
