@@ -61,9 +61,8 @@ def _blocks(permutation: Tensor, expert_offsets: Tensor | None, num_experts: int
     num_tokens, device = len(permutation), permutation.device
     block_rows = BLOCK_ROWS
     if x.dtype not in (torch.float32, torch.float64):
-        block_rows = (
-            num_tokens * num_experts
-        )  # 16-bit weight gradients summed up over blocks would be rounded each time
+        # One block: 16-bit weight gradients summed up over blocks would be rounded each time.
+        block_rows = max(num_tokens * num_experts, 1)
     if expert_offsets is None:
         offsets = equal_offsets(num_tokens, num_experts)
         # The offsets again, computed where they are needed: a copy from the host may not be captured in a CUDA graph.
