@@ -1,27 +1,140 @@
-"""Builds the C++ extension. Without a compiler the package installs without it and runs on PyTorch calls."""
+"""Builds ewa_kernels._C with ninja: C++ for CPUs, and CUDA where nvcc is found. It asks for no GPU and no torch.
 
+Without a compiler the package installs without it and runs on PyTorch and Triton; without nvcc, or if the CUDA part
+does not compile, for CPUs alone. What is missing is said.
+
+Environment: CXX, CXXFLAGS, LDFLAGS; CUDA_HOME; EWA_CUDA_ARCHITECTURES, e.g. "90a 120", empty for none.
+"""
+
+import os
 import platform
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
-compile_args = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
-if platform.system() == "Linux":
+ROOT = Path(__file__).parent.resolve()
+CXX_SOURCES = ("bindings", "rows", "experts_cpu")
+CUDA_SOURCES = ("experts_cuda",)
+ARCHITECTURES = "80 86 89 90a 100 120"
+PTX = "80"  # for every GPU that is not listed, compiled by its driver
+
+LINUX = platform.system() == "Linux"
+CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -DNDEBUG -fno-math-errno -fno-trapping-math -Wall -Wextra"
+if LINUX:
     # Compiled for OpenMP and not linked with it: the symbols come from the runtime that torch has loaded. A second
     # runtime would bring threads of its own, which fight with torch's for the cores.
-    compile_args.append("-fopenmp")
-elif platform.system() == "Windows":
-    compile_args = ["/O2"]
+    CXX_FLAGS += " -fopenmp"
+CUDA_FLAGS = "-O3 -std=c++17 --extended-lambda -fmad=false -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v --threads 0"
+
+NINJA = """
+cxx = {cxx}
+nvcc = {nvcc}
+rule compile
+  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule compile_cuda
+  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {link} $in -o $out {ldflags}
+"""
+
+
+def find_nvcc() -> str | None:
+    """In CUDA_HOME if that is set, else where commands are looked for."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+
+
+def architectures(nvcc: str) -> list[str]:
+    """Those asked for that this nvcc knows."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    asked = os.environ.get("EWA_CUDA_ARCHITECTURES", ARCHITECTURES).split()
+    return [a for a in asked if f"sm_{a}" in known or f"sm_{a.removesuffix('a')}" in known]
+
+
+class NinjaBuild(build_ext):
+    """Writes a build.ninja, and runs it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cxx = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+        if shutil.which(shlex.split(cxx)[0]) is None:
+            raise CompileError(f"no C++ compiler: {cxx!r} is not found. Install one, or say in CXX where it is")
+        nvcc = find_nvcc()
+        cuda = architectures(nvcc) if nvcc else []
+        if nvcc and cuda:
+            try:
+                return self.ninja(ext, cxx, nvcc, cuda)
+            except CompileError as error:
+                self.warn(f"the CUDA part of {ext.name} is left out: {error}")
+        else:
+            self.warn(f"{ext.name} is built for CPUs alone: {'no nvcc is found' if not nvcc else 'as asked'}")
+        self.ninja(ext, cxx, None, [])
+
+    def ninja(self, ext: Extension, cxx: str, nvcc: str | None, cuda: list[str]) -> None:
+        folder = Path(self.build_temp, "cuda" if nvcc else "cpu").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        includes = [f"-isystem {shlex.quote(i)}" for i in (sysconfig.get_path("include"), pybind11.get_include())]
+        flags = " ".join([CXX_FLAGS, *includes, os.environ.get("CXXFLAGS", "")])
+        if nvcc:
+            names = " ".join(cuda)
+            flags += f" '-DEWA_CUDA=\"{names}\"'"
+            host = shlex.split(cxx)[0]
+            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda]
+            codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
+            link = f"{shlex.quote(nvcc)} -ccbin {host} -shared -cudart static -Xlinker --exclude-libs=ALL"
+            cuda_flags = f"-ccbin {host} {CUDA_FLAGS} {' '.join(codes)}"
+        else:
+            link = f"{cxx} -shared" if platform.system() != "Darwin" else f"{cxx} -bundle -undefined dynamic_lookup"
+            cuda_flags = ""
+        text = [NINJA.format(cxx=cxx, nvcc=nvcc or "", link=link, ldflags=os.environ.get("LDFLAGS", ""))]
+        for name in CXX_SOURCES:
+            # The same bits on every processor: no multiply and add in one rounding where there is such an instruction.
+            exact = " -ffp-contract=off" if name.startswith("experts") else ""
+            text.append(f"build {name}.o: compile {escape(ROOT / 'csrc' / name)}.cpp\n  flags = {flags}{exact}\n")
+        for name in CUDA_SOURCES if nvcc else ():
+            text.append(f"build {name}.o: compile_cuda {escape(ROOT / 'csrc' / name)}.cu\n  flags = {cuda_flags}\n")
+        objects = " ".join(f"{name}.o" for name in (*CXX_SOURCES, *(CUDA_SOURCES if nvcc else ())))
+        text.append(f"build {escape(target)}: link {objects}\n")
+        (folder / "build.ninja").write_text("\n".join(text))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run_ninja(folder)
+
+
+def escape(path: Path) -> str:
+    """As build.ninja spells it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def run_ninja(folder: Path) -> None:
+    """Raises CompileError with the end of what the compiler said."""
+    try:
+        import ninja
+
+        command = str(Path(ninja.BIN_DIR, "ninja"))
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            raise CompileError("ninja is not found: pip install ninja") from None
+        command = found
+    result = subprocess.run([command, "-C", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (folder / "build.log").write_text(result.stdout)
+    print(result.stdout)
+    if result.returncode != 0:
+        raise CompileError("\n".join(result.stdout.splitlines()[-30:]))
+
 
 setup(
-    ext_modules=[
-        Pybind11Extension(
-            "ewa_kernels._C",
-            ["csrc/bindings.cpp", "csrc/cpu.cpp"],
-            depends=["csrc/cpu.h", "csrc/activations.h"],
-            cxx_std=17,
-            extra_compile_args=compile_args,
-            optional=True,
-        )
-    ]
+    ext_modules=[Extension("ewa_kernels._C", [], optional=True)],
+    cmdclass={"build_ext": NinjaBuild},
 )

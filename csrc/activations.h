@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#define EWA_INLINE static inline __attribute__((always_inline))
+#include "platform.h"
 
 namespace ewa {
 

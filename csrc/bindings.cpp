@@ -1,7 +1,10 @@
-// The Python module ewa_kernels._C: addresses and sizes in, nothing out. The interpreter lock is released.
+// The Python module ewa_kernels._C: addresses and sizes in, nothing out. The kernels run without the
+// interpreter lock.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include "cpu.h"
+#include "experts.h"
+#include "rows.h"
 
 namespace py = pybind11;
 
@@ -12,10 +15,28 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+// From rows of numbers, in the order of the structs' fields: see ewa_kernels/kernels/experts.py.
+ewa::Table table_of(const std::vector<std::array<int64_t, 5>>& groups,
+                    const std::vector<std::array<uint64_t, 8>>& members,
+                    const std::vector<std::tuple<double, uintptr_t, bool, double, double, double, double, bool>>& options) {
+    ewa::Table table;
+    for (const auto& [numel, first_member, num_experts, number, type] : groups)
+        table.groups.push_back({numel, static_cast<int32_t>(first_member), static_cast<int32_t>(num_experts),
+                                static_cast<int32_t>(number), static_cast<ewa::Type>(type)});
+    for (const auto& [param, grad, exp_avg, exp_avg_sq, step, copy, option, counts] : members)
+        table.members.push_back({pointer<void>(param), pointer<void>(grad), pointer<void>(exp_avg),
+                                 pointer<void>(exp_avg_sq), pointer<float>(step), pointer<uint16_t>(copy),
+                                 static_cast<int32_t>(option), static_cast<int32_t>(counts)});
+    for (const auto& [lr, lr_at, lr_is_double, beta1, beta2, eps, weight_decay, maximize] : options)
+        table.options.push_back(
+            {lr, pointer<const void>(lr_at), beta1, beta2, eps, weight_decay, lr_is_double, maximize});
+    return table;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "C++ kernels of ewa_kernels; see csrc/cpu.h";
+    m.doc() = "C++ kernels of ewa_kernels; see csrc/rows.h and csrc/experts.h";
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
 
     py::enum_<ewa::Activation>(m, "Activation")
@@ -64,4 +85,30 @@ PYBIND11_MODULE(_C, m) {
                                    pointer<float>(grad_pre), pointer<float>(hidden), pointer<float>(grad_bias), beta);
         },
         unlocked);
+
+    py::class_<ewa::Table>(m, "Table").def(py::init(&table_of));
+    py::class_<ewa::Scalars>(m, "Scalars")
+        .def(py::init([](double share_rate, uintptr_t share_rate_at, bool share_rate_is_double, bool stochastic,
+                         uint64_t seed, uintptr_t seed_at, uintptr_t grad_scale, uintptr_t found_inf) {
+            return ewa::Scalars{share_rate,
+                                pointer<const void>(share_rate_at),
+                                share_rate_is_double,
+                                stochastic,
+                                seed,
+                                pointer<const int64_t>(seed_at),
+                                pointer<const float>(grad_scale),
+                                pointer<const float>(found_inf)};
+        }));
+    m.def("experts_pass_cpu", &ewa::experts_pass_cpu, unlocked);
+#ifdef EWA_CUDA
+    m.def(
+        "experts_pass_cuda",
+        [](const ewa::Table& table, const ewa::Scalars& scalars, uintptr_t counter, int device, uintptr_t stream) {
+            ewa::experts_pass_cuda(table, scalars, pointer<uint32_t>(counter), device, pointer<void>(stream));
+        },
+        unlocked);
+    m.attr("cuda") = EWA_CUDA;
+#else
+    m.attr("cuda") = py::none();
+#endif
 }

@@ -1,4 +1,6 @@
-"""See csrc/cpu.h. Addresses and sizes in elements; 0 stands for no tensor."""
+"""See csrc/rows.h and csrc/experts.h. Addresses and sizes in elements; 0 stands for no tensor."""
+
+from collections.abc import Sequence
 
 class Activation:
     gelu: Activation
@@ -36,3 +38,30 @@ def activate_backward(
     grad_bias: int,
     beta: float,
 ) -> None: ...
+
+# Which architectures the CUDA part is compiled for, as "80 86"; None without it.
+cuda: str | None
+
+class Table:
+    def __init__(
+        self,
+        groups: Sequence[tuple[int, ...]],
+        members: Sequence[tuple[int, ...]],
+        options: Sequence[tuple[float, ...]],
+    ) -> None: ...
+
+class Scalars:
+    def __init__(
+        self,
+        share_rate: float,
+        share_rate_at: int,
+        share_rate_is_double: bool,
+        stochastic: bool,
+        seed: int,
+        seed_at: int,
+        grad_scale: int,
+        found_inf: int,
+    ) -> None: ...
+
+def experts_pass_cpu(table: Table, scalars: Scalars) -> None: ...
+def experts_pass_cuda(table: Table, scalars: Scalars, counter: int, device: int, stream: int) -> None: ...

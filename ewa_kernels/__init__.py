@@ -3,7 +3,7 @@
 Source: "Experts Weights Averaging: A New General Training Scheme for Vision Transformers", arXiv 2308.06093.
 """
 
-from ewa_kernels import functional, reference
+from ewa_kernels import functional, optim, reference
 from ewa_kernels.averaging import (
     ConstantShareRate,
     CosineShareRate,
@@ -37,6 +37,7 @@ __all__ = [
     "fold_",
     "folded_state_dict",
     "functional",
+    "optim",
     "reference",
     "register_ffn_adapter",
     "replace_ffn_",

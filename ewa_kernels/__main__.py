@@ -9,6 +9,7 @@ import platform
 import torch
 
 from ewa_kernels import backends
+from ewa_kernels.kernels import extension
 from ewa_kernels.version import VERSION
 
 
@@ -22,6 +23,7 @@ def report() -> str:
         f"cpu          {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         f"cuda         {_cuda()}",
         f"triton       {_triton()}",
+        f"extension    {_extension()}",
     ]
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
@@ -37,6 +39,14 @@ def _triton() -> str:
     if importlib.util.find_spec("triton") is None:
         return "not installed"
     return importlib.metadata.version("triton")
+
+
+def _extension() -> str:
+    if extension.WHY_NOT is not None:
+        return extension.WHY_NOT
+    if extension.WHY_NOT_CUDA is not None:
+        return f"C++ for the CPU; {extension.WHY_NOT_CUDA}"
+    return f"C++ for the CPU, CUDA for sm_{', sm_'.join(str(extension.CUDA_ARCHITECTURES).split())}"
 
 
 def _cuda() -> str:

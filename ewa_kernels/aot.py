@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from ewa_kernels.kernels import fused
-from ewa_kernels.kernels.fused import backward, forward, onchip
+from ewa_kernels.kernels.fused import averaging, backward, forward, onchip
 from ewa_kernels.kernels.fused.configs import Tile, table
 from ewa_kernels.kernels.fused.layer import Layer
 
@@ -41,13 +41,14 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Case:
     """One kernel in one configuration, and what it is compiled for."""
 
-    kernel: str  # "forward", "forward up", "forward down", "backward", "backward split" or "onchip"
+    kernel: str  # "forward", "forward up", "forward down", "backward", "backward split", "onchip" or "average"
     tile: Tile
     architecture: str
     dtype: str
     gated: bool = False  # then with SiLU, without biases
     dropout: bool = False
     ragged: bool = False  # with a partition that is given
+    stochastic: bool = False  # rounding, of "average"
     d_model: int = 768  # for "onchip", as many as fit
     d_ff: int = 3072
 
@@ -58,11 +59,13 @@ class Case:
     @property
     def default(self) -> bool:
         """Whether backend="auto" may pick it."""
-        return self.kernel in ("forward", "backward", "onchip")
+        return self.kernel in ("forward", "backward", "onchip", "average")
 
     @property
     def config(self) -> str:
         t = self.tile
+        if self.kernel == "average":
+            return f"{t.block_n} columns, {t.num_warps} warps{', stochastic rounding' * self.stochastic}"
         words = [f"{t.block_m}x{t.block_n}x{t.block_k}, {t.parts} parts, {t.num_warps} warps, {t.num_stages} stages"]
         words.append("gated silu" if self.gated else "gelu, biases")
         sizes = [f"D={self.d_model} F={self.d_ff}"] if (self.d_model, self.d_ff) != (768, 3072) else []
@@ -96,7 +99,7 @@ class Report:
             found.append(f"spills: {self.spill_stores} bytes stored, {self.spill_loads} loaded")
         if self.wgmma_serialized:
             found.append("each wgmma waits for the one before")
-        if self.architecture == "sm_90" and self.wgmma == 0 and self.dtype != "float32":
+        if self.architecture == "sm_90" and self.wgmma == 0 and self.dtype != "float32" and self.kernel != "average":
             found.append("no wgmma")
         limit = SHARED_MEMORY[int(self.architecture.removeprefix("sm_"))]
         if self.shared_bytes > limit:
@@ -126,6 +129,9 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
             for tile in tiles.get(f"{kernel} unaligned", tiles[kernel])[:1]:
                 plain = Case(kernel, tile, architecture, dtype, d_model=770, d_ff=3075)
                 yield from (plain, replace(plain, gated=True))
+        if dtype != "tf32":
+            plain = Case("average", averaging.TILE, architecture, dtype)
+            yield from (plain, replace(plain, stochastic=True)) if dtype != "float32" else (plain,)
 
 
 def compile_case(case: Case) -> Report:
@@ -233,6 +239,10 @@ def _launch(case: Case, layer: Layer) -> Any:
                 (None, pre_activation, None, permutation) if form == "up" else (y, pre_activation, hidden, permutation)
             )
             forward.launch_forward(layer, *operands, *outputs, form=form or "single", deal=not case.ragged)
+    elif kernel == "average":
+        with _instead(averaging, "average_kernel") as compiled:
+            share_rate, seed = new(1, dtype=torch.float64), new(1, dtype=torch.int64)
+            averaging.average([up_weight], share_rate, None, seed if case.stochastic else None)
     elif kernel == "onchip":
         with _instead(onchip, "onchip_kernel") as compiled:
             onchip.launch_onchip(layer, *operands, y, pre_activation, permutation, deal=not case.ragged)

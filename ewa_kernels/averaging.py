@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ewa_kernels import checks, functional
 from ewa_kernels.modules import expert_tensors
@@ -43,6 +44,11 @@ class ShareRate:
         if step < self.start_step or (self.stop_step is not None and step >= self.stop_step):
             return 0.0
         return self._inside(step - self.start_step)
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether every step is in the window."""
+        return self.start_step == 0 and self.stop_step is None
 
     def _inside(self, step: int) -> float:
         raise NotImplementedError
@@ -107,20 +113,30 @@ class ExpertAverager:
         experts: a model, whose `RandomPartitionMoE` layers are looked up at each step; or an iterable of stacked
             tensors `[E, ...]`, of lists of E same-shaped tensors, or of (name, either) pairs.
         share_rate: β, a float in [0, 1] or a schedule.
+        rounding: of 16-bit parameters, "stochastic" or "nearest"; see `ewa_kernels.functional.average_experts_`.
+        seed: of stochastic rounding, int in 0…2⁶³−1. With the number of the step it decides every rounding, so that
+            ranks which hold the same parameters round them alike, and a resumed run as one that went on.
 
     Raises:
-        TypeError, ValueError: `share_rate` is neither a number in [0, 1] nor a schedule; `experts` holds none.
+        TypeError, ValueError: `share_rate` is neither a number in [0, 1] nor a schedule; `experts` holds none;
+            `rounding` or `seed` is none of those above.
     """
 
     def __init__(
         self,
         experts: nn.Module | Iterable[Any],
         share_rate: float | Callable[[int], float],
+        *,
+        rounding: str = "stochastic",
+        seed: int = 0,
     ):
         if not callable(share_rate):
             checks.probability("share_rate", share_rate)
             share_rate = ConstantShareRate(float(share_rate))
+        checks.choice("rounding", rounding, functional.ROUNDINGS)
+        checks.integer("seed", seed, minimum=0, below=2**63)
         self.schedule = share_rate
+        self.rounding, self.seed = rounding, seed
         self.num_steps = 0
         self._attachment: Attachment | None = None
         self._model: nn.Module | None = None
@@ -158,14 +174,34 @@ class ExpertAverager:
                 averaged. A tensor on a GPU is read there, without a host sync, and then the schedule moves on
                 all the same; otherwise a skipped step leaves the schedule where it was.
         """
-        experts = list(self._experts().values())
-        beta: float | Tensor = self.share_rate
-        if isinstance(found_inf, Tensor) and found_inf.device.type != "cpu":
-            beta = beta * (found_inf.reshape(()) == 0).to(torch.float64)
-        elif found_inf is not None and bool(found_inf):
-            return
-        functional.average_experts_(experts, beta)
+        if found_inf is not None and (not isinstance(found_inf, Tensor) or found_inf.device.type == "cpu"):
+            if bool(found_inf):
+                return
+            found_inf = None
+        beta, seed = self.next_step()
+        functional.average_experts_(self.experts(), beta, rounding=self.rounding, seed=seed, found_inf=found_inf)
         self.num_steps += 1
+
+    def next_step(self) -> tuple[float, int | None]:
+        """β of the next step, and the seed of its rounding; no seed in a CUDA graph, which must draw its own.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, which would repeat this step's β for ever, and β is not
+                constant.
+        """
+        beta, seed = self.share_rate, (self.seed + self.num_steps) % 2**63
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            return beta, seed
+        if not (isinstance(self.schedule, ConstantShareRate) and self.schedule.is_endless):
+            raise RuntimeError(
+                f"share_rate must be constant in a CUDA graph, which would repeat β = {beta} in each replay, got "
+                f"{self.schedule!r}: use functional.average_experts_ with a share_rate tensor that you fill"
+            )
+        return beta, None
+
+    def experts(self) -> list[Experts]:
+        """What is averaged: stacked tensors, and lists of separate ones."""
+        return list(self._experts().values())
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Makes each real step of `optimizer` end with `step()`, until `remove()` is called on the result.
@@ -179,12 +215,18 @@ class ExpertAverager:
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        attachment = self.hand_over()
+        attachment.hook(optimizer)
+        return attachment
+
+    def hand_over(self) -> Attachment:
+        """For an optimizer that averages by itself, as `ewa_kernels.optim.AdamW` does: as if attached to it."""
         if self._attachment is not None and self._attachment.active:
             raise ValueError(
                 "optimizer must be the only one attached to, but the averager is attached already: "
                 "call remove() on what attach returned"
             )
-        self._attachment = Attachment(self, optimizer)
+        self._attachment = Attachment(self)
         return self._attachment
 
     @torch.no_grad()
@@ -240,16 +282,19 @@ def _rms_distance(experts: Experts) -> float:
 
 
 class Attachment:
-    """The hooks by which an averager runs after an optimizer's steps; `remove()` takes them off."""
+    """That an averager runs after an optimizer's steps, until `remove()`."""
 
-    def __init__(self, averager: ExpertAverager, optimizer: Optimizer):
+    def __init__(self, averager: ExpertAverager):
         self.active = True
         self._averager = averager
         self._had_state = False
-        self._handles = (
+        self._handles: list[RemovableHandle] = []
+
+    def hook(self, optimizer: Optimizer) -> None:
+        self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-        )
+        ]
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -260,13 +305,14 @@ class Attachment:
         self._had_state = len(optimizer.state) > 0
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._is_dry_run(optimizer):
+        if not is_dry_run(optimizer, self._had_state):
             # GradScaler hands it to fused optimizers, which skip by themselves, as an attribute.
             self._averager.step(getattr(optimizer, "found_inf", None))
 
-    def _is_dry_run(self, optimizer: Optimizer) -> bool:
-        """A first step, at learning rate 0, with gradients of 0."""
-        if self._had_state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
-            return False
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        return all(p.grad is None or not p.grad.any() for p in parameters)
+
+def is_dry_run(optimizer: Optimizer, had_state: bool) -> bool:
+    """Whether a step only creates the optimizer's state: a first one, at learning rate 0, with gradients of 0."""
+    if had_state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
+        return False
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return all(p.grad is None or not p.grad.any() for p in parameters)

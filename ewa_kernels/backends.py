@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ewa_kernels import checks
-from ewa_kernels.kernels import cpp_rows, fused
+from ewa_kernels.kernels import extension, fused
 from ewa_kernels.version import VERSION
 
 BACKENDS = ("auto", "reference", "torch", "triton", "triton-single", "triton-split", "triton-onchip", "cuda", "cpp")
@@ -14,15 +16,19 @@ BACKENDS = ("auto", "reference", "torch", "triton", "triton-single", "triton-spl
 _IMPLEMENTED = {
     "random_permutation": ("triton", "cpp", "reference"),
     "moe_ffn": ("triton", "cpp", "torch", "reference", "triton-single", "triton-split", "triton-onchip"),
-    "average_experts_": ("reference",),
+    "average_experts_": ("cuda", "triton", "cpp", "reference"),
+    "adamw": ("cuda", "cpp", "torch"),
     "merge_experts": ("reference",),
 }
 
-_DESCRIPTIONS = {
+_DESCRIPTIONS: dict[str | tuple[str, str], str] = {
     "reference": "the specification in plain PyTorch, differentiable by autograd",
     "torch": "PyTorch calls block by block, hand-written backward that keeps the pre-activation only",
-    "triton": "one Triton kernel for the forward and one for the backward, hidden on chip where D is small",
-    "cpp": "C++ (in moe_ffn: what lies between PyTorch's matrix products, in float32)",
+    "triton": "Triton: the layer in one launch forward and one backward, averaging in one for each tensor",
+    "cuda": "CUDA, one launch for all tensors",
+    "cpp": "C++",
+    ("moe_ffn", "cpp"): "PyTorch's matrix products, and in C++ what lies between them, in float32",
+    ("adamw", "torch"): "PyTorch's fused AdamW, and then average_experts_",
 }
 
 
@@ -39,11 +45,30 @@ def resolve(operation: str, backend: str, device: torch.device, dtype: torch.dty
     """
     checks.choice("backend", backend, BACKENDS)
     if backend == "auto":
-        return next(b for b in _IMPLEMENTED[operation] if _why_not_auto(operation, b, device, dtype) is None)
+        found = next(b for b in _IMPLEMENTED[operation] if _why_not_auto(operation, b, device, dtype) is None)
+        _warn_once_of_slowness(operation, found, device)
+        return found
     reason = why_not(operation, backend, device, dtype)
     if reason is not None:
         raise BackendError(f"backend={backend!r} cannot run {operation} on {device}: {reason}")
     return backend
+
+
+_warned: set[str] = set()
+
+
+def _warn_once_of_slowness(operation: str, found: str, device: torch.device) -> None:
+    """Where the extension would be faster and is not there: one warning for all operations on a kind of device."""
+    missing = {"cpu": extension.WHY_NOT, "cuda": extension.WHY_NOT_CUDA}.get(device.type)
+    expected = {"cpu": "cpp", "cuda": "cuda"}.get(device.type)
+    if missing is None or device.type in _warned or expected not in _IMPLEMENTED[operation]:
+        return
+    _warned.add(device.type)
+    warnings.warn(
+        f"{operation} runs on {device.type} by {found!r}, which is right but slower: {missing}. "
+        "`python -m ewa_kernels` tells more.",
+        stacklevel=2,
+    )
 
 
 def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -55,11 +80,13 @@ def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dty
     if backend == "cpp":
         if device.type != "cpu":
             return "it is for the CPU"
-        if dtype != torch.float32:
+        if operation == "moe_ffn" and dtype != torch.float32:
             return f"it is for torch.float32, not {dtype}"
-        return cpp_rows.WHY_NOT
+        return extension.WHY_NOT
+    if backend == "cuda":
+        return _why_not_cuda(device)
     if backend.startswith("triton"):
-        return _why_not_triton(device, dtype)
+        return _why_not_triton(operation, device, dtype)
     return None
 
 
@@ -71,14 +98,26 @@ def _why_not_auto(operation: str, backend: str, device: torch.device, dtype: tor
     return reason
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_cuda(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it is for CUDA devices"
+    if torch.version.hip:
+        return "it is for NVIDIA's GPUs"
+    return extension.WHY_NOT_CUDA or _too_old(device)
+
+
+def _too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"it needs compute capability 8.0, the device has {capability}"
+
+
+def _why_not_triton(operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if fused.WHY_NOT is not None:
         return fused.WHY_NOT
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if operation == "moe_ffn" and dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it is for torch.float16, torch.bfloat16 and torch.float32, not {dtype}"
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return None if capability >= (8, 0) else f"it needs compute capability 8.0, the device has {capability}"
+        return _too_old(device)
     if device.type != "cpu":
         return "it is for CUDA devices"
     if not fused.INTERPRETED:
@@ -91,7 +130,7 @@ def table(device: torch.device) -> list[tuple[str, str, str]]:
     rows = []
     for operation, implemented in _IMPLEMENTED.items():
         backend = resolve(operation, "auto", device)
-        rows.append((operation, backend, _DESCRIPTIONS[backend]))
+        rows.append((operation, backend, _DESCRIPTIONS.get((operation, backend)) or _DESCRIPTIONS[backend]))
         for faster in implemented[: implemented.index(backend)]:
             rows.append(("", f"not {faster}", str(_why_not_auto(operation, faster, device))))
     return rows

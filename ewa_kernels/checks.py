@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -86,6 +87,13 @@ def floating(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _FLOATING:
         raise TypeError(f"{name} must be {_FLOATING_NAMES}, got {tensor.dtype}")
+
+
+def one_element(name: str, tensor: Any) -> None:
+    """Raises TypeError unless `tensor` is a floating-point tensor, ValueError unless it has one element."""
+    floating(name, tensor)
+    if tensor.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {list(tensor.shape)}")
 
 
 def stacked(name: str, tensor: Any) -> None:
@@ -189,7 +197,7 @@ def experts(tensors: Any) -> tuple[list[Tensor], list[int]]:
         raise TypeError(f"tensors must be a list of stacked tensors [E, ...], got {type(tensors).__name__}")
     flat: list[Tensor] = []
     group_sizes: list[int] = []
-    seen: set[tuple[Any, ...]] = set()
+    memory: list[tuple[str, int, int, str]] = []
     for i, group in enumerate(tensors):
         if isinstance(group, (list, tuple)):
             if not group:
@@ -213,13 +221,30 @@ def experts(tensors: Any) -> tuple[list[Tensor], list[int]]:
                     f"{name} must have memory of its own for every element, got strides {list(tensor.stride())} "
                     f"for shape {list(tensor.shape)}"
                 )
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
-            if tensor.numel() > 0 and tensor.device.type != "meta":
-                if key in seen:
-                    raise ValueError(f"{name} must not be given twice: it would be averaged twice")
-                seen.add(key)
+            memory += _memory(name, tensor, is_stacked=group_sizes[-1] == 0)
             flat.append(tensor)
+    memory.sort()
+    for (device, start, end, name), (next_device, next_start, next_end, other) in itertools.pairwise(memory):
+        if device == next_device and next_start < end:
+            if (start, end) == (next_start, next_end):
+                raise ValueError(f"{other} must not be given twice: it would be averaged twice")
+            raise ValueError(f"{other} must have memory of its own, but shares some with {name}")
     return flat, group_sizes
+
+
+def _memory(name: str, tensor: Tensor, is_stacked: bool) -> Iterator[tuple[str, int, int, str]]:
+    """(device, first address, end, name) of each dense piece of a tensor, as far as it has dense experts."""
+    if tensor.numel() == 0 or tensor.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    start, size = tensor.data_ptr(), tensor.element_size()
+    if tensor.is_contiguous():
+        yield str(tensor.device), start, start + tensor.numel() * size, name
+    elif is_stacked:
+        one = tensor[0]
+        if sum((n - 1) * step for n, step in zip(one.shape, one.stride(), strict=True)) == one.numel() - 1:
+            for e in range(len(tensor)):
+                place = start + e * tensor.stride(0) * size
+                yield str(tensor.device), place, place + one.numel() * size, f"{name}[{e}]"
 
 
 def share_rate_tensor(share_rate: float | Tensor) -> Tensor:
@@ -227,9 +252,7 @@ def share_rate_tensor(share_rate: float | Tensor) -> Tensor:
     if not isinstance(share_rate, Tensor):
         probability("share_rate", share_rate)
         return torch.tensor(float(share_rate), dtype=torch.float64, device="cpu")
-    if share_rate.numel() != 1:
-        raise ValueError(f"share_rate must have one element, got shape {list(share_rate.shape)}")
-    floating("share_rate", share_rate)
+    one_element("share_rate", share_rate)
     if share_rate.device.type == "cpu" and not torch.compiler.is_compiling():
         probability("share_rate", share_rate.item())
     return share_rate.detach()

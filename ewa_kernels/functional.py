@@ -12,6 +12,8 @@ from torch import Tensor
 from ewa_kernels import checks, ops, reference
 from ewa_kernels.backends import resolve
 
+ROUNDINGS = ("stochastic", "nearest")
+
 __all__ = [
     "average_experts_",
     "expert_offsets",
@@ -193,33 +195,57 @@ def average_experts_(
     share_rate: float | Tensor,
     *,
     backend: str = "auto",
+    rounding: str = "stochastic",
+    seed: int | Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """W̄_i = (1−β)·W_i + β/(E−1)·Σ_{j≠i} W_j for all experts at once, in place.
 
     The mean over experts is kept and every expert's distance from it is scaled by 1 − βE/(E−1);
-    β = (E−1)/E makes all experts equal, E = 1 is a no-op. Gradients are not recorded.
+    β = (E−1)/E makes all experts equal, E = 1 is a no-op. Gradients are not recorded. With the extension it is one
+    pass over memory, on a GPU one launch.
 
     Args:
         tensors: stacked experts, each `[E, ...]`, float16, bfloat16, float32 or float64; E may differ from one
             to the next. In place of a stacked tensor, a list of E tensors of one shape, dtype and device.
         share_rate: β in [0, 1]: a float, or a one-element floating tensor. One on a GPU is read there, without
             a host sync, and so its range is not checked.
-        backend: auto or reference.
+        backend: auto, cuda, cpp or reference.
+        rounding: of 16-bit tensors, which are computed in float32: "stochastic" keeps the mean on average over
+            steps, however small the share rate; "nearest" loses what is less than half a unit in the last place.
+        seed: of stochastic rounding: int in 0…2⁶³−1 or int64 tensor with one element. It must be another one at
+            each step. None draws it from torch's default generator, if there are 16-bit tensors.
+        found_inf: one-element tensor: if it is not 0 nothing changes. One on a GPU is read there.
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.
-        ValueError: a tensor has no expert dimension or shares memory between its elements, a list of experts
-            does not match, a tensor is given twice, or share_rate is out of range. Nothing has been changed then.
+        ValueError: a tensor has no expert dimension, tensors or their elements share memory, a list of experts
+            does not match, or share_rate or seed is out of range. Nothing has been changed then.
         BackendError: the backend cannot run here.
 
     Source: equation 6 of arXiv 2308.06093.
     """
     flat, group_sizes = checks.experts(tensors)
     beta = checks.share_rate_tensor(share_rate)
-    for device in {tensor.device for tensor in flat} or {torch.device("cpu")}:
-        resolve("average_experts_", backend, device)
+    checks.choice("rounding", rounding, ROUNDINGS)
+    seed = None if seed is None else checks.seed_tensor(seed, _device_of(flat))
+    if found_inf is not None:
+        checks.one_element("found_inf", found_inf)
+    chosen = {resolve("average_experts_", backend, device) for device in {t.device for t in flat}}
+    low_precision = [t for t in flat if t.element_size() == 2]
+    if rounding == "nearest" or not low_precision:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(low_precision[0])
     with torch.no_grad():
-        ops.average_experts_(flat, group_sizes, beta)
+        # "cpp" and "cuda" are one implementation, which looks at each tensor's device.
+        native = chosen and "reference" not in chosen
+        ops.average_experts_(flat, group_sizes, beta, found_inf, seed, chosen.pop() if native else "reference")
+
+
+def _device_of(tensors: Sequence[Tensor]) -> torch.device:
+    """That of the first which is not on the CPU, if there is one."""
+    return next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
 
 
 def merge_experts(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ewa_kernels import reference
-from ewa_kernels.kernels import blocked_ffn, cpp_rows, fused
+from ewa_kernels.kernels import blocked_ffn, cpp_rows, experts, extension, fused
 
 _LIBRARY = torch.library.Library("ewa_kernels", "DEF")
 
@@ -31,7 +31,7 @@ def _define(schema: str, implementation: Any, fake: Any, tags: tuple[torch.Tag, 
 
 
 def _random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
-    if seed.device.type == "cpu" and cpp_rows.WHY_NOT is None:
+    if seed.device.type == "cpu" and extension.WHY_NOT is None:
         return cpp_rows.random_permutation(num_tokens, seed)
     if seed.device.type == "cuda" and fused.WHY_NOT is None:
         return fused.partition.random_permutation(num_tokens, seed)
@@ -193,18 +193,47 @@ torch.library.register_autograd("ewa_kernels::moe_ffn", _backward, setup_context
 torch.library.register_autograd("ewa_kernels::moe_ffn_backward", _no_second_derivative, lib=_LIBRARY)
 
 
-# --- average_experts_ ---
+# --- experts ---
 
 
-def _average_experts_(tensors: Sequence[Tensor], group_sizes: Sequence[int], share_rate: Tensor) -> None:
-    remaining = iter(tensors)
-    groups = [next(remaining) if size == 0 else list(itertools.islice(remaining, size)) for size in group_sizes]
-    reference.average_experts_(groups, share_rate)
+def _average_experts_(
+    tensors: Sequence[Tensor],
+    group_sizes: Sequence[int],
+    share_rate: Tensor,
+    found_inf: Tensor | None,
+    seed: Tensor | None,
+    backend: str,
+) -> None:
+    if backend in ("cpp", "cuda"):
+        return experts.average(tensors, group_sizes, share_rate, found_inf, seed)
+    groups = [
+        group if size else group[0]
+        for group, size in zip(experts.groups_of(tensors, group_sizes), group_sizes, strict=True)
+    ]
+    if backend == "triton":
+        fused.averaging.average(groups, share_rate, found_inf, seed)
+        return experts.increment_versions(tensors)
+    rounding = "nearest" if seed is None else "stochastic"
+    reference.average_experts_(groups, share_rate, rounding=rounding, seed=seed, found_inf=found_inf)
 
 
-# Group g is one stacked tensor [E, ...] if group_sizes[g] is 0, else the next group_sizes[g] tensors.
+# Group g is one stacked tensor [E, ...] if group_sizes[g] is 0, else the next group_sizes[g] tensors. 16-bit tensors
+# are rounded to nearest without a seed.
 average_experts_ = _define(
-    "average_experts_(Tensor(a!)[] tensors, int[] group_sizes, Tensor share_rate) -> ()",
+    "average_experts_(Tensor(a!)[] tensors, int[] group_sizes, Tensor share_rate, Tensor? found_inf, Tensor? seed, "
+    "str backend) -> ()",
     _average_experts_,
-    lambda tensors, group_sizes, share_rate: None,
+    lambda *arguments: None,
+)
+
+# The AdamW step of every parameter that has a gradient, and the averaging of experts, which are grouped as in
+# average_experts_; a group of one is a parameter that has no fellows. What a parameter lacks is a tensor [0]: grad
+# (then it has no state either), copy (in bfloat16, of a float32 parameter). `steps` hold how many were taken,
+# float32. `options` has five numbers a row: beta1, beta2, eps, weight_decay, and 1 to maximize.
+adamw_ = _define(
+    "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
+    "Tensor(e!)[] steps, Tensor(f!)[] copies, int[] group_sizes, int[] options_of, Tensor[] lrs, float[] options, "
+    "Tensor share_rate, Tensor? grad_scale, Tensor? found_inf, Tensor? seed) -> ()",
+    experts.adamw,
+    lambda *arguments: None,
 )

@@ -47,7 +47,8 @@ def _mix32_(h: Tensor) -> Tensor:
 def _keys(seeds: Tensor) -> Tensor:
     """Everything that is derived from a seed: int64 `[S]` → int64 `[S, 28]`, values in [0, 2^32).
 
-    Words 0…23 are the round keys, bit 0 of word 24 is the coin, words 26 and 27 key the dropout mask.
+    Of a permutation's seed words 0…23 are the round keys, bit 0 of word 24 is the coin, words 26 and 27 key the
+    dropout mask. Of the seed of stochastic rounding words 0 and 1 are used.
     """
     counter = torch.arange(1, _MAX_ROUNDS // 2 + 3, dtype=torch.int64, device=seeds.device)
     z = _mix64(seeds[:, None] + counter * _GOLDEN)
@@ -235,26 +236,70 @@ def grouped_ffn(
     return torch.cat(outputs)[row_of_token].reshape(x.shape)
 
 
+def _round_stochastically(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """float32 to one of the two nearest neighbours in a 16-bit dtype, up with probability (x − lower) / spacing.
+
+    Args:
+        random: int64, uniform in 0…2¹⁶−1: added to the bits that are cut off. float16 takes the 13 lowest of them.
+    """
+    bits = x.view(torch.int32).to(torch.int64) & _LOW_32
+    sign, magnitude = bits >> 16 & 0x8000, bits & 0x7FFFFFFF
+    if dtype == torch.bfloat16:
+        rounded = magnitude + random >> 16
+        not_a_number = 0x7FC0
+    else:
+        random = random & 0x1FFF
+        # Below 2⁻¹⁴ the spacing is 2⁻²⁴; it is counted in 2⁻³⁷, so that 13 bits are cut off there too.
+        small = magnitude < 0x38800000
+        steps = torch.where(small, x.abs() * 2.0**37, 0.0).to(torch.int64)
+        rounded = torch.where(small, steps + random >> 13, magnitude - 0x38000000 + random >> 13)
+        rounded = torch.where(magnitude >= 0x47800000, 0x7C00, rounded)
+        not_a_number = 0x7E00
+    rounded = torch.where(x.isnan(), not_a_number, rounded) | sign
+    return (rounded - (rounded >> 15 << 16)).to(torch.int16).view(dtype)
+
+
+def _random_bits(num_experts: int, shape: Sequence[int], seed: Tensor, first: int) -> Tensor:
+    """What rounds element k of expert n: half k mod 2 of h(h(n ^ key₀) + h(⌊k/2⌋ ^ key₁)); int64 `[E, *shape]`."""
+    keys = _keys(seed.reshape(1))[0]
+    k = torch.arange(math.prod(shape), dtype=torch.int64, device=seed.device)
+    of_expert = _mix32_(torch.arange(first, first + num_experts, device=seed.device) ^ keys[0])
+    of_element = _mix32_((k >> 1 & _LOW_32) ^ keys[1])
+    hashes = _mix32_((of_expert[:, None] + of_element).bitwise_and_(_LOW_32))
+    return (hashes >> (k & 1) * 16 & 0xFFFF).view(num_experts, *shape)
+
+
 @torch.no_grad()
 def average_experts_(
     tensors: Iterable[Tensor | Sequence[Tensor]],
     share_rate: float | Tensor,
     *,
     backend: str = "reference",
+    rounding: str = "stochastic",
+    seed: int | Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """W̄_i = (1−β)·W_i + β/(E−1)·Σ_{j≠i} W_j for all experts at once, in place (equation 6).
 
     Computed as W_i + βE/(E−1)·(W̄ − W_i) with W̄ the mean over experts: the same function, in which it shows
     that the mean is kept and that every distance from it is scaled by 1 − βE/(E−1). 16-bit tensors are computed in
-    float32 and rounded once.
+    float32 and rounded once. Their random bits depend on the seed, on the expert's place among all experts of the
+    call, and on the element's place in the expert.
 
     Args and Raises: see `ewa_kernels.functional.average_experts_`.
     """
     if isinstance(share_rate, Tensor):
         on_host = share_rate.device.type == "cpu"
         share_rate = float(share_rate) if on_host else share_rate.reshape(()).to(torch.float64)
+    if found_inf is not None and found_inf.device.type == "cpu":
+        if found_inf != 0:
+            return
+    elif found_inf is not None:
+        share_rate = share_rate * (found_inf.reshape(()) == 0).to(torch.float64)
+    number = 0
     for experts in tensors:
-        num_experts = len(experts)
+        first, num_experts = number, len(experts)
+        number += num_experts
         # A share rate of 0 must not move anything, not even next to an inf or a NaN.
         if num_experts == 1 or (not isinstance(share_rate, Tensor) and share_rate == 0):
             continue
@@ -263,9 +308,13 @@ def average_experts_(
         mean = wide.mean(dim=0, keepdim=True)
         pull = share_rate * num_experts / (num_experts - 1)
         if isinstance(pull, Tensor):
-            new = torch.where(pull == 0, wide, torch.lerp(wide, mean, pull.to(wide.dtype)))
+            new = torch.where(pull == 0, wide, torch.lerp(wide, mean, pull.to(device=wide.device, dtype=wide.dtype)))
         else:
             new = torch.lerp(wide, mean, pull)
+        if rounding == "stochastic" and old.dtype in (torch.float16, torch.bfloat16):
+            seed = torch.randint(2**63 - 1, (), device=old.device) if seed is None else _seed_tensor(seed, old.device)
+            random = _random_bits(num_experts, old.shape[1:], seed, first)
+            new = _round_stochastically(new.contiguous(), old.dtype, random)
         new = new.to(old.dtype)
         if isinstance(experts, Tensor):
             experts.copy_(new)

@@ -10,7 +10,7 @@ from parity import assert_parity
 
 import ewa_kernels as ewa
 from ewa_kernels import backends
-from ewa_kernels.kernels import cpp_rows
+from ewa_kernels.kernels import cpp_rows, extension
 from ewa_kernels.kernels.torch_rows import TorchRows
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ ACTIVATIONS = list(ewa.reference.ACTIVATIONS)
 
 
 def test_is_built_and_used():
-    assert cpp_rows.WHY_NOT is None
+    assert extension.WHY_NOT is None
     assert backends.resolve("moe_ffn", "auto", CPU) == "cpp"
     assert backends.resolve("moe_ffn", "auto", CPU, torch.bfloat16) == "torch"
     assert backends.resolve("random_permutation", "auto", CPU) == "cpp"
@@ -140,6 +140,6 @@ print(report())
     lines = result.stdout.splitlines()
     assert lines[0] == "[7, 5, 0, 1, 2, 3, 6, 4]"
     assert lines[1].startswith("backend='cpp' cannot run moe_ffn on cpu: the C++ extension is not built (")
-    assert lines[1].endswith("): install with a C++ compiler at hand")
+    assert "with a C++ compiler at hand" in lines[1]
     assert any("moe_ffn" in line and "torch" in line for line in lines[2:])
     assert any("not cpp" in line for line in lines[2:])

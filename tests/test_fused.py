@@ -13,7 +13,8 @@ from parity import assert_parity, check_ffn, output_and_grads, random_ffn
 
 import ewa_kernels as ewa
 from ewa_kernels import ops
-from ewa_kernels.kernels.fused import layer, partition, workspace
+from ewa_kernels.kernels import workspace
+from ewa_kernels.kernels.fused import layer, partition
 from ewa_kernels.kernels.fused.activations import activate, activate_with_slope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

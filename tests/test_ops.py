@@ -64,7 +64,25 @@ def test_opcheck_the_others():
     torch.library.opcheck(ops.random_permutation, (100, SEED))
     torch.library.opcheck(ops.draw_seed, (X,))
     experts = [torch.randn(3, 4), torch.randn(5), torch.randn(5)]
-    torch.library.opcheck(ops.average_experts_, (experts, [0, 2], torch.tensor(0.3)))
+    for backend in ("reference", "cpp", "triton"):
+        torch.library.opcheck(ops.average_experts_, (experts, [0, 2], torch.tensor(0.3), None, None, backend))
+    experts = [t.to(torch.bfloat16) for t in experts]
+    torch.library.opcheck(ops.average_experts_, (experts, [0, 2], torch.tensor(0.3), torch.zeros(1), SEED, "cpp"))
+
+
+def test_opcheck_adamw():
+    """A stacked tensor, two separate experts, one of them without a gradient, a parameter without fellows."""
+
+    def tensors():
+        return [torch.randn(3, 4), torch.randn(5), torch.zeros(0), torch.randn(7)]
+
+    params = [torch.randn(3, 4), torch.randn(5), torch.randn(5), torch.randn(7)]
+    exp_avg_sqs = [t.square() for t in tensors()]
+    steps = [torch.ones(()), torch.ones(()), torch.zeros(0), torch.ones(())]
+    copies = [torch.zeros(3, 4, dtype=torch.bfloat16), *(torch.zeros(0) for _ in range(3))]
+    groups = ([0, 2, 1], [0, 0, 0, 0], [torch.tensor(0.1)], [0.9, 0.99, 1e-8, 0.1, 0.0])
+    states = (params, tensors(), tensors(), exp_avg_sqs, steps, copies)
+    torch.library.opcheck(ops.adamw_, (*states, *groups, torch.tensor(0.3), torch.tensor(2.0), torch.zeros(1), None))
 
 
 def test_every_operation_is_checked():
@@ -72,7 +90,8 @@ def test_every_operation_is_checked():
     defined = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("ewa_kernels::")
     }
-    assert defined == {"moe_ffn", "moe_ffn_backward", "random_permutation", "draw_seed", "average_experts_"}
+    layer = {"moe_ffn", "moe_ffn_backward", "random_permutation", "draw_seed"}
+    assert defined == layer | {"average_experts_", "adamw_"}
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2", "silu", "identity"])

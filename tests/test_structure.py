@@ -25,6 +25,7 @@ LAYERS = {
     "functional": {"backends", "checks", "ops", "reference"},
     "modules": {"backends", "checks", "functional", "reference"},
     "averaging": {"checks", "functional", "modules"},
+    "optim": {"averaging", "backends", "checks", "functional", "kernels", "ops"},
     "surgery": {"backends", "checks", "functional", "modules", "reference"},
     "aot": {"kernels"},
     "demo": {"*"},

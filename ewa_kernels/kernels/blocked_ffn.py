@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.cpp_rows import CppRows
 from ewa_kernels.kernels.torch_rows import TorchRows
 from ewa_kernels.reference import dropout_scale
@@ -212,4 +213,4 @@ def moe_ffn_backward(
 
 def _in_dtype(dtype: torch.dtype, *parameters: Tensor | None) -> Any:
     """Under autocast x is in its dtype and the parameters are not."""
-    return tuple(None if parameter is None else parameter.to(dtype) for parameter in parameters)
+    return tuple(None if parameter is None else in_dtype(parameter, dtype) for parameter in parameters)

@@ -1,19 +1,15 @@
-"""What is done to a block of grouped rows between matrix products, in C++: float32 on the CPU. See `csrc/cpu.h`."""
+"""What is done to a block of grouped rows between matrix products, in C++: float32 on the CPU. See `csrc/rows.h`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ewa_kernels.kernels import extension
 from ewa_kernels.kernels.torch_rows import TorchRows
 
-# After torch: the module uses the OpenMP runtime that torch has loaded, and so the same threads.
-try:
+if extension.WHY_NOT is None:
     from ewa_kernels import _C
-
-    WHY_NOT = None
-except ImportError as error:
-    WHY_NOT = f"the C++ extension is not built ({error}): install with a C++ compiler at hand"
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import ewa_kernels as ewa
-from ewa_kernels.kernels.fused import workspace
+from ewa_kernels.kernels import workspace
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -1,4 +1,4 @@
-"""The layer in single launches of Triton kernels: `ffn` has its forward and its backward."""
+"""Triton kernels: `ffn` has the layer's forward and backward, `averaging` the experts'."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ except ImportError:
     WHY_NOT: str | None = "Triton is not installed: pip install triton"
     INTERPRETED = False
 else:
-    from ewa_kernels.kernels.fused import ffn, partition
+    from ewa_kernels.kernels.fused import averaging, ffn, partition
 
     WHY_NOT = None
     INTERPRETED = triton.knobs.runtime.interpret
 
-__all__ = ["INTERPRETED", "WHY_NOT", "ffn", "partition"]
+__all__ = ["INTERPRETED", "WHY_NOT", "averaging", "ffn", "partition"]

@@ -36,7 +36,7 @@ from ewa_kernels.kernels.fused.tiles import (
     signal,
     wait_until,
 )
-from ewa_kernels.kernels.fused.workspace import zeroed_counters
+from ewa_kernels.kernels.workspace import zeroed_counters
 
 _MAX_SPLITS = 8
 _MIN_SPLIT_STEPS = 8  # steps of a product's loop that a split has at least

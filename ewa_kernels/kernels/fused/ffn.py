@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.fused.backward import launch_backward
 from ewa_kernels.kernels.fused.forward import launch_forward
 from ewa_kernels.kernels.fused.layer import Layer
@@ -115,7 +116,7 @@ def _operands(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """What the kernels read: contiguous, the weights in x's dtype. Biases keep theirs."""
     biases = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
-    up, down = (weight.to(x.dtype).contiguous() for weight in (up_weight, down_weight))
+    up, down = (in_dtype(weight, x.dtype).contiguous() for weight in (up_weight, down_weight))
     up_bias, down_bias = biases
     return x.contiguous(), up, up_bias, down, down_bias
 

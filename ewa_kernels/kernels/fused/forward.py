@@ -23,7 +23,7 @@ from ewa_kernels.kernels.fused.tiles import (
     signal,
     wait_until,
 )
-from ewa_kernels.kernels.fused.workspace import zeroed_counters
+from ewa_kernels.kernels.workspace import zeroed_counters
 
 
 @triton.jit(do_not_specialize=[

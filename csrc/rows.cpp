@@ -1,4 +1,4 @@
-#include "cpu.h"
+#include "rows.h"
 
 #include <algorithm>
 #include <cmath>
@@ -6,28 +6,10 @@
 #include <vector>
 
 #include "activations.h"
-
-// One build for every x86 processor: the widest vectors it has are chosen when the module is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define EWA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EWA_CLONES
-#endif
+#include "random.h"
 
 namespace ewa {
 namespace {
-
-uint64_t mix64(uint64_t z) {
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return z ^ z >> 31;
-}
-
-uint32_t mix32(uint32_t h) {
-    h = (h ^ h >> 16) * 0x85EBCA6Bu;
-    h = (h ^ h >> 13) * 0xC2B2AE35u;
-    return h ^ h >> 16;
-}
 
 constexpr int max_rounds = 24;
 
@@ -37,7 +19,7 @@ void random_permutation(int64_t num_tokens, uint64_t seed, int32_t* out) {
     if (num_tokens == 0) return;
     uint32_t keys[max_rounds + 4];
     for (int i = 0; i < max_rounds / 2 + 2; ++i) {
-        const uint64_t word = mix64(seed + (i + 1) * 0x9E3779B97F4A7C15u);
+        const uint64_t word = seed_word(seed, i);
         keys[2 * i] = static_cast<uint32_t>(word);
         keys[2 * i + 1] = static_cast<uint32_t>(word >> 32);
     }

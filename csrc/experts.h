@@ -1,0 +1,61 @@
+// One pass over the parameters of a model: the AdamW step where there is a gradient, and Experts Weights Averaging.
+//
+// Knows nothing of torch: a table of addresses, sizes in elements, a stream. Nothing is checked here;
+// ewa_kernels/kernels/experts.py does that. Every element is read once and written once; no result depends on the
+// number of threads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "elements.h"
+
+namespace ewa {
+
+enum class Type : int32_t { float32, float64, float16, bfloat16 };
+
+// One expert of a group, or a parameter that has no experts. All memory is dense and in the same order.
+struct Member {
+    void* param;
+    void* grad;  // null: no AdamW step
+    void* exp_avg;
+    void* exp_avg_sq;
+    float* step;     // how many steps were taken; becomes one more
+    uint16_t* copy;  // bfloat16 copy of param, written too; or null
+    int32_t options;
+    int32_t counts;  // whether this member advances `step`: experts of one tensor share it
+};
+
+// Experts that are averaged with one another: members first_member … first_member + num_experts − 1.
+struct Group {
+    int64_t numel;  // of each member
+    int32_t first_member;
+    int32_t num_experts;
+    int32_t number;  // of the first expert, among all experts of the call: what its random bits depend on
+    Type type;
+};
+
+struct Table {
+    std::vector<Group> groups;
+    std::vector<Member> members;
+    std::vector<Options> options;
+};
+
+// Values for the whole pass. Where an address is given, the value is read there.
+struct Scalars {
+    double share_rate;
+    const void* share_rate_at;
+    int32_t share_rate_is_double;
+    int32_t stochastic;  // 16-bit parameters are rounded so after averaging, or else to nearest
+    uint64_t seed;
+    const int64_t* seed_at;
+    const float* grad_scale;  // gradients are divided by it, also in memory; or null
+    const float* found_inf;   // if not 0 nothing changes; or null
+};
+
+void experts_pass_cpu(const Table& table, const Scalars& scalars);
+
+// `counter`: one zero, for this stream, left zero; used if any member has a gradient. Throws std::runtime_error.
+void experts_pass_cuda(const Table& table, const Scalars& scalars, uint32_t* counter, int device, void* stream);
+
+}  // namespace ewa

@@ -1,0 +1,180 @@
+#include <algorithm>
+
+#include "elements.h"
+#include "experts.h"
+#include "random.h"
+
+namespace ewa {
+namespace {
+
+// Columns (elements of each expert) that a thread takes at a time.
+constexpr int64_t tile_columns = 65536;
+// Between AdamW and averaging the parameters of all experts wait in the second cache. Shorter runs through memory cost
+// more than what a nearer cache saves.
+constexpr int64_t block_elements = 65536;
+// What averaging of many experts takes at a time: sums stay in the first cache.
+constexpr int64_t slice_columns = 512;
+
+struct Pass {
+    const Table* table;
+    double share_rate;
+    float grad_scale;
+    bool unscale, stochastic;
+    RandomKeys keys;
+};
+
+template <class T>
+EWA_INLINE void adam_step(const Pass& pass, const Member& member, int64_t k, int64_t n) {
+    using W = Wide<T>;
+    const Options& options = pass.table->options[member.options];
+    const Adam<W> adam = Adam<W>::of(options, options.lr, *member.step, pass.grad_scale);
+    T* __restrict param = static_cast<T*>(member.param) + k;
+    T* __restrict grad = static_cast<T*>(member.grad) + k;
+    T* __restrict exp_avg = static_cast<T*>(member.exp_avg) + k;
+    T* __restrict exp_avg_sq = static_cast<T*>(member.exp_avg_sq) + k;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+        W g = widen(grad[j]), m = widen(exp_avg[j]), v = widen(exp_avg_sq[j]);
+        param[j] = nearest<T>(adam(widen(param[j]), g, m, v));
+        exp_avg[j] = nearest<T>(m);
+        exp_avg_sq[j] = nearest<T>(v);
+    }
+    if (pass.unscale)
+        for (int64_t j = 0; j < n; ++j) grad[j] = nearest<T>(widen(grad[j]) * adam.unscale);
+}
+
+// A number of experts that the compiler knows: they stay in registers.
+template <class T, int kExperts>
+EWA_INLINE void average_few(const Pass& pass, const Group& group, const Member* members, int64_t k, int64_t n) {
+    using W = Wide<T>;
+    const Pull<W> pull = Pull<W>::of(pass.share_rate, kExperts);
+    const W share = W(1) / static_cast<W>(kExperts);
+    T* __restrict params[kExperts];
+    uint32_t of_expert[kExperts];
+    for (int e = 0; e < kExperts; ++e) {
+        params[e] = static_cast<T*>(members[e].param) + k;
+        of_expert[e] = pass.keys.of_expert(group.number + e);
+    }
+    const bool stochastically = pass.stochastic && sizeof(T) == 2;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+        W values[kExperts], distances = 0;
+        for (int e = 0; e < kExperts; ++e) {
+            values[e] = widen(params[e][j]);
+            distances += values[e] - values[0];
+        }
+        // The mean of distances from the first expert: equal experts have exactly their value for a mean.
+        const W mean = values[0] + distances * share;
+        const uint32_t of_element = stochastically ? pass.keys.of_element(k + j) : 0;
+        for (int e = 0; e < kExperts; ++e) {
+            const W pulled = pull(values[e], mean);
+            params[e][j] = stochastically ? stochastic<T>(pulled, random_bits(of_expert[e], of_element, k + j))
+                                          : nearest<T>(pulled);
+        }
+    }
+}
+
+// Any number of them: summed up in the first cache, and read there again.
+template <class T>
+EWA_INLINE void average_many(const Pass& pass, const Group& group, const Member* members, int64_t k, int64_t n) {
+    using W = Wide<T>;
+    const int num_experts = group.num_experts;
+    const Pull<W> pull = Pull<W>::of(pass.share_rate, num_experts);
+    const W share = W(1) / static_cast<W>(num_experts);
+    const bool stochastically = pass.stochastic && sizeof(T) == 2;
+    W mean[slice_columns];
+    uint32_t of_element[slice_columns] = {};
+    const T* __restrict first = static_cast<const T*>(members[0].param) + k;
+    for (int64_t j = 0; j < n; ++j) mean[j] = 0;
+    for (int e = 1; e < num_experts; ++e) {
+        const T* __restrict param = static_cast<const T*>(members[e].param) + k;
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) mean[j] += widen(param[j]) - widen(first[j]);
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) mean[j] = widen(first[j]) + mean[j] * share;
+    if (stochastically)
+        for (int64_t j = 0; j < n; ++j) of_element[j] = pass.keys.of_element(k + j);
+    for (int e = 0; e < num_experts; ++e) {
+        T* __restrict param = static_cast<T*>(members[e].param) + k;
+        const uint32_t of_expert = pass.keys.of_expert(group.number + e);
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) {
+            const W pulled = pull(widen(param[j]), mean[j]);
+            param[j] = stochastically ? stochastic<T>(pulled, random_bits(of_expert, of_element[j], k + j))
+                                      : nearest<T>(pulled);
+        }
+    }
+}
+
+// What comes after the AdamW step: averaging, and copies.
+template <class T>
+EWA_INLINE void finish(const Pass& pass, const Group& group, const Member* members, int64_t k, int64_t n) {
+    if (pass.share_rate != 0) {
+        switch (group.num_experts) {
+            case 1: break;
+            case 2: average_few<T, 2>(pass, group, members, k, n); break;
+            case 3: average_few<T, 3>(pass, group, members, k, n); break;
+            case 4: average_few<T, 4>(pass, group, members, k, n); break;
+            default:
+                for (int64_t j = 0; j < n; j += slice_columns)
+                    average_many<T>(pass, group, members, k + j, std::min(slice_columns, n - j));
+        }
+    }
+    for (int e = 0; e < group.num_experts; ++e) {
+        if (members[e].copy == nullptr) continue;
+        const T* __restrict param = static_cast<const T*>(members[e].param) + k;
+        uint16_t* __restrict copy = members[e].copy + k;
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) copy[j] = nearest<BFloat16>(static_cast<float>(widen(param[j]))).bits;
+    }
+}
+
+template <class T>
+EWA_INLINE void tile(const Pass& pass, const Group& group, int64_t begin, int64_t end) {
+    const Member* members = pass.table->members.data() + group.first_member;
+    const int num_experts = group.num_experts;
+    const bool any_step = std::any_of(members, members + num_experts, [](const Member& m) { return m.grad != nullptr; });
+    // Alone, averaging reads memory itself.
+    const int64_t block = any_step ? std::max(slice_columns, block_elements / num_experts) : end - begin;
+    for (int64_t k = begin; k < end; k += block) {
+        const int64_t n = std::min(block, end - k);
+        for (int e = 0; e < num_experts; ++e)
+            if (members[e].grad != nullptr) adam_step<T>(pass, members[e], k, n);
+        finish<T>(pass, group, members, k, n);
+    }
+}
+
+// In a function of its own: a loop inside an OpenMP region cannot be cloned per processor.
+EWA_CLONES void any_tile(const Pass& pass, const Group& group, int64_t begin, int64_t end) {
+    switch (group.type) {
+        case Type::float32: return tile<float>(pass, group, begin, end);
+        case Type::float64: return tile<double>(pass, group, begin, end);
+        case Type::float16: return tile<Half>(pass, group, begin, end);
+        case Type::bfloat16: return tile<BFloat16>(pass, group, begin, end);
+    }
+}
+
+}  // namespace
+
+void experts_pass_cpu(const Table& table, const Scalars& scalars) {
+    if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
+    const float grad_scale = scalars.grad_scale == nullptr ? 1.0f : *scalars.grad_scale;
+    const Pass pass{&table, scalars.share_rate, grad_scale, grad_scale != 1.0f, scalars.stochastic != 0,
+                    RandomKeys(scalars.seed)};
+    // (group, first column) of every tile, group by group.
+    struct Tile {
+        const Group* group;
+        int64_t begin;
+    };
+    std::vector<Tile> tiles;
+    for (const Group& group : table.groups)
+        for (int64_t begin = 0; begin < group.numel; begin += tile_columns) tiles.push_back({&group, begin});
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < static_cast<int64_t>(tiles.size()); ++i)
+        any_tile(pass, *tiles[i].group, tiles[i].begin, std::min(tiles[i].begin + tile_columns, tiles[i].group->numel));
+    for (const Member& member : table.members)
+        if (member.grad != nullptr && member.counts) *member.step += 1;
+}
+
+}  // namespace ewa

@@ -1,0 +1,55 @@
+"""bfloat16 copies of parameters, which the optimizer writes in its own pass and autocast needs: who may use them when.
+
+A copy counts as long as its parameter is where it was and unchanged since, by autograd's count of changes. What is
+done behind autograd's back, as `parameter.data.copy_(…)` does it, is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Copy:
+    parameter: weakref.ref[Tensor]
+    version: int
+    values: Tensor
+
+
+# By the address of the parameter: what operations get to see may be another object than the parameter itself.
+_copies: dict[tuple[torch.device, int], _Copy] = {}
+
+
+def register(parameter: Tensor, values: Tensor) -> None:
+    """From now on, until it changes, `values` are the parameter's, in another dtype."""
+    key = (parameter.device, parameter.data_ptr())
+
+    def forget(dead: weakref.ref[Tensor]) -> None:
+        if key in _copies and _copies[key].parameter is dead:
+            del _copies[key]
+
+    _copies[key] = _Copy(weakref.ref(parameter, forget), parameter._version, values)
+
+
+def find(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The copy of a parameter, or of another view of all of it, in a dtype; None if there is none that is fresh."""
+    copy = _copies.get((tensor.device, tensor.data_ptr()))
+    if copy is None or copy.values.dtype != dtype or tensor.is_inference():
+        return None
+    parameter = copy.parameter()
+    if parameter is None or (parameter.data_ptr(), parameter._version) != (tensor.data_ptr(), copy.version):
+        return None
+    same = tensor._version == copy.version and tensor.dtype == parameter.dtype and tensor.shape == copy.values.shape
+    return copy.values if same and tensor.stride() == parameter.stride() else None
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, without work if there is a copy."""
+    if tensor.dtype == dtype:
+        return tensor
+    copy = find(tensor, dtype)
+    return tensor.to(dtype) if copy is None else copy

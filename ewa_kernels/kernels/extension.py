@@ -1,0 +1,24 @@
+"""The C++ and CUDA extension, `_C`, if it was built: see `setup.py` and `csrc/`."""
+
+from __future__ import annotations
+
+# After torch: the module uses the OpenMP runtime that torch has loaded, and so the same threads.
+import torch  # noqa: F401
+
+# How to get what is missing, in every message that says that it is.
+HOW_TO = (
+    "install it again, by `pip install --force-reinstall --no-deps .`, with a C++ compiler at hand, and nvcc for GPUs"
+)
+
+try:
+    from ewa_kernels import _C
+
+    WHY_NOT: str | None = None
+    CUDA_ARCHITECTURES = _C.cuda
+except ImportError as error:
+    WHY_NOT = f"the C++ extension is not built ({error}): {HOW_TO}"
+    CUDA_ARCHITECTURES = None
+
+WHY_NOT_CUDA = WHY_NOT
+if WHY_NOT is None and CUDA_ARCHITECTURES is None:
+    WHY_NOT_CUDA = f"the extension is built without CUDA: {HOW_TO}"

@@ -1,0 +1,244 @@
+"""AdamW that averages experts in the pass over memory which it makes anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import adamw
+
+from ewa_kernels import backends, checks, functional, ops
+from ewa_kernels.averaging import ExpertAverager, is_dry_run
+from ewa_kernels.kernels import copies
+from ewa_kernels.kernels.experts import MAX_EXPERTS
+
+__all__ = ["AdamW"]
+
+
+class _State(NamedTuple):
+    """What belongs to a parameter; all [0] for one without a gradient."""
+
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    options: int  # index of its group
+
+
+class AdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` and `ExpertAverager.step()` in one pass: each number is read once and written once.
+
+        averager = ewa.ExpertAverager(model, share_rate=0.3)
+        optimizer = ewa.optim.AdamW(model.parameters(), lr=1e-3, averager=averager)
+
+    Results, options, parameter groups and `state_dict` are those of `torch.optim.AdamW(fused=True)`; so is what
+    GradScaler does with it: gradients are unscaled in the pass, and a skipped step averages nothing. On a GPU a step
+    is one launch. Without the extension it is torch's fused AdamW, followed by `averager.step()`.
+
+    Args:
+        params, lr, betas, eps, weight_decay, maximize, capturable: as in torch.
+        averager: what to average after each step, or None. It must not be attached or stepped as well. Experts that
+            have no gradient, or are not among `params`, are averaged too.
+        bf16_copies: write a bfloat16 copy of every float32 weight of `RandomPartitionMoE` that the averager has, in
+            the same pass: under bfloat16 autocast the layer then casts no weights, for 2 bytes more per element. Not
+            for models whose parameters are changed through `.data`, which nobody can notice.
+        amsgrad: must be False.
+        foreach, fused: accepted so that calls are interchangeable, and ignored.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of a wrong type; amsgrad; `averager` is attached
+            already; `bf16_copies` without an averager.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        fused: bool | None = None,
+        averager: ExpertAverager | None = None,
+        bf16_copies: bool = False,
+    ):
+        if averager is not None and not isinstance(averager, ExpertAverager):
+            raise TypeError(f"averager must be an ExpertAverager or None, got {type(averager).__name__}")
+        checks.boolean("bf16_copies", bf16_copies)
+        if bf16_copies and averager is None:
+            raise ValueError("bf16_copies needs an averager, whose experts it copies, got None")
+        self.averager, self.bf16_copies = averager, bf16_copies
+        self._copies: dict[Tensor, Tensor] = {}
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable, fused=True
+        )
+        self._check_groups()
+        if averager is not None:
+            averager.hand_over()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "averager": self.averager, "bf16_copies": self.bf16_copies}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_copies", {})
+        for group in self.param_groups:
+            # A state of torch's may say otherwise.
+            group["fused"], group["foreach"] = True, None
+            for p in group["params"]:
+                if "step" in self.state.get(p, ()):
+                    self.state[p]["step"] = self.state[p]["step"].to(device=p.device, dtype=torch.float32)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, and one of the averager. Args and Returns: as in torch."""
+        self._check_groups()
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
+            return loss
+        averaging = self.averager is not None and not is_dry_run(self, had_state=len(self.state) > 0)
+        states = self._states()
+        experts = self.averager.experts() if self.averager is not None and averaging else []
+        if self._why_not(states, experts) is None:
+            self._one_pass(states, experts, found_inf)
+            if self.averager is not None and averaging:
+                self.averager.num_steps += 1
+        else:
+            self._step_by_torch(states, found_inf)
+            if self.averager is not None and averaging:
+                self.averager.step(found_inf)
+        return loss
+
+    def _check_groups(self) -> None:
+        if any(group["amsgrad"] for group in self.param_groups):
+            raise ValueError("amsgrad must be False, got True: use torch.optim.AdamW and averager.attach(optimizer)")
+
+    def _states(self) -> dict[Tensor, _State]:
+        """Of every parameter with a gradient; a first step creates them."""
+        states: dict[Tensor, _State] = {}
+        for i, group in enumerate(self.param_groups):
+            lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+            self._init_group(group, *lists)
+            params, grads, exp_avgs, exp_avg_sqs, _, steps = lists
+            for p, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+                states[p] = _State(grad, exp_avg, exp_avg_sq, step, i)
+        return states
+
+    def _why_not(self, states: dict[Tensor, _State], experts: list[Any]) -> str | None:
+        """Why torch must make the step; None if the extension can."""
+        groups = [[group] if isinstance(group, Tensor) else group for group in experts]
+        tensors = [*states, *(state.grad for state in states.values()), *(t for group in groups for t in group)]
+        for device in {t.device for t in tensors}:
+            if backends.resolve("adamw", "auto", device) == "torch":
+                return "the extension is not built for it"
+        if any(type(t) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) for t in tensors):
+            return "subclasses of Tensor may lie elsewhere"
+        if any(p.dtype != state.grad.dtype or p.dtype != state.exp_avg.dtype for p, state in states.items()):
+            return "gradients or moments are of another dtype"
+        if any(len(group) > MAX_EXPERTS for group in experts):
+            return "too many experts"
+        return None
+
+    def _one_pass(self, states: dict[Tensor, _State], experts: list[Any], found_inf: Tensor | None) -> None:
+        flat, group_sizes = checks.experts(experts)
+        share_rate, seed = 0.0, None
+        if self.averager is not None and experts:
+            share_rate, seed = self.averager.next_step()
+        alone = states.keys() - set(flat)
+        params = [*flat, *(p for p in states if p in alone)]
+        none = torch.empty(0)
+        rows = [states.get(p, _State(none, none, none, none, 0)) for p in params]
+        fresh = [self._copy_of(p) if self.bf16_copies and p not in alone else none for p in params]
+        grads, exp_avgs, exp_avg_sqs, steps, options_of = zip(*rows, strict=True) if rows else ((),) * 5
+        lrs, options = [], []
+        for group in self.param_groups:
+            lr = group["lr"]
+            lrs.append(lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"))
+            options += [*map(float, group["betas"]), group["eps"], group["weight_decay"], float(group["maximize"])]
+        ops.adamw_(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            fresh,
+            [*group_sizes, *(1 for _ in alone)],
+            options_of,
+            lrs,
+            options,
+            torch.tensor(share_rate, dtype=torch.float64, device="cpu"),
+            getattr(self, "grad_scale", None),
+            found_inf,
+            self._seed_tensor(flat, seed),
+        )
+        for p, copy in zip(params, fresh, strict=True):
+            if copy.numel() > 0:
+                copies.register(p, copy)
+
+    def _seed_tensor(self, experts: list[Tensor], seed: int | None) -> Tensor | None:
+        """Of stochastic rounding, if there is any."""
+        low_precision = [t for t in experts if t.element_size() == 2]
+        if self.averager is None or self.averager.rounding == "nearest" or not low_precision:
+            return None
+        return functional.draw_seed(low_precision[0]) if seed is None else checks.seed_tensor(seed, torch.device("cpu"))
+
+    def _copy_of(self, parameter: Tensor) -> Tensor:
+        """The copy to be written, which holds the parameter's values already: the step may be skipped."""
+        if parameter.dtype != torch.float32 or parameter.ndim != 3 or not parameter.is_contiguous():
+            return torch.empty(0)
+        copy = self._copies.get(parameter)
+        if copy is None or copy.shape != parameter.shape or copy.device != parameter.device:
+            self._copies[parameter] = copy = torch.empty_like(parameter, dtype=torch.bfloat16)
+        if copies.find(parameter, torch.bfloat16) is not copy:
+            copy.copy_(parameter)
+        return copy
+
+    def _step_by_torch(self, states: dict[Tensor, _State], found_inf: Tensor | None) -> None:
+        for i, group in enumerate(self.param_groups):
+            params = [p for p, state in states.items() if state.options == i]
+            columns = [list(column) for column in zip(*(states[p][:4] for p in params), strict=True)]
+            if not params:
+                continue
+            grads, exp_avgs, exp_avg_sqs, steps = columns
+            beta1, beta2 = group["betas"]
+            # torch's fused kernel takes it for granted that all lie in memory in the same order.
+            ordered = zip(params, grads, strict=True)
+            grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in ordered]
+            triples = zip(params, grads, exp_avgs, strict=True)
+            fused = all(p.stride() == g.stride() == m.stride() for p, g, m in triples)
+            grad_scale = getattr(self, "grad_scale", None)
+            if not fused:
+                if found_inf is not None and bool(found_inf):
+                    continue
+                grads = grads if grad_scale is None else [g / grad_scale for g in grads]
+            adamw.adamw(
+                params,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                [],
+                steps,
+                fused=fused,
+                foreach=False,
+                capturable=group["capturable"],
+                grad_scale=grad_scale if fused else None,
+                found_inf=found_inf if fused else None,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )

@@ -1,0 +1,23 @@
+"""Puts another build of the extension in the place of the installed one: see extension_variants.py."""
+
+import importlib.util
+import os
+import sys
+
+import torch
+
+# After torch, whose OpenMP runtime it uses.
+spec = importlib.util.spec_from_file_location("ewa_kernels._C", os.environ["EWA_TEST_EXTENSION"])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.modules["ewa_kernels._C"] = module
+
+if os.environ["EWA_TEST_VARIANT"] == "cuda-on-host":
+    module.experts_pass_by_cpp = module.experts_pass_cpu
+    counter = torch.zeros(1, dtype=torch.int32)
+
+    def experts_pass_cpu(table, scalars):
+        module.experts_pass_cuda(table, scalars, counter.data_ptr(), 0, 0)
+        assert counter == 0, "the counter must be left zero"
+
+    module.experts_pass_cpu = experts_pass_cpu

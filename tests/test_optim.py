@@ -1,0 +1,452 @@
+"""AdamW and averaging in one pass, against `torch.optim.AdamW` followed by `ExpertAverager.step`."""
+
+import copy
+import gc
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import ewa_kernels as ewa
+from ewa_kernels.kernels import copies, extension
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def parameters(dtype=torch.float32, seed=0):
+    """Two stacked tensors, one with an odd size, five separate experts, three parameters without fellows."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(4, 30, 17), (3, 7), *[(5, 6)] * 5, (33, 5), (7,), ()]
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
+
+
+def averager_of(params, share_rate=0.1, **options):
+    return ewa.ExpertAverager([params[0], params[1], params[2:7]], share_rate, **options)
+
+
+def set_grads(params, step, missing=()):
+    generator = torch.Generator().manual_seed(step)
+    for i, p in enumerate(params):
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        if i in missing:
+            p.grad = None
+
+
+def twins(dtype=torch.float32, groups=lambda params: params, averager_options=None, **options):
+    """(ours, its params), (torch's, its params, its averager), from equal starts."""
+    pairs = []
+    for ours in (True, False):
+        params = parameters(dtype)
+        averager = averager_of(params, **(averager_options or {}))
+        if ours:
+            optimizer = ewa.optim.AdamW(groups(params), averager=averager, **options)
+        else:
+            optimizer = torch.optim.AdamW(groups(params), fused=True, **options)
+        pairs.append((optimizer, params, averager))
+    return pairs
+
+
+def assert_same(ours, theirs):
+    """All parameters, moments and steps, up to a few roundings."""
+    (optimizer, params, averager), (torchs, torchs_params, torchs_averager) = ours, theirs
+    for p, q in zip(params, torchs_params, strict=True):
+        eps = torch.finfo(p.dtype).eps
+        torch.testing.assert_close(p, q, rtol=8 * eps, atol=8 * eps)
+        assert optimizer.state[p].keys() == torchs.state[q].keys()
+        for name, value in optimizer.state[p].items():
+            torch.testing.assert_close(value, torchs.state[q][name], rtol=8 * eps, atol=8 * eps)
+    assert averager.num_steps == torchs_averager.num_steps
+
+
+def train(ours, theirs, num_steps=5, start=0, missing=()):
+    for step in range(start, start + num_steps):
+        for optimizer, params, averager in (ours, theirs):
+            set_grads(params, step, missing if step == 3 else ())
+            optimizer.step()
+            if not isinstance(optimizer, ewa.optim.AdamW):
+                averager.step()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="defaults"),
+        pytest.param({"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.3}, id="all"),
+        pytest.param({"maximize": True}, id="maximize"),
+        pytest.param({"capturable": True}, id="capturable"),
+        pytest.param({"lr": torch.tensor(0.03)}, id="lr tensor"),
+    ],
+)
+def test_same_as_torch_then_averager(options, dtype):
+    ours, theirs = twins(dtype, **options)
+    train(ours, theirs, 20)
+    assert_same(ours, theirs)
+
+
+def test_moves_and_averages():
+    """The comparisons above see it if either half is missing."""
+    (optimizer, params, _), theirs = twins()
+    before = [p.detach().clone() for p in params]
+    train((optimizer, params, None), theirs)
+    assert all((p - b).abs().max() > 1e-3 for p, b in zip(params, before, strict=True))
+    without, theirs = twins(averager_options={"share_rate": 0.0})
+    train(without, theirs)
+    assert (params[0] - without[1][0]).abs().max() > 0.1
+
+
+def test_parameter_groups():
+    def groups(params):
+        return [
+            {"params": params[:3], "lr": 0.1, "weight_decay": 0.0},
+            {"params": params[3:7], "betas": (0.5, 0.9), "maximize": True},
+            {"params": params[7:], "eps": 0.1},
+        ]
+
+    ours, theirs = twins(groups=groups)
+    train(ours, theirs)
+    assert_same(ours, theirs)
+
+
+def test_experts_without_gradients():
+    """They are averaged all the same; their steps are not counted, nor those of one expert among others."""
+    ours, theirs = twins()
+    train(ours, theirs, 6, missing=(0, 3, 8))
+    assert_same(ours, theirs)
+    assert ours[0].state[ours[1][3]]["step"] == 5
+
+
+def test_experts_that_the_optimizer_does_not_have():
+    ours, theirs = twins(groups=lambda params: params[2:])
+    train(ours, theirs)
+    for p, q in zip(ours[1][:2], theirs[1][:2], strict=True):
+        torch.testing.assert_close(p, q)
+        assert not torch.equal(p, parameters()[0])
+
+
+def test_without_an_averager():
+    params, torchs = parameters(), parameters()
+    optimizer, theirs = ewa.optim.AdamW(params), torch.optim.AdamW(torchs, fused=True)
+    for step in range(4):
+        set_grads(params, step)
+        set_grads(torchs, step)
+        optimizer.step()
+        theirs.step()
+    assert all(torch.allclose(p, q, rtol=1e-6, atol=1e-6) for p, q in zip(params, torchs, strict=True))
+
+
+def test_other_layouts():
+    """Parameters and gradients that are transposed, strided, expanded. torch's fused AdamW is wrong in these."""
+    results = []
+    for ours in (True, False):
+        params = [nn.Parameter(p) for p in (torch.ones(3, 4, 5).mT, torch.arange(24.0).view(4, 6)[:, ::2])]
+        averager = ewa.ExpertAverager(params, 0.2)
+        kind = {"averager": averager} if ours else {}
+        optimizer = (ewa.optim.AdamW if ours else torch.optim.AdamW)(params, lr=0.1, **kind)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            params[0].grad = torch.randn(3, 5, 1, generator=generator).expand(3, 5, 4)
+            params[1].grad = torch.randn(3, 4, generator=generator).T
+            optimizer.step()
+            if not ours:
+                averager.step()
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_share_rate_follows_the_schedule():
+    ours, theirs = twins(averager_options={"share_rate": ewa.LinearShareRate(0.5, 4)})
+    train(ours, theirs, 7)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_rounded_as_the_averager_rounds(dtype):
+    for rounding in ("stochastic", "nearest"):
+        ours, theirs = twins(dtype, averager_options={"rounding": rounding, "seed": 7})
+        train(ours, theirs, 1)
+        for p, q in zip(ours[1], theirs[1], strict=True):
+            assert (p == q).double().mean() > 0.99
+
+
+class TestStateDict:
+    def test_format_is_torchs(self):
+        ours, theirs = twins()
+        train(ours, theirs)
+        mine, torchs = ours[0].state_dict(), theirs[0].state_dict()
+        assert mine["param_groups"] == torchs["param_groups"]
+        assert mine["state"].keys() == torchs["state"].keys()
+        for i, state in mine["state"].items():
+            described = {name: (value.dtype, value.shape, value.device) for name, value in state.items()}
+            assert described == {n: (v.dtype, v.shape, v.device) for n, v in torchs["state"][i].items()}
+
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_torchs_loads_into_ours_and_back(self, fused):
+        """Also of an optimizer that is not fused, whose steps may be kept otherwise."""
+        params = parameters()
+        source = torch.optim.AdamW(params, fused=fused)
+        for step in range(3):
+            set_grads(params, step)
+            source.step()
+        ours, theirs = twins()
+        for optimizer, params, _ in (ours, theirs):
+            optimizer.load_state_dict(pickle.loads(pickle.dumps(source.state_dict())))
+            for p, value in zip(params, source.param_groups[0]["params"], strict=True):
+                p.data.copy_(value.detach())
+        train(ours, theirs, start=3)
+        for p, q in zip(ours[1], theirs[1], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+        theirs[0].load_state_dict(copy.deepcopy(ours[0].state_dict()))
+        train(ours, theirs, start=8)
+        assert_same(ours, theirs)
+
+    def test_copy_and_pickle(self):
+        ours, theirs = twins()
+        train(ours, theirs)
+        for again in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
+            optimizer, params = again((ours[0], ours[1]))
+            assert optimizer.averager is not ours[2]
+            twin = copy.deepcopy(theirs)
+            train((optimizer, params, optimizer.averager), twin, start=5)
+            assert_same((optimizer, params, optimizer.averager), twin)
+
+    def test_distributed_checkpoint_averages_nothing(self):
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        model = ewa.RandomPartitionMoE(6, 8, 3)
+        averager = ewa.ExpertAverager(model, 0.3)
+        optimizer = ewa.optim.AdamW(model.parameters(), averager=averager)
+        before = averager.spread()
+        get_optimizer_state_dict(model, optimizer)
+        assert len(optimizer.state) > 0
+        assert averager.spread() == before
+        assert averager.num_steps == 0
+
+
+class TestGradScaler:
+    @pytest.mark.parametrize("unscale", [False, True])
+    def test_same_as_torch(self, unscale):
+        """Including the steps that are skipped, and gradients, which are unscaled in memory."""
+        ours, theirs = twins()
+        scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]
+        for step in range(6):
+            for (optimizer, params, averager), scaler in zip((ours, theirs), scalers, strict=True):
+                set_grads(params, step)
+                scaler.scale(torch.ones(()))
+                for p in params:
+                    p.grad *= 1024
+                if step == 2:
+                    params[0].grad[0, 0, 0] = torch.inf
+                if unscale:
+                    scaler.unscale_(optimizer)
+                before = params[0].detach().clone()
+                scaler.step(optimizer)
+                if not isinstance(optimizer, ewa.optim.AdamW) and step != 2:
+                    averager.step()
+                scaler.update(1024.0)
+                assert torch.equal(params[0], before) == (step == 2)
+            for p, q in zip(ours[1], theirs[1], strict=True):
+                torch.testing.assert_close(p.grad, q.grad)
+        assert_same(ours, theirs)
+        assert ours[2].num_steps == 5
+
+
+class TestWithoutTheExtension:
+    def test_same_results(self, monkeypatch):
+        ours, theirs = twins()
+        monkeypatch.setattr(extension, "WHY_NOT", "it is not here")
+        monkeypatch.setattr(ewa.backends, "_warned", set())
+        with pytest.warns(
+            UserWarning, match=r"(?s)adamw runs on cpu by 'torch'.*it is not here.*python -m ewa_kernels"
+        ):
+            train(ours, theirs, 1)
+        train(ours, theirs, 4, start=1)  # it warned once
+        assert_same(ours, theirs)
+        for p, q in zip(ours[1], theirs[1], strict=True):
+            assert torch.equal(p, q)
+
+    def test_hooks_run_once(self, monkeypatch):
+        monkeypatch.setattr(ewa.backends, "_warned", {"cpu"})
+        for why_not in (extension.WHY_NOT, "it is not here"):
+            monkeypatch.setattr(extension, "WHY_NOT", why_not)
+            (optimizer, params, _), _ = twins()
+            calls = []
+            optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append(1))
+            set_grads(params, 0)
+            optimizer.step()
+            assert calls == [1]
+
+
+class TestBfloat16Copies:
+    def layer(self, **options):
+        torch.manual_seed(0)
+        layer = ewa.RandomPartitionMoE(16, 24, 4)
+        averager = ewa.ExpertAverager(layer, 0.3)
+        optimizer = ewa.optim.AdamW(layer.parameters(), lr=0.01, averager=averager, **options)
+        return layer, optimizer
+
+    def step(self, layer, optimizer, seed=0):
+        x = torch.randn(30, 16, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x, seed=seed)
+        y.float().square().mean().backward()
+        optimizer.step()
+        return y.detach()
+
+    def test_same_bits_with_and_without(self):
+        (layer, optimizer), (other, plain) = self.layer(bf16_copies=True), self.layer()
+        for seed in range(5):
+            assert torch.equal(self.step(layer, optimizer, seed), self.step(other, plain, seed))
+        for p, q in zip(layer.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
+            assert torch.equal(p.grad, q.grad)
+
+    def test_is_the_parameter_rounded(self):
+        layer, optimizer = self.layer(bf16_copies=True)
+        self.step(layer, optimizer)
+        for p in (layer.up.weight, layer.down.weight):
+            assert torch.equal(copies.find(p, torch.bfloat16), p.to(torch.bfloat16))
+            assert copies.find(p, torch.float16) is None
+        assert copies.find(layer.up.bias, torch.bfloat16) is None
+
+    def test_is_used(self, monkeypatch):
+        """No weight is cast any more."""
+        layer, optimizer = self.layer(bf16_copies=True)
+        self.step(layer, optimizer)
+        cast, found = [], copies.find
+
+        def find(tensor, dtype):
+            result = found(tensor, dtype)
+            if result is None and tensor.ndim == 3:
+                cast.append(tensor)
+            return result
+
+        monkeypatch.setattr(copies, "find", find)
+        self.step(layer, optimizer)
+        assert not cast
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda p: p.detach().add_(1),
+            lambda p: p.mul_(2),
+            lambda p: setattr(p, "data", p.data + 1),
+            lambda p: ewa.functional.average_experts_([p], 0.5),
+        ],
+        ids=["detach", "in place", "data", "average"],
+    )
+    def test_is_never_stale(self, change):
+        layer, optimizer = self.layer(bf16_copies=True)
+        self.step(layer, optimizer)
+        with torch.no_grad():
+            change(layer.up.weight)
+        assert copies.find(layer.up.weight, torch.bfloat16) is None
+        self.step(layer, optimizer)
+        assert torch.equal(copies.find(layer.up.weight, torch.bfloat16), layer.up.weight.to(torch.bfloat16))
+
+    def test_of_a_model_that_is_gone(self):
+        layer, optimizer = self.layer(bf16_copies=True)
+        gc.collect()
+        before = len(copies._copies)
+        self.step(layer, optimizer)
+        assert len(copies._copies) == before + 2
+        del layer, optimizer
+        gc.collect()
+        assert len(copies._copies) == before
+
+
+class TestBadInput:
+    def test_amsgrad(self):
+        with pytest.raises(ValueError, match="amsgrad must be False, got True"):
+            ewa.optim.AdamW(parameters(), amsgrad=True)
+        (optimizer, params, _), _ = twins()
+        optimizer.param_groups[0]["amsgrad"] = True
+        set_grads(params, 0)
+        before = copy.deepcopy(params)
+        with pytest.raises(ValueError, match="amsgrad must be False, got True"):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+    def test_options(self):
+        params = parameters()
+        with pytest.raises(TypeError, match="averager must be an ExpertAverager or None, got float"):
+            ewa.optim.AdamW(params, averager=0.3)
+        with pytest.raises(ValueError, match="bf16_copies needs an averager"):
+            ewa.optim.AdamW(params, bf16_copies=True)
+        with pytest.raises(TypeError, match="bf16_copies must be a bool"):
+            ewa.optim.AdamW(params, averager=averager_of(params), bf16_copies=1)
+        with pytest.raises(ValueError, match="Invalid learning rate"):
+            ewa.optim.AdamW(params, lr=-1.0)
+
+    def test_an_averager_that_would_run_twice(self):
+        params = parameters()
+        averager = averager_of(params)
+        optimizer = ewa.optim.AdamW(params, averager=averager)
+        with pytest.raises(ValueError, match="the averager is attached already"):
+            averager.attach(optimizer)
+        with pytest.raises(ValueError, match="the averager is attached already"):
+            ewa.optim.AdamW(params, averager=averager)
+
+    def test_a_failed_constructor_claims_no_averager(self):
+        params = parameters()
+        averager = averager_of(params)
+        with pytest.raises(ValueError, match="Invalid"):
+            ewa.optim.AdamW(params, lr=-1.0, averager=averager)
+        ewa.optim.AdamW(params, averager=averager)
+
+    def test_sparse_gradients(self):
+        embedding = nn.Embedding(4, 3, sparse=True)
+        optimizer = ewa.optim.AdamW(embedding.parameters())
+        embedding(torch.tensor([1])).sum().backward()
+        with pytest.raises(RuntimeError, match="sparse"):
+            optimizer.step()
+
+
+def test_closure():
+    params = parameters()
+    optimizer = ewa.optim.AdamW(params, averager=averager_of(params))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for p in params)
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+
+
+def test_thread_count_changes_no_bit():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            params = [nn.Parameter(torch.ones(4, 100_003)), nn.Parameter(torch.ones(70_001))]
+            optimizer = ewa.optim.AdamW(params, averager=ewa.ExpertAverager(params[:1], 0.3))
+            set_grads(params, 0)
+            optimizer.step()
+            results.append(params)
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_learning_rate_schedulers():
+    ours, theirs = twins(lr=0.1)
+    schedulers = [torch.optim.lr_scheduler.StepLR(pair[0], 2, 0.5) for pair in (ours, theirs)]
+    for step in range(5):
+        train(ours, theirs, 1, start=step)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_same(ours, theirs)
+
+
+@pytest.mark.skipif("EWA_TEST_EXTENSION" in os.environ, reason="of the installed one")
+def test_extension_is_built():
+    assert extension.WHY_NOT is None
