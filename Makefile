@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-slow venv bench gpu check format clean
+.PHONY: demo test test-slow sanitize venv bench gpu check format clean
 
 demo: venv
 	$(BIN)/python -m ewa_kernels.demo
@@ -15,6 +15,10 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
+
+# The C++ part under the address and undefined-behaviour sanitizers; test-slow does it too.
+sanitize: venv
+	$(BIN)/python tests/extension_variants.py sanitized
 
 venv: $(READY)
 

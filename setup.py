@@ -70,14 +70,16 @@ class NinjaBuild(build_ext):
         if shutil.which(shlex.split(cxx)[0]) is None:
             raise CompileError(f"no C++ compiler: {cxx!r} is not found. Install one, or say in CXX where it is")
         nvcc = find_nvcc()
-        cuda = architectures(nvcc) if nvcc else []
-        if nvcc and cuda:
+        why_not = "no nvcc is found; CUDA_HOME says where it is"
+        if nvcc is not None:
             try:
-                return self.ninja(ext, cxx, nvcc, cuda)
-            except CompileError as error:
-                self.warn(f"the CUDA part of {ext.name} is left out: {error}")
-        else:
-            self.warn(f"{ext.name} is built for CPUs alone: {'no nvcc is found' if not nvcc else 'as asked'}")
+                cuda = architectures(nvcc)
+                if cuda:
+                    return self.ninja(ext, cxx, nvcc, cuda)
+                why_not = "no architecture is asked for that this nvcc knows"
+            except (CompileError, OSError, subprocess.CalledProcessError) as error:
+                why_not = str(error)
+        self.warn(f"{ext.name} is built for CPUs alone: {why_not}")
         self.ninja(ext, cxx, None, [])
 
     def ninja(self, ext: Extension, cxx: str, nvcc: str | None, cuda: list[str]) -> None:

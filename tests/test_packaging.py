@@ -1,6 +1,8 @@
-"""The package as others install it: built in isolation, with a compiler and without one."""
+"""The package as others install it: built in isolation, with nvcc and without, with a compiler and without one."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -9,12 +11,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / ".git").exists(), reason="builds what git tracks"),
+]
+WITHOUT_CUDA = {"EWA_CUDA_ARCHITECTURES": ""}
+USE = """
+import sys
+# Else an editable installation in this environment lends what the wheel lacks.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+import torch, ewa_kernels as ewa
+from ewa_kernels.kernels import extension
+experts = torch.ones(4, 3)
+experts[0] = 5
+ewa.functional.average_experts_([experts], 0.75)
+assert (experts == 2).all()
+print(ewa.__file__, extension.WHY_NOT, extension.CUDA_ARCHITECTURES, sep="\\n")
+"""
 
 
-def build_wheel(folder, **environment):
-    """Names of the files in the wheel that `pip wheel` builds from a copy of what git tracks."""
-    source = folder / "source"
+def checkout(folder):
+    """A copy of what git tracks, in a folder with a space in its name."""
+    source = folder / "a source"
     subprocess.run(["git", "-C", ROOT, "checkout-index", "--all", f"--prefix={source}/"], check=True)
+    return source
+
+
+def build_wheel(folder, source=None, **environment):
+    """The wheel that pip builds, and the names of its files."""
+    source = source or checkout(folder)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source]
     subprocess.run(command, check=True, env={**os.environ, **environment})
     (wheel,) = folder.glob("*.whl")
@@ -22,31 +47,70 @@ def build_wheel(folder, **environment):
     return wheel, zipfile.ZipFile(wheel).namelist()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="builds what git tracks")
-class TestWheel:
-    def test_with_a_compiler(self, tmp_path):
-        wheel, names = build_wheel(tmp_path)
-        assert any(name.startswith("ewa_kernels/_C.") and name.endswith((".so", ".pyd")) for name in names)
-        assert "ewa_kernels/py.typed" in names
-        assert "ewa_kernels/surgery/replace.py" in names
-        assert not any(name.startswith(("tests", "benchmarks", "csrc")) for name in names)
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel],
-            check=True,
-        )
-        code = "import ewa_kernels.kernels.cpp_rows as c; assert c.WHY_NOT is None; print(c.__file__)"
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert str(tmp_path) in result.stdout
+def use_wheel(folder, wheel):
+    """(why there is no extension, architectures), said by the wheel, installed beside this environment's torch."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "site", wheel]
+    subprocess.run(command, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(folder / "site"), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", USE]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    file, why_not, architectures = result.stdout.splitlines()
+    assert file.startswith(str(folder))
+    return why_not, architectures
 
-    def test_without_a_compiler(self, tmp_path):
-        _, names = build_wheel(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
-        assert "ewa_kernels/reference.py" in names
-        assert not any(name.endswith((".so", ".pyd")) for name in names)
+
+def test_with_a_compiler(tmp_path):
+    wheel, names = build_wheel(tmp_path, **WITHOUT_CUDA)
+    assert any(name.startswith("ewa_kernels/_C.") and name.endswith((".so", ".pyd")) for name in names)
+    assert "ewa_kernels/py.typed" in names
+    assert "ewa_kernels/surgery/replace.py" in names
+    assert not any(name.startswith(("tests", "benchmarks", "csrc")) for name in names)
+    assert use_wheel(tmp_path, wheel) == ("None", "None")
+
+
+def test_without_a_compiler(tmp_path):
+    wheel, names = build_wheel(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
+    assert "ewa_kernels/reference.py" in names
+    assert not any(name.endswith((".so", ".pyd")) for name in names)
+    why_not, _ = use_wheel(tmp_path, wheel)
+    assert why_not.startswith("the C++ extension is not built")
+    assert "pip install" in why_not
+
+
+def test_with_an_nvcc_that_fails(tmp_path):
+    """The C++ part is built all the same."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    wheel, _ = build_wheel(tmp_path, CUDA_HOME=str(tmp_path))
+    assert use_wheel(tmp_path, wheel) == ("None", "None")
+
+
+def test_from_an_sdist(tmp_path):
+    source = checkout(tmp_path)
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=source, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    wheel, _ = build_wheel(tmp_path, archive, **WITHOUT_CUDA)
+    assert use_wheel(tmp_path, wheel) == ("None", "None")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_with_nvcc(tmp_path):
+    """Compiled for every architecture, linked, loaded without a GPU; and ptxas had registers enough."""
+    pytest.importorskip("triton")
+    from ewa_kernels.aot import TOOLS
+
+    wheel, names = build_wheel(tmp_path)
+    assert use_wheel(tmp_path, wheel) == ("None", "80 86 89 90a 100 120")
+    (module,) = (name for name in names if name.startswith("ewa_kernels/_C.") and name.endswith(".so"))
+    command = [TOOLS / "cuobjdump", "--dump-resource-usage", tmp_path / "site" / module]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert len(kernels) == 6 * 6, usage  # 4, 8 or any number of experts, with AdamW or without
+    for registers, stack, local in kernels:
+        assert int(registers) <= 255
+        assert (stack, local) == ("0", "0"), usage
+    command = [TOOLS / "cuobjdump", "--list-ptx", tmp_path / "site" / module]
+    assert ".ptx" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

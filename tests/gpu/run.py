@@ -29,21 +29,24 @@ def sections(output: Path) -> dict[str, tuple[list[str], int]]:
     """{name: (command, seconds it may take)}, in the order in which they run."""
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
     return {
-        "build": ([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 40),
-        "report": ([sys.executable, "-m", "ewa_kernels"], 20),
-        "parity": ([*PYTEST, "tests/test_fused.py"], 110),
-        "gpu": ([*PYTEST, "tests/gpu/test_gpu.py"], 140),
-        "memcheck": ([*sanitizer, "memcheck", *SMALL], 60),
+        "build": ([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 60),
+        "report": ([sys.executable, "-m", "ewa_kernels"], 15),
+        "parity": ([*PYTEST, "tests/test_fused.py"], 100),
+        "gpu": ([*PYTEST, "tests/gpu/test_gpu.py"], 130),
+        "experts": ([*PYTEST, "tests/gpu/test_gpu_experts.py"], 45),
+        "memcheck": ([*sanitizer, "memcheck", *SMALL], 50),
         # Of shared memory alone: that programs hand results over in order is for repetition to show (section "gpu").
-        "racecheck": ([*sanitizer, "racecheck", *SMALL], 60),
-        "benchmarks": ([sys.executable, "-m", "benchmarks.ffn_cuda", "--output", str(output)], 100),
+        "racecheck": ([*sanitizer, "racecheck", *SMALL], 50),
+        "benchmarks": ([sys.executable, "-m", "benchmarks", "--device", "cuda", "--output", str(output)], 25),
+        "ffn_cuda": ([sys.executable, "-m", "benchmarks.ffn_cuda", "--output", str(output)], 65),
     }
 
 
-def run(command: list[str], limit: int, log) -> int:
-    """Runs a command, its output to the console and the log; 124 if it took too long."""
+def run(command: list[str], limit: int, log, architecture: str = "") -> int:
+    """Runs a command, its output to the console and the log; 124 if it took too long. CUDA for one architecture."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)
+    environment.setdefault("EWA_CUDA_ARCHITECTURES", architecture)
     if command[0] == "compute-sanitizer":
         # Else tensors are pieces of large allocations, and an access beyond one is within another.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -93,6 +96,8 @@ def main() -> int:
 
     summary = {"environment": device(), "sections": {}}
     print(json.dumps(summary["environment"], indent=1), flush=True)
+    capability = summary["environment"]["capability"].replace(".", "")
+    architecture = "90a" if capability == "90" else capability
     with (output / "gpu.log").open("w") as log:
         for name, (command, limit) in sections(output).items():
             if name not in arguments.sections:
@@ -101,7 +106,7 @@ def main() -> int:
             log.write(f"\n=== {name}\n")
             start = time.monotonic()
             try:
-                returncode = run(command, limit, log)
+                returncode = run(command, limit, log, architecture)
             except FileNotFoundError as error:
                 print(error)
                 returncode = 127

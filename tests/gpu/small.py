@@ -28,3 +28,16 @@ assert (
     .values.equal(torch.arange(1000, device="cuda"))
 )
 torch.cuda.synchronize()
+
+memory = torch.randn(4, 1111, device="cuda")
+groups = [memory[:, 1:1000], torch.randn(9, 77, device="cuda", dtype=torch.bfloat16), torch.randn(6, 5, device="cuda")]
+parameters = [torch.nn.Parameter(t) for t in groups]
+averager = ewa.ExpertAverager(parameters, 0.3)
+optimizer = ewa.optim.AdamW(parameters, averager=averager)
+for backend in ("cuda", "triton"):
+    ewa.functional.average_experts_(groups, 0.3, backend=backend)
+for parameter in parameters:
+    parameter.grad = torch.ones_like(parameter)
+optimizer.step()
+torch.cuda.synchronize()
+print("experts done", flush=True)

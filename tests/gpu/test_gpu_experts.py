@@ -1,0 +1,216 @@
+"""Averaging and AdamW on a GPU: launches, the same bits as on the CPU, graphs, streams. Run by `make gpu`."""
+
+import copy
+
+import pytest
+import torch
+from test_gpu import kernels
+
+import ewa_kernels as ewa
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def tensors(device="cuda", scale=1):
+    """Of every dtype, with odd sizes, few and many experts, stacked and separate, slices that are not aligned."""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for dtype in DTYPES:
+        for shape in ((4, 3072 * scale, 77), (2, 5), (5, 1001), (8, 64), (9, 333), (70, 129)):
+            result.append(torch.randn(shape, generator=generator).to(dtype).to(device))
+        result.append([torch.randn(33, 7, generator=generator).to(dtype).to(device) for _ in range(6)])
+        memory = torch.randn(4, 10_007, generator=generator).to(dtype).to(device)
+        result += [memory[:, 1:5001], memory[:, 5001:]]
+    return result
+
+
+def flat(groups):
+    return [t for group in groups for t in (group if isinstance(group, list) else [group])]
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize("share_rate", [0.0, 0.3, 1.0])
+def test_same_bits_as_on_the_cpu(share_rate, rounding):
+    ours, theirs = tensors(), tensors("cpu")
+    for seed in range(3):
+        ewa.functional.average_experts_(ours, share_rate, rounding=rounding, seed=seed, backend="cuda")
+        ewa.functional.average_experts_(theirs, share_rate, rounding=rounding, seed=seed, backend="cpp")
+    for a, b in zip(flat(ours), flat(theirs), strict=True):
+        assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_triton_too(rounding):
+    """Up to roundings in float32, which it fuses."""
+    ours, theirs = tensors(), tensors()
+    ewa.functional.average_experts_(ours, 0.3, rounding=rounding, seed=1, backend="triton")
+    ewa.functional.average_experts_(theirs, 0.3, rounding=rounding, seed=1, backend="cuda")
+    for a, b in zip(flat(ours), flat(theirs), strict=True):
+        eps = torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, b, rtol=8 * eps, atol=8 * eps)
+
+
+def optimizers(device, **options):
+    groups = tensors(device)
+    params = [[torch.nn.Parameter(t) for t in g] if isinstance(g, list) else torch.nn.Parameter(g) for g in groups]
+    alone = [torch.nn.Parameter(torch.ones(1000, device=device)), torch.nn.Parameter(torch.ones((), device=device))]
+    averager = ewa.ExpertAverager(params, 0.3)
+    optimizer = ewa.optim.AdamW([*flat(params), *alone], lr=0.01, averager=averager, **options)
+    for i, p in enumerate([*flat(params), *alone]):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p.dtype).to(device)
+    return optimizer, [*flat(params), *alone]
+
+
+def test_adamw_has_the_same_bits_as_on_the_cpu():
+    (ours, params), (theirs, others) = optimizers("cuda"), optimizers("cpu")
+    for _ in range(3):
+        ours.step()
+        theirs.step()
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p.cpu(), q)
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(ours.state[p][name].cpu(), theirs.state[q][name])
+
+
+class TestLaunches:
+    def test_averaging(self):
+        groups, share_rate = tensors(), torch.tensor(0.3, device="cuda")
+        seed = torch.tensor(1, device="cuda")
+        launched = kernels(lambda: ewa.functional.average_experts_(groups, share_rate, seed=seed))
+        assert len(launched) == 1, launched
+        assert "experts_pass" in launched[0]
+
+    def test_adamw(self):
+        optimizer, _ = optimizers("cuda")
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.01, device="cuda")
+        launched = kernels(optimizer.step)
+        assert len(launched) == 1, launched
+
+    def test_many_tensors(self):
+        """More than fit the parameters of a launch: one launch, and a copy of their table."""
+        groups = [torch.randn(4, 10, device="cuda") for _ in range(2000)]
+        launched = kernels(lambda: ewa.functional.average_experts_(groups, 0.3))
+        assert sum("experts_pass" in name for name in launched) == 1
+        assert all("experts_pass" in name or "Memcpy HtoD" in name for name in launched), launched
+
+
+class TestGraphs:
+    def test_averaging_reads_share_rate_seed_and_found_inf_in_each_replay(self):
+        groups, expected = tensors(), tensors()
+        share_rate, seed = torch.tensor(0.3, device="cuda"), torch.tensor(1, device="cuda")
+        found_inf = torch.zeros(1, device="cuda")
+        options = {"seed": seed, "found_inf": found_inf}
+        ewa.functional.average_experts_(groups, 0.0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ewa.functional.average_experts_(groups, share_rate, **options)
+        for beta, number, skipped in ((0.3, 1, 0.0), (0.1, 2, 0.0), (0.5, 3, 1.0)):
+            share_rate.fill_(beta)
+            seed.fill_(number)
+            found_inf.fill_(skipped)
+            graph.replay()
+            if not skipped:
+                ewa.functional.average_experts_(expected, share_rate, seed=number)
+        for a, b in zip(flat(groups), flat(expected), strict=True):
+            assert torch.equal(a, b)
+
+    def test_adamw(self):
+        (optimizer, params), (eager, others) = optimizers("cuda", capturable=True), optimizers("cuda")
+        for each in (optimizer, eager):
+            each.averager.rounding = "nearest"
+            each.step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        for _ in range(3):
+            graph.replay()
+            eager.step()
+        for p, q in zip(params, others, strict=True):
+            assert torch.equal(p, q)
+            assert torch.equal(optimizer.state[p]["step"], eager.state[q]["step"])
+
+    def test_a_share_rate_that_would_be_frozen(self):
+        experts = torch.randn(4, 5, device="cuda")
+        averager = ewa.ExpertAverager([experts], ewa.LinearShareRate(0.3, 10))
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(RuntimeError, match="share_rate must be constant in a CUDA graph"), torch.cuda.graph(graph):
+            averager.step()
+
+
+def test_grad_scaler():
+    """As torch's fused AdamW followed by averaging, without a sync; a skipped step changes nothing."""
+    results = []
+    for ours in (True, False):
+        params = [torch.nn.Parameter(torch.ones(4, 999, device="cuda") * (1 + i)) for i in range(3)]
+        averager = ewa.ExpertAverager(params, 0.3)
+        kind = {"averager": averager} if ours else {"fused": True}
+        optimizer = (ewa.optim.AdamW if ours else torch.optim.AdamW)(params, lr=0.1, **kind)
+        if not ours:
+            averager.attach(optimizer)
+        scaler = torch.amp.GradScaler(init_scale=8.0)
+        for step in range(5):
+            optimizer.zero_grad()
+            generator = torch.Generator("cuda").manual_seed(step)
+            noise = [torch.randn(p.shape, device="cuda", generator=generator) for p in params]
+            loss = sum((p * n).sum() for p, n in zip(params, noise, strict=True))
+            scaler.scale(loss * (torch.inf if step == 2 else 1)).backward()
+            before = params[0].detach().clone()
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(params[0], before) == (step == 2)
+        results.append((params, [optimizer.state[p]["step"] for p in params]))
+    for ours, theirs in zip(*results, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_streams():
+    """Each has a counter of its own."""
+    pairs = [optimizers("cuda") for _ in range(4)]
+    expected = copy.deepcopy([p.detach() for p in pairs[0][1]])
+    reference, others = optimizers("cuda")
+    torch.cuda.synchronize()
+    for optimizer, _ in pairs:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(5):
+                optimizer.step()
+    torch.cuda.synchronize()
+    for _ in range(5):
+        reference.step()
+    for _, params in pairs:
+        for p, q in zip(params, others, strict=True):
+            assert torch.equal(p, q)
+    assert not all(torch.equal(p, e) for p, e in zip(others, expected, strict=True))
+
+
+def test_nothing_waits_for_the_gpu():
+    optimizer, _ = optimizers("cuda")
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+        optimizer.averager.step(found_inf=torch.zeros(1, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_more_than_an_int32_of_elements():
+    experts = torch.zeros(2, 2**30 + 5, dtype=torch.bfloat16, device="cuda")
+    experts[0] = 2
+    ewa.functional.average_experts_([experts], 0.5, rounding="nearest")
+    assert bool((experts == 1).all())
+
+
+def test_bf16_copies_are_used_under_autocast():
+    """No kernel casts a weight."""
+    layer = ewa.RandomPartitionMoE(384, 768, 4, device="cuda")
+    optimizer = ewa.optim.AdamW(layer.parameters(), averager=ewa.ExpertAverager(layer, 0.3), bf16_copies=True)
+    x = torch.randn(5000, 384, device="cuda", dtype=torch.bfloat16)
+
+    def forward():
+        with torch.autocast("cuda", torch.bfloat16):
+            return layer(x)
+
+    forward().sum().backward()
+    optimizer.step()
+    assert len(kernels(forward)) == 1
