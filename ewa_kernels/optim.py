@@ -99,7 +99,7 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, and one of the averager. Args and Returns: as in torch."""
         self._check_groups()
-        self._accelerator_graph_capture_health_check()
+        _health_check(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -107,17 +107,20 @@ class AdamW(torch.optim.AdamW):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
             return loss
-        averaging = self.averager is not None and not is_dry_run(self, had_state=len(self.state) > 0)
+        # What can be wrong with the averager is found out before anything changes.
+        averager = None if is_dry_run(self, had_state=len(self.state) > 0) else self.averager
+        experts = [] if averager is None else averager.experts()
+        checked = checks.experts(experts)
+        share_rate, seed = (0.0, None) if averager is None else averager.next_step()
         states = self._states()
-        experts = self.averager.experts() if self.averager is not None and averaging else []
         if self._why_not(states, experts) is None:
-            self._one_pass(states, experts, found_inf)
-            if self.averager is not None and averaging:
-                self.averager.num_steps += 1
+            self._one_pass(states, *checked, share_rate, seed, found_inf)
+            if averager is not None:
+                averager.num_steps += 1
         else:
             self._step_by_torch(states, found_inf)
-            if self.averager is not None and averaging:
-                self.averager.step(found_inf)
+            if averager is not None:
+                averager.step(found_inf)
         return loss
 
     def _check_groups(self) -> None:
@@ -133,6 +136,14 @@ class AdamW(torch.optim.AdamW):
             params, grads, exp_avgs, exp_avg_sqs, _, steps = lists
             for p, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
                 states[p] = _State(grad, exp_avg, exp_avg_sq, step, i)
+        for p, state in states.items():
+            for name in ("grad", "exp_avg", "exp_avg_sq"):
+                tensor = getattr(state, name)
+                if (tensor.shape, tensor.device) != (p.shape, p.device):
+                    raise ValueError(
+                        f"{name} must be {list(p.shape)} on {p.device} like its parameter, got {list(tensor.shape)} on "
+                        f"{tensor.device}: parameters must not change their size or place after the first step"
+                    )
         return states
 
     def _why_not(self, states: dict[Tensor, _State], experts: list[Any]) -> str | None:
@@ -150,11 +161,16 @@ class AdamW(torch.optim.AdamW):
             return "too many experts"
         return None
 
-    def _one_pass(self, states: dict[Tensor, _State], experts: list[Any], found_inf: Tensor | None) -> None:
-        flat, group_sizes = checks.experts(experts)
-        share_rate, seed = 0.0, None
-        if self.averager is not None and experts:
-            share_rate, seed = self.averager.next_step()
+    def _one_pass(
+        self,
+        states: dict[Tensor, _State],
+        flat: list[Tensor],
+        group_sizes: list[int],
+        share_rate: float,
+        seed: int | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """`flat`, `group_sizes`: the experts, as `ewa_kernels.ops.average_experts_` takes them."""
         alone = states.keys() - set(flat)
         params = [*flat, *(p for p in states if p in alone)]
         none = torch.empty(0)
@@ -242,3 +258,9 @@ class AdamW(torch.optim.AdamW):
                 eps=group["eps"],
                 maximize=group["maximize"],
             )
+
+
+def _health_check(optimizer: torch.optim.Optimizer) -> None:
+    """torch's complaint about a CUDA graph without `capturable`, by its name in this version."""
+    names = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))()

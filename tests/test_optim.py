@@ -398,6 +398,25 @@ class TestBadInput:
             ewa.optim.AdamW(params, lr=-1.0, averager=averager)
         ewa.optim.AdamW(params, averager=averager)
 
+    def test_parameters_that_changed_their_size(self):
+        params = parameters()
+        optimizer = ewa.optim.AdamW(params)
+        set_grads(params, 0)
+        optimizer.step()
+        params[7].data = torch.zeros(66, 5)
+        params[7].grad = torch.zeros(66, 5)
+        with pytest.raises(ValueError, match=r"exp_avg must be \[66, 5\] on cpu like its parameter, got \[33, 5\]"):
+            optimizer.step()
+
+    def test_a_bad_share_rate_changes_nothing(self):
+        params = parameters()
+        optimizer = ewa.optim.AdamW(params, averager=averager_of(params, lambda step: 1.5))
+        set_grads(params, 0)
+        with pytest.raises(ValueError, match=r"share_rate must be in \[0, 1\], got 1.5"):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, parameters(), strict=True))
+        assert not optimizer.state
+
     def test_sparse_gradients(self):
         embedding = nn.Embedding(4, 3, sparse=True)
         optimizer = ewa.optim.AdamW(embedding.parameters())

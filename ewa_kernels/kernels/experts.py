@@ -42,14 +42,16 @@ class _Dense:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._alive: list[Tensor] = []
 
-    def __call__(self, tensor: Tensor, strides: tuple[int, ...], *, stacked: bool, changes: bool) -> Tensor:
-        """`tensor`, or a copy of it whose experts have these strides."""
-        own = tensor.stride()[1:] if stacked else tensor.stride()
-        if own == strides:
+    def __call__(self, tensor: Tensor, strides: tuple[int, ...] | None, *, stacked: bool, changes: bool) -> Tensor:
+        """`tensor`, or a copy of it whose experts have these strides; None for contiguous."""
+        if strides is None:
+            if tensor.is_contiguous():
+                return tensor
+            copy = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        elif (tensor.stride()[1:] if stacked else tensor.stride()) == strides:
             return tensor
-        if stacked:
-            copy = tensor.new_empty_strided(tensor.shape, (tensor[0].numel(), *strides))
         else:
+            strides = (tensor[0].numel(), *strides) if stacked else strides
             copy = tensor.new_empty_strided(tensor.shape, strides)
         copy.copy_(tensor)
         if changes:
@@ -63,19 +65,19 @@ class _Dense:
             tensor.copy_(copy)
 
 
-def _dense_strides(group: Sequence[Tensor], stacked: bool) -> tuple[int, ...]:
-    """The strides of the first expert if it can be read as it is, else those of a contiguous tensor of its shape."""
+def _dense_strides(group: Sequence[Tensor], stacked: bool) -> tuple[int, ...] | None:
+    """The strides of the first expert if it can be read as it is; None if it is contiguous, or has to be made so."""
     first = group[0]
-    if first.is_contiguous():
-        return tuple(first.stride()[1:] if stacked else first.stride())
+    # The bits of two bytes' rounding are numbered by indices, not by places in memory.
+    if first.is_contiguous() or first.element_size() == 2:
+        # An expert of a stacked tensor may be contiguous where the whole is not.
+        whole = first.is_contiguous() or not stacked or not first[0].is_contiguous()
+        return None if whole else tuple(first.stride()[1:])
     shape, strides = (first.shape[1:], first.stride()[1:]) if stacked else (first.shape, first.stride())
-    contiguous = torch.empty(shape, device="meta").stride()
-    if first.element_size() == 2:
-        return contiguous
     expected = 1
     for step, size in sorted(zip(strides, shape, strict=True)):
         if size != 1 and step != expected:
-            return contiguous
+            return None
         expected *= size
     return tuple(strides)
 
@@ -109,20 +111,26 @@ class _Table:
         num_experts = len(group[0]) if stacked else len(group)
         first_member = len(self.members)
         numel = group[0].numel() // num_experts if stacked else group[0].numel()
+        rows = range(num_experts if stacked else 1)
         for i, tensor in enumerate(group):
             grad, exp_avg, exp_avg_sq, step, copy = others[i] if others else (None,) * 5
-            places = [
-                self._place(t, strides, stacked, changes=t is not grad or grads_change)
-                for t in (tensor, grad, exp_avg, exp_avg_sq, copy)
-            ]
+            places = (
+                self._place(tensor, strides, stacked),
+                self._place(grad, strides, stacked, changes=grads_change),
+                self._place(exp_avg, strides, stacked),
+                self._place(exp_avg_sq, strides, stacked),
+                self._place(copy, strides, stacked),
+            )
             counter = 0 if step is None or step.numel() == 0 else step.data_ptr()
             option = options[i] if options else 0
-            for e in range(num_experts if stacked else 1):
-                param, *states, low = (address + e * distance for address, distance in places)
+            for e in rows:
+                param, *states, low = [address + e * distance for address, distance in places]
                 self.members.append((param, *states, counter, low, option, e == 0))
         self.groups.append((numel, first_member, num_experts, number, _TYPES[group[0].dtype]))
 
-    def _place(self, tensor: Tensor | None, strides: tuple[int, ...], stacked: bool, changes: bool) -> tuple[int, int]:
+    def _place(
+        self, tensor: Tensor | None, strides: tuple[int, ...] | None, stacked: bool, changes: bool = True
+    ) -> tuple[int, int]:
         """(address, bytes from one expert to the next); 0 for none."""
         if tensor is None or tensor.numel() == 0:
             return 0, 0
