@@ -177,7 +177,7 @@ CASES = [
     (
         lambda: average([E46], backend="torch"),
         ewa.BackendError,
-        "backend='torch' cannot run average_experts_ on cpu: ewa_kernels 0.1.0 has reference only",
+        "backend='torch' cannot run average_experts_ on cpu: ewa_kernels 0.1.0 has cuda, triton, cpp and reference only",
     ),
     (
         lambda: moe_ffn(**{name: t.double() for name, t in OPERANDS.items()}, backend="cpp"),
@@ -237,6 +237,21 @@ CASES = [
     (lambda: average([E46], float("nan")), ValueError, "share_rate must be in [0, 1], got nan"),
     (lambda: average([E46], torch.tensor(-0.5)), ValueError, "share_rate must be in [0, 1], got -0.5"),
     (lambda: average([E46], torch.zeros(2)), ValueError, "share_rate must have one element, got shape [2]"),
+    (lambda: average([E46], rounding="up"), ValueError, "rounding must be one of stochastic, nearest, got 'up'"),
+    (lambda: average([E46], seed=-1), ValueError, "seed must be in 0…2^63−1, got -1"),
+    (lambda: average([E46], found_inf=torch.zeros(2)), ValueError, "found_inf must have one element, got shape [2]"),
+    (lambda: average([E46], found_inf=True), TypeError, "found_inf must be a Tensor, got bool"),
+    (
+        lambda: ewa.ExpertAverager([E46], 0.3, rounding=None),
+        ValueError,
+        "rounding must be one of stochastic, nearest, got None",
+    ),
+    (lambda: ewa.ExpertAverager([E46], 0.3, seed=2**63), ValueError, f"seed must be less than {2**63}, got {2**63}"),
+    (
+        lambda: average([E46], backend="cuda"),
+        ewa.BackendError,
+        "backend='cuda' cannot run average_experts_ on cpu: it is for CUDA devices",
+    ),
     (lambda: average([E46], "0.3"), TypeError, "share_rate must be a number in [0, 1], got str '0.3'"),
     (
         lambda: ewa.functional.merge_experts(torch.zeros(2).int()),

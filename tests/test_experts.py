@@ -287,6 +287,15 @@ class TestSharedMemory:
         check([memory[:, :10], memory[:, 10:13], memory[:, 13:]], 0.3)
 
 
+def test_one_bad_tensor_changes_none():
+    for bad in (torch.zeros(4, 3).int(), torch.zeros(()), [torch.zeros(2), torch.zeros(3)], None):
+        good = experts_of(4, 6)
+        before = good.clone()
+        with pytest.raises((TypeError, ValueError), match=r"tensors\[1\]"):
+            average_experts_([good, bad], 0.3)
+        assert torch.equal(good, before)
+
+
 def test_autograd_is_told():
     experts = torch.nn.Parameter(experts_of(4, 6))
     loss = (experts**2).sum()
