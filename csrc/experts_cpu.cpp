@@ -8,7 +8,7 @@ namespace ewa {
 namespace {
 
 // Columns (elements of each expert) that a thread takes at a time.
-constexpr int64_t tile_columns = 65536;
+constexpr int64_t tile_columns = 16384;
 // Between AdamW and averaging the parameters of all experts wait in the second cache. Shorter runs through memory cost
 // more than what a nearer cache saves.
 constexpr int64_t block_elements = 65536;

@@ -177,7 +177,8 @@ CASES = [
     (
         lambda: average([E46], backend="torch"),
         ewa.BackendError,
-        "backend='torch' cannot run average_experts_ on cpu: ewa_kernels 0.1.0 has cuda, triton, cpp and reference only",
+        "backend='torch' cannot run average_experts_ on cpu: "
+        "ewa_kernels 0.1.0 has cuda, triton, cpp and reference only",
     ),
     (
         lambda: moe_ffn(**{name: t.double() for name, t in OPERANDS.items()}, backend="cpp"),

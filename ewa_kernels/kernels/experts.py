@@ -108,12 +108,16 @@ class _Table:
             grads_change: whether gradients are unscaled.
         """
         strides = _dense_strides(group, stacked)
-        num_experts = len(group[0]) if stacked else len(group)
+        num_experts = group[0].shape[0] if stacked else len(group)
         first_member = len(self.members)
         numel = group[0].numel() // num_experts if stacked else group[0].numel()
         rows = range(num_experts if stacked else 1)
         for i, tensor in enumerate(group):
-            grad, exp_avg, exp_avg_sq, step, copy = others[i] if others else (None,) * 5
+            if not others:
+                param, distance = self._place(tensor, strides, stacked)
+                self.members += [(param + e * distance, 0, 0, 0, 0, 0, 0, 0) for e in rows]
+                continue
+            grad, exp_avg, exp_avg_sq, step, copy = others[i]
             places = (
                 self._place(tensor, strides, stacked),
                 self._place(grad, strides, stacked, changes=grads_change),
@@ -121,18 +125,17 @@ class _Table:
                 self._place(exp_avg_sq, strides, stacked),
                 self._place(copy, strides, stacked),
             )
-            counter = 0 if step is None or step.numel() == 0 else step.data_ptr()
-            option = options[i] if options else 0
+            counter = 0 if step.numel() == 0 else step.data_ptr()
             for e in rows:
                 param, *states, low = [address + e * distance for address, distance in places]
-                self.members.append((param, *states, counter, low, option, e == 0))
+                self.members.append((param, *states, counter, low, options[i], e == 0))
         self.groups.append((numel, first_member, num_experts, number, _TYPES[group[0].dtype]))
 
     def _place(
-        self, tensor: Tensor | None, strides: tuple[int, ...] | None, stacked: bool, changes: bool = True
+        self, tensor: Tensor, strides: tuple[int, ...] | None, stacked: bool, changes: bool = True
     ) -> tuple[int, int]:
         """(address, bytes from one expert to the next); 0 for none."""
-        if tensor is None or tensor.numel() == 0:
+        if tensor.numel() == 0:
             return 0, 0
         tensor = self.dense(tensor, strides, stacked=stacked, changes=changes)
         return tensor.data_ptr(), tensor.stride(0) * tensor.element_size() if stacked else 0
@@ -181,7 +184,7 @@ class _Pass:
         if device not in self._tables:
             self._tables[device] = _Table()
         self._tables[device].add(group, stacked, self._number, *states)
-        self._number += len(group[0]) if stacked else len(group)
+        self._number += group[0].shape[0] if stacked else len(group)
 
     def skip(self) -> None:
         """Counts one expert that has no fellow, and is left alone."""
@@ -226,7 +229,7 @@ def average(
     """`ewa_kernels.reference.average_experts_`; `seed` None rounds to nearest."""
     whole = _Pass()
     for group, size in zip(groups_of(tensors, group_sizes), group_sizes, strict=True):
-        if (size or len(group[0])) > 1:
+        if (size or group[0].shape[0]) > 1:
             whole.add(group, size == 0)
         else:
             whole.skip()
