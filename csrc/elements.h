@@ -153,6 +153,13 @@ struct Adam {
         adam.sign = static_cast<W>(options.maximize ? -1 : 1);
         return adam;
     }
+    // The same coefficients, rounded to what is computed in.
+    template <class Narrow>
+    EWA_ANYWHERE Adam<Narrow> to() const {
+        return {static_cast<Narrow>(keep),         static_cast<Narrow>(beta1_rest), static_cast<Narrow>(beta2),
+                static_cast<Narrow>(beta2_rest),   static_cast<Narrow>(step_size),  static_cast<Narrow>(root_inverse),
+                static_cast<Narrow>(eps),          static_cast<Narrow>(unscale),    static_cast<Narrow>(sign)};
+    }
     // Returns the parameter; grad is unscaled, exp_avg and exp_avg_sq are changed.
     EWA_ANYWHERE W operator()(W param, W& grad, W& exp_avg, W& exp_avg_sq) const {
         grad = grad * unscale;

@@ -8,7 +8,7 @@ namespace ewa {
 namespace {
 
 // Columns (elements of each expert) that a thread takes at a time.
-constexpr int64_t tile_columns = 16384;
+constexpr int64_t tile_columns = 65536;
 // Between AdamW and averaging the parameters of all experts wait in the second cache. Shorter runs through memory cost
 // more than what a nearer cache saves.
 constexpr int64_t block_elements = 65536;
@@ -17,8 +17,8 @@ constexpr int64_t slice_columns = 512;
 
 struct Pass {
     const Table* table;
+    std::vector<Adam<double>> adams;  // of each member: they take longer than a short run through memory
     double share_rate;
-    float grad_scale;
     bool unscale, stochastic;
     RandomKeys keys;
 };
@@ -26,8 +26,7 @@ struct Pass {
 template <class T>
 EWA_INLINE void adam_step(const Pass& pass, const Member& member, int64_t k, int64_t n) {
     using W = Wide<T>;
-    const Options& options = pass.table->options[member.options];
-    const Adam<W> adam = Adam<W>::of(options, options.lr, *member.step, pass.grad_scale);
+    const Adam<W> adam = pass.adams[&member - pass.table->members.data()].template to<W>();
     T* __restrict param = static_cast<T*>(member.param) + k;
     T* __restrict grad = static_cast<T*>(member.grad) + k;
     T* __restrict exp_avg = static_cast<T*>(member.exp_avg) + k;
@@ -160,8 +159,13 @@ EWA_CLONES void any_tile(const Pass& pass, const Group& group, int64_t begin, in
 void experts_pass_cpu(const Table& table, const Scalars& scalars) {
     if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
     const float grad_scale = scalars.grad_scale == nullptr ? 1.0f : *scalars.grad_scale;
-    const Pass pass{&table, scalars.share_rate, grad_scale, grad_scale != 1.0f, scalars.stochastic != 0,
-                    RandomKeys(scalars.seed)};
+    Pass pass{&table, {}, scalars.share_rate, grad_scale != 1.0f, scalars.stochastic != 0, RandomKeys(scalars.seed)};
+    for (const Member& member : table.members) {
+        pass.adams.emplace_back();
+        if (member.grad == nullptr) continue;
+        const Options& options = table.options[member.options];
+        pass.adams.back() = Adam<double>::of(options, options.lr, *member.step, grad_scale);
+    }
     // (group, first column) of every tile, group by group.
     struct Tile {
         const Group* group;
