@@ -111,17 +111,15 @@ EWA_ANYWHERE Half stochastic<Half>(float x, uint32_t random) {
 // Every expert moves `amount` of its way to the mean. Near 1, what is left of the way is the better measure.
 template <class W>
 struct Pull {
-    W amount, rest;
+    W factor;
     bool near;
 
     EWA_ANYWHERE static Pull of(double share_rate, int num_experts) {
         const double amount = num_experts > 1 ? share_rate * num_experts / (num_experts - 1) : 0.0;
-        return {static_cast<W>(amount), static_cast<W>(1.0 - amount), amount >= 0.5};
+        const bool near = amount >= 0.5;
+        return {static_cast<W>(near ? amount - 1.0 : amount), near};
     }
-    EWA_ANYWHERE W operator()(W x, W mean) const {
-        const W way = mean - x;
-        return near ? mean - way * rest : x + way * amount;
-    }
+    EWA_ANYWHERE W operator()(W x, W mean) const { return (near ? mean : x) + (mean - x) * factor; }
 };
 
 // --- AdamW ---

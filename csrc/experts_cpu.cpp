@@ -12,8 +12,9 @@ constexpr int64_t tile_columns = 65536;
 // Between AdamW and averaging the parameters of all experts wait in the second cache. Shorter runs through memory cost
 // more than what a nearer cache saves.
 constexpr int64_t block_elements = 65536;
-// What averaging of many experts takes at a time: sums stay in the first cache.
-constexpr int64_t slice_columns = 512;
+// The last expert's AdamW step and averaging take turns after so few columns that the processor does the one while the
+// other waits for memory. Of many experts more columns: their sums stay in the first cache all the same.
+constexpr int64_t turn_columns = 64, slice_columns = 512;
 
 struct Pass {
     const Table* table;
@@ -106,26 +107,28 @@ EWA_INLINE void average_many(const Pass& pass, const Group& group, const Member*
     }
 }
 
-// What comes after the AdamW step: averaging, and copies.
 template <class T>
-EWA_INLINE void finish(const Pass& pass, const Group& group, const Member* members, int64_t k, int64_t n) {
-    if (pass.share_rate != 0) {
-        switch (group.num_experts) {
-            case 1: break;
-            case 2: average_few<T, 2>(pass, group, members, k, n); break;
-            case 3: average_few<T, 3>(pass, group, members, k, n); break;
-            case 4: average_few<T, 4>(pass, group, members, k, n); break;
-            default:
-                for (int64_t j = 0; j < n; j += slice_columns)
-                    average_many<T>(pass, group, members, k + j, std::min(slice_columns, n - j));
-        }
-    }
-    for (int e = 0; e < group.num_experts; ++e) {
-        if (members[e].copy == nullptr) continue;
-        const T* __restrict param = static_cast<const T*>(members[e].param) + k;
-        uint16_t* __restrict copy = members[e].copy + k;
+EWA_INLINE void write_copy(const Member& member, int64_t k, int64_t n) {
+    const T* __restrict param = static_cast<const T*>(member.param) + k;
+    uint16_t* __restrict copy = member.copy + k;
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) copy[j] = nearest<BFloat16>(static_cast<float>(widen(param[j]))).bits;
+    for (int64_t j = 0; j < n; ++j) copy[j] = nearest<BFloat16>(static_cast<float>(widen(param[j]))).bits;
+}
+
+// The last expert's AdamW step, averaging and copies, by turns. `kExperts`: those averaged; 1 for none, 0 for any number.
+template <class T, int kExperts>
+EWA_INLINE void take_turns(const Pass& pass, const Group& group, const Member* members, int64_t begin, int64_t end) {
+    const Member& last = members[group.num_experts - 1];
+    const int64_t turn = kExperts == 0 ? slice_columns : kExperts == 1 ? end - begin : turn_columns;
+    for (int64_t k = begin; k < end; k += turn) {
+        const int64_t n = std::min(turn, end - k);
+        if (last.grad != nullptr) adam_step<T>(pass, last, k, n);
+        if constexpr (kExperts == 0)
+            average_many<T>(pass, group, members, k, n);
+        else if constexpr (kExperts > 1)
+            average_few<T, kExperts>(pass, group, members, k, n);
+        for (int e = 0; e < group.num_experts; ++e)
+            if (members[e].copy != nullptr) write_copy<T>(members[e], k, n);
     }
 }
 
@@ -133,14 +136,20 @@ template <class T>
 EWA_INLINE void tile(const Pass& pass, const Group& group, int64_t begin, int64_t end) {
     const Member* members = pass.table->members.data() + group.first_member;
     const int num_experts = group.num_experts;
-    const bool any_step = std::any_of(members, members + num_experts, [](const Member& m) { return m.grad != nullptr; });
+    const bool steps = std::any_of(members, members + num_experts, [](const Member& m) { return m.grad != nullptr; });
     // Alone, averaging reads memory itself.
-    const int64_t block = any_step ? std::max(slice_columns, block_elements / num_experts) : end - begin;
+    const int64_t block = steps ? std::max(slice_columns, block_elements / num_experts) : end - begin;
     for (int64_t k = begin; k < end; k += block) {
-        const int64_t n = std::min(block, end - k);
-        for (int e = 0; e < num_experts; ++e)
-            if (members[e].grad != nullptr) adam_step<T>(pass, members[e], k, n);
-        finish<T>(pass, group, members, k, n);
+        const int64_t block_end = std::min(k + block, end);
+        for (int e = 0; e < num_experts - 1; ++e)
+            if (members[e].grad != nullptr) adam_step<T>(pass, members[e], k, block_end - k);
+        switch (pass.share_rate != 0 ? num_experts : 1) {
+            case 1: take_turns<T, 1>(pass, group, members, k, block_end); break;
+            case 2: take_turns<T, 2>(pass, group, members, k, block_end); break;
+            case 3: take_turns<T, 3>(pass, group, members, k, block_end); break;
+            case 4: take_turns<T, 4>(pass, group, members, k, block_end); break;
+            default: take_turns<T, 0>(pass, group, members, k, block_end);
+        }
     }
 }
 
