@@ -6,8 +6,10 @@ does not compile, for CPUs alone. What is missing is said.
 Environment: CXX, CXXFLAGS, LDFLAGS; CUDA_HOME; EWA_CUDA_ARCHITECTURES, e.g. "90a 120", empty for none.
 """
 
+import itertools
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -58,8 +60,28 @@ def find_nvcc() -> str | None:
 def architectures(nvcc: str) -> list[str]:
     """Those asked for that this nvcc knows."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)", release)
+    if found is not None and int(found[1]) >= 12:
+        known += [f"{code}a" for code in known if int(code.removeprefix("sm_").rstrip("af")) >= 90]  # it may not list
     asked = os.environ.get("EWA_CUDA_ARCHITECTURES", ARCHITECTURES).split()
-    return [a for a in asked if f"sm_{a}" in known or f"sm_{a.removesuffix('a')}" in known]
+    return [a for a in asked if f"sm_{a}" in known]
+
+
+def host_compiler(cxx: str) -> str:
+    """For nvcc, which takes one word: not ccache before it, nor options after it."""
+    return list(itertools.takewhile(lambda word: not word.startswith("-"), shlex.split(cxx)))[-1]
+
+
+def by_nvcc(flags: str) -> str:
+    """Options for the linker, as nvcc passes them on: it knows -L and -l, and takes others apart at commas."""
+    words = []
+    for word in shlex.split(flags):
+        if not word.startswith(("-L", "-l")):
+            words.append("-Xcompiler")
+            word = word.replace(",", "\\,")
+        words.append(word)
+    return shlex.join(words).replace("$", "$$")
 
 
 class NinjaBuild(build_ext):
@@ -91,7 +113,7 @@ class NinjaBuild(build_ext):
         if nvcc:
             names = " ".join(cuda)
             flags += f" '-DEWA_CUDA=\"{names}\"'"
-            host = shlex.split(cxx)[0]
+            host = shlex.quote(host_compiler(cxx))
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda]
             codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
             link = f"{shlex.quote(nvcc)} -ccbin {host} -shared -cudart static -Xlinker --exclude-libs=ALL"
@@ -99,7 +121,9 @@ class NinjaBuild(build_ext):
         else:
             link = f"{cxx} -shared" if platform.system() != "Darwin" else f"{cxx} -bundle -undefined dynamic_lookup"
             cuda_flags = ""
-        text = [NINJA.format(cxx=cxx, nvcc=nvcc or "", link=link, ldflags=os.environ.get("LDFLAGS", ""))]
+        ldflags = os.environ.get("LDFLAGS", "")
+        ldflags = by_nvcc(ldflags) if nvcc else ldflags
+        text = [NINJA.format(cxx=cxx, nvcc=shlex.quote(nvcc or ""), link=link, ldflags=ldflags)]
         for name in CXX_SOURCES:
             # The same bits on every processor: no multiply and add in one rounding where there is such an instruction.
             exact = " -ffp-contract=off" if name.startswith("experts") else ""
@@ -119,7 +143,7 @@ def escape(path: Path) -> str:
 
 
 def run_ninja(folder: Path) -> None:
-    """Raises CompileError with the end of what the compiler said."""
+    """Raises CompileError with the errors, and the end of what the compiler said."""
     try:
         import ninja
 
@@ -133,7 +157,9 @@ def run_ninja(folder: Path) -> None:
     (folder / "build.log").write_text(result.stdout)
     print(result.stdout)
     if result.returncode != 0:
-        raise CompileError("\n".join(result.stdout.splitlines()[-30:]))
+        lines = result.stdout.splitlines()
+        errors = [line for line in lines[:-20] if re.search(r"\b(fatal|error)\b|FAILED", line)]
+        raise CompileError("\n".join([*errors[:10], *lines[-20:]]))
 
 
 setup(

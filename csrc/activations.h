@@ -65,13 +65,20 @@ struct GeluTanh {
     }
 };
 
+// v σ(kv), k > 0.
+EWA_INLINE ValueAndSlope sigmoid_gate(float v, float k) {
+    const float e = exponential(-std::fabs(k * v));
+    const float r = 1.0f / (1.0f + e);
+    const float sigmoid = v > 0.0f ? r : e * r;
+    return {v * sigmoid, sigmoid + v * e * r * r * k};
+}
+
+struct QuickGelu {
+    EWA_INLINE ValueAndSlope at(float v) { return sigmoid_gate(v, 1.702f); }
+};
+
 struct Silu {
-    EWA_INLINE ValueAndSlope at(float v) {
-        const float e = exponential(-std::fabs(v));
-        const float r = 1.0f / (1.0f + e);
-        const float sigmoid = v > 0.0f ? r : e * r;
-        return {v * sigmoid, sigmoid + v * e * r * r};
-    }
+    EWA_INLINE ValueAndSlope at(float v) { return sigmoid_gate(v, 1.0f); }
 };
 
 // Written so that a NaN passes.

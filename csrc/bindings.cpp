@@ -42,6 +42,7 @@ PYBIND11_MODULE(_C, m) {
     py::enum_<ewa::Activation>(m, "Activation")
         .value("gelu", ewa::Activation::gelu)
         .value("gelu_tanh", ewa::Activation::gelu_tanh)
+        .value("quick_gelu", ewa::Activation::quick_gelu)
         .value("relu", ewa::Activation::relu)
         .value("relu2", ewa::Activation::relu2)
         .value("silu", ewa::Activation::silu)
@@ -107,6 +108,7 @@ PYBIND11_MODULE(_C, m) {
             ewa::experts_pass_cuda(table, scalars, pointer<uint32_t>(counter), device, pointer<void>(stream));
         },
         unlocked);
+    m.def("cuda_versions", &ewa::cuda_versions);
     m.attr("cuda") = EWA_CUDA;
 #else
     m.attr("cuda") = py::none();

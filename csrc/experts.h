@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "elements.h"
@@ -57,5 +58,8 @@ void experts_pass_cpu(const Table& table, const Scalars& scalars);
 
 // `counter`: one zero, for this stream, left zero; used if any member has a gradient. Throws std::runtime_error.
 void experts_pass_cuda(const Table& table, const Scalars& scalars, uint32_t* counter, int device, void* stream);
+
+// (newest CUDA that the driver knows, 0 without one; CUDA that this was built with), as 1000·major + 10·minor.
+std::pair<int, int> cuda_versions();
 
 }  // namespace ewa

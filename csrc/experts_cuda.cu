@@ -346,13 +346,16 @@ void launch(const Plan& plan, Parameters<kStep>& p, int device, cudaStream_t str
     p.adam_vectors = kStep ? plan.max_experts * sizeof(Adam<double>) / vector_bytes + 1 : 0;
     int threads = max_threads, limit = 0;
     check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+    const auto kernel = experts_pass<kHeld, kStep>;
     if (kHeld == 0) {
-        const int room = limit / vector_bytes - p.adam_vectors;
+        cudaFuncAttributes attributes;
+        check(cudaFuncGetAttributes(&attributes, kernel), "shared memory");
+        // What the kernel declares itself counts against the same limit.
+        const int room = (limit - static_cast<int>(attributes.sharedSizeBytes)) / vector_bytes - p.adam_vectors;
         while (threads > 32 && plan.max_experts * threads > room) threads /= 2;
         p.staged = std::min(plan.max_experts, room / threads);
     }
     const int bytes = (p.adam_vectors + p.staged * threads) * vector_bytes;
-    const auto kernel = experts_pass<kHeld, kStep>;
     if (bytes > 48 * 1024)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
     cudaLaunchConfig_t config{};
@@ -407,6 +410,13 @@ void experts_pass_cuda(const Table& table, const Scalars& scalars, uint32_t* cou
     for (const Member& member : table.members) any_step = any_step || member.grad != nullptr || member.copy != nullptr;
     const auto pass = any_step ? run_pass<true> : run_pass<false>;
     pass(table, scalars, counter, device, static_cast<cudaStream_t>(stream));
+}
+
+std::pair<int, int> cuda_versions() {
+    int driver = 0, runtime = 0;
+    check(cudaDriverGetVersion(&driver), "driver's version");
+    check(cudaRuntimeGetVersion(&runtime), "runtime's version");
+    return {driver, runtime};
 }
 
 }  // namespace ewa

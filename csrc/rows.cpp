@@ -126,6 +126,7 @@ EWA_INLINE void activate_backward_row(bool gated, int64_t d_ff, const float* sca
     }
 EWA_ROWS(Gelu)
 EWA_ROWS(GeluTanh)
+EWA_ROWS(QuickGelu)
 EWA_ROWS(Relu)
 EWA_ROWS(Relu2)
 EWA_ROWS(Silu)
@@ -144,8 +145,13 @@ struct Rows {
 
 // In the order of `Activation`.
 const Rows rows_of[] = {
-    {forward_Gelu, backward_Gelu}, {forward_GeluTanh, backward_GeluTanh}, {forward_Relu, backward_Relu},
-    {forward_Relu2, backward_Relu2}, {forward_Silu, backward_Silu}, {forward_Identity, backward_Identity},
+    {forward_Gelu, backward_Gelu},
+    {forward_GeluTanh, backward_GeluTanh},
+    {forward_QuickGelu, backward_QuickGelu},
+    {forward_Relu, backward_Relu},
+    {forward_Relu2, backward_Relu2},
+    {forward_Silu, backward_Silu},
+    {forward_Identity, backward_Identity},
 };
 
 }  // namespace

@@ -8,7 +8,7 @@
 
 namespace ewa {
 
-enum class Activation { gelu, gelu_tanh, relu, relu2, silu, identity };
+enum class Activation { gelu, gelu_tanh, quick_gelu, relu, relu2, silu, identity };
 
 // out[i] = the token of grouped row i; specified by ewa_kernels/reference.py.
 void random_permutation(int64_t num_tokens, uint64_t seed, int32_t* out);

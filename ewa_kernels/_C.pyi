@@ -5,6 +5,7 @@ from collections.abc import Sequence
 class Activation:
     gelu: Activation
     gelu_tanh: Activation
+    quick_gelu: Activation
     relu: Activation
     relu2: Activation
     silu: Activation
@@ -65,3 +66,6 @@ class Scalars:
 
 def experts_pass_cpu(table: Table, scalars: Scalars) -> None: ...
 def experts_pass_cuda(table: Table, scalars: Scalars, counter: int, device: int, stream: int) -> None: ...
+
+# (of the driver, of the build), as 1000 * major + 10 * minor. Where `cuda` is None, there is no such function.
+def cuda_versions() -> tuple[int, int]: ...

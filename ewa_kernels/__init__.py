@@ -3,7 +3,7 @@
 Source: "Experts Weights Averaging: A New General Training Scheme for Vision Transformers", arXiv 2308.06093.
 """
 
-from ewa_kernels import functional, optim, reference
+from ewa_kernels import functional, integrations, optim, reference
 from ewa_kernels.averaging import (
     ConstantShareRate,
     CosineShareRate,
@@ -11,13 +11,16 @@ from ewa_kernels.averaging import (
     LinearShareRate,
 )
 from ewa_kernels.backends import BackendError
+from ewa_kernels.decay import weight_decay_groups
 from ewa_kernels.modules import FFN, RandomPartitionMoE, expert_tensors
 from ewa_kernels.surgery import (
     find_ffns,
     fold_,
     folded_state_dict,
+    load_unfolded_,
     register_ffn_adapter,
     replace_ffn_,
+    save_unfolded,
 )
 from ewa_kernels.version import VERSION
 
@@ -37,8 +40,12 @@ __all__ = [
     "fold_",
     "folded_state_dict",
     "functional",
+    "integrations",
+    "load_unfolded_",
     "optim",
     "reference",
     "register_ffn_adapter",
     "replace_ffn_",
+    "save_unfolded",
+    "weight_decay_groups",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ewa_kernels import checks, functional
+from ewa_kernels import checks, functional, shards
 from ewa_kernels.modules import expert_tensors
 
 Experts = Tensor | Sequence[Tensor]
@@ -152,6 +153,7 @@ class ExpertAverager:
         experts = self._given
         if self._model is not None:
             experts = dict(expert_tensors(self._model))
+            _check_not_flattened(experts)
         if not experts:
             found = "an empty iterable"
             if self._model is not None:
@@ -207,36 +209,40 @@ class ExpertAverager:
         """Makes each real step of `optimizer` end with `step()`, until `remove()` is called on the result.
 
         A step that GradScaler skipped is no real step, nor is the one that
-        torch.distributed.checkpoint.state_dict makes at learning rate 0 to create the optimizer's state.
+        torch.distributed.checkpoint.state_dict makes at learning rate 0 to create the optimizer's state. Copied or
+        pickled together with the optimizer, the averager is attached to the copy of it.
 
         Raises:
-            TypeError: not a torch.optim.Optimizer.
+            TypeError: not a torch.optim.Optimizer, or one without hooks, as wrappers are.
             ValueError: attached already, to this optimizer or another: each step would average twice.
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        attachment = self.hand_over()
+        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            raise TypeError(
+                f"optimizer must have step hooks, got {type(optimizer).__name__}: attach to the optimizer it wraps"
+            )
+        attachment = self.hand_over(optimizer)
         attachment.hook(optimizer)
         return attachment
 
-    def hand_over(self) -> Attachment:
+    def hand_over(self, optimizer: Optimizer | None = None) -> Attachment:
         """For an optimizer that averages by itself, as `ewa_kernels.optim.AdamW` does: as if attached to it."""
         if self._attachment is not None and self._attachment.active:
             raise ValueError(
                 "optimizer must be the only one attached to, but the averager is attached already: "
-                "call remove() on what attach returned"
+                "call remove() on what attach returned, or delete the optimizer that has it"
             )
-        self._attachment = Attachment(self)
+        self._attachment = Attachment(self, optimizer)
         return self._attachment
 
     @torch.no_grad()
     def spread(self) -> dict[str, float]:
-        """Root mean square distance of the experts from their mean, per tensor, in float64."""
-        return {name: _rms_distance(experts) for name, experts in self._experts().items()}
+        """Root mean square distance of the experts from their mean, per tensor, in float64.
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy is attached to nothing: the optimizer's hooks call the original.
-        return {**self.__dict__, "_attachment": None}
+        Of sharded experts it is that of all processes together, which must all make the call.
+        """
+        return {name: _rms_distance(experts) for name, experts in self._experts().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps taken, and the schedule in words, to tell a resumed run from another."""
@@ -270,25 +276,54 @@ def _named(experts: Any) -> dict[str, Experts]:
         name, group = item if is_pair else (str(i), item)
         if name in named:
             raise ValueError(f"experts must have names of their own, got {name!r} twice")
+        if not isinstance(group, Iterable):
+            raise TypeError(
+                f"experts[{repr(name) if is_pair else name}] must be a stacked tensor [E, ...] or a list of E "
+                f"tensors, got {type(group).__name__}"
+            )
         named[name] = group if isinstance(group, Tensor) else list(group)
-    checks.experts(named.values())
+    checks.experts(shards.Experts(named.values(), exchange=False).local)
     return named
 
 
+def _check_not_flattened(experts: Mapping[str, Experts]) -> None:
+    """A flat piece of experts would pass for experts of one number each."""
+    for name, tensor in experts.items():
+        ndim = {"weight": 3, "bias": 2}.get(name.rpartition(".")[2])
+        if ndim is not None and isinstance(tensor, Tensor) and tensor.ndim != ndim:
+            raise ValueError(
+                f"{name} must have {ndim} dimensions, the first for the experts, got shape {list(tensor.shape)}: "
+                "FullyShardedDataParallel and ZeRO-3 flatten parameters; use torch.distributed.fsdp.fully_shard"
+            )
+
+
 def _rms_distance(experts: Experts) -> float:
-    stacked = experts if isinstance(experts, Tensor) else torch.stack(tuple(experts))
+    if isinstance(experts, Tensor):
+        whole = shards.whole_experts(experts)
+        stacked, numel = shards.local(whole), experts.numel()
+    else:
+        whole = experts[0]
+        stacked, numel = torch.stack([shards.local(expert) for expert in experts]), len(experts) * whole.numel()
     wide = stacked.to(torch.float64)
-    return (wide - wide.mean(dim=0)).square().mean().sqrt().item()
+    total = (wide - wide.mean(dim=0)).square().sum()
+    if shards.is_sharded(whole):
+        total = shards.sum_over_shards(total, whole)
+    return (total / numel).sqrt().item()
 
 
 class Attachment:
-    """That an averager runs after an optimizer's steps, until `remove()`."""
+    """That an averager runs after an optimizer's steps, until `remove()`, or until the optimizer is gone."""
 
-    def __init__(self, averager: ExpertAverager):
-        self.active = True
+    def __init__(self, averager: ExpertAverager, optimizer: Optimizer | None):
         self._averager = averager
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self._had_state = False
+        self._removed = False
         self._handles: list[RemovableHandle] = []
+
+    @property
+    def active(self) -> bool:
+        return not self._removed and (self._optimizer is None or self._optimizer() is not None)
 
     def hook(self, optimizer: Optimizer) -> None:
         self._handles = [
@@ -299,7 +334,19 @@ class Attachment:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self.active = False
+        self._removed = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        optimizer = None if self._optimizer is None or self._removed else self._optimizer()
+        return {"averager": self._averager, "optimizer": optimizer, "hooked": bool(self._handles)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """torch copies an optimizer without its hooks."""
+        optimizer = state["optimizer"]
+        self.__init__(state["averager"], optimizer)  # type: ignore[misc]
+        self._removed = optimizer is None
+        if optimizer is not None and state["hooked"]:
+            self.hook(optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._had_state = len(optimizer.state) > 0
@@ -312,7 +359,13 @@ class Attachment:
 
 def is_dry_run(optimizer: Optimizer, had_state: bool) -> bool:
     """Whether a step only creates the optimizer's state: a first one, at learning rate 0, with gradients of 0."""
-    if had_state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
+    rates = [group["lr"] for group in optimizer.param_groups]
+    # That of a dry run is on the CPU, and one on a GPU may not be read here.
+    if had_state or any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
         return False
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return all(p.grad is None or not p.grad.any() for p in parameters)
+    if any(float(lr) != 0 for lr in rates):
+        return False
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    has_grad = any(p.grad is not None and bool(shards.local(p.grad).any()) for p in parameters)
+    # A process may hold nothing but empty shards, or zeros by chance: all must come to the same answer.
+    return not shards.any_process(has_grad, parameters)

@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from ewa_kernels import checks
-from ewa_kernels.kernels import extension, fused
+from ewa_kernels.kernels import experts, extension, fused
 from ewa_kernels.version import VERSION
 
 BACKENDS = ("auto", "reference", "torch", "triton", "triton-single", "triton-split", "triton-onchip", "cuda", "cpp")
@@ -59,7 +59,9 @@ _warned: set[str] = set()
 
 def _warn_once_of_slowness(operation: str, found: str, device: torch.device) -> None:
     """Where the extension would be faster and is not there: one warning for all operations on a kind of device."""
-    missing = {"cpu": extension.WHY_NOT, "cuda": extension.WHY_NOT_CUDA}.get(device.type)
+    missing = extension.WHY_NOT if device.type == "cpu" else None
+    if device.type == "cuda":
+        missing = extension.WHY_NOT_CUDA or experts.old_driver()
     expected = {"cpu": "cpp", "cuda": "cuda"}.get(device.type)
     if missing is None or device.type in _warned or expected not in _IMPLEMENTED[operation]:
         return
@@ -103,7 +105,7 @@ def _why_not_cuda(device: torch.device) -> str | None:
         return "it is for CUDA devices"
     if torch.version.hip:
         return "it is for NVIDIA's GPUs"
-    return extension.WHY_NOT_CUDA or _too_old(device)
+    return extension.WHY_NOT_CUDA or experts.old_driver() or _too_old(device)
 
 
 def _too_old(device: torch.device) -> str | None:

@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ewa_kernels import checks, ops, reference
+from ewa_kernels import checks, ops, reference, shards
 from ewa_kernels.backends import resolve
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -94,7 +94,7 @@ def moe_ffn(
         down_weight: `[E, D, F]`.
         down_bias: `[E, D]` or None.
         seed: int in 0…2⁶³−1, or int64 tensor with one element, on the CPU or on x's device.
-        activation: gelu (erf), gelu_tanh, relu, relu2, silu or identity.
+        activation: gelu (erf), gelu_tanh, quick_gelu, relu, relu2, silu or identity.
         gated: see above.
         dropout_p: probability in [0, 1] with which an element of hidden is dropped; drawn from `seed` too.
         backend: auto, reference, or one that `python -m ewa_kernels` lists.
@@ -207,30 +207,36 @@ def average_experts_(
 
     Args:
         tensors: stacked experts, each `[E, ...]`, float16, bfloat16, float32 or float64; E may differ from one
-            to the next. In place of a stacked tensor, a list of E tensors of one shape, dtype and device.
+            to the next. In place of a stacked tensor, a list of E tensors of one shape, dtype and device. DTensors,
+            of all processes together, are averaged shard by shard; only where the expert dimension itself is
+            sharded are shards exchanged, and then every process must make the call.
         share_rate: β in [0, 1]: a float, or a one-element floating tensor. One on a GPU is read there, without
             a host sync, and so its range is not checked.
         backend: auto, cuda, cpp or reference.
         rounding: of 16-bit tensors, which are computed in float32: "stochastic" keeps the mean on average over
             steps, however small the share rate; "nearest" loses what is less than half a unit in the last place.
         seed: of stochastic rounding: int in 0…2⁶³−1 or int64 tensor with one element. It must be another one at
-            each step. None draws it from torch's default generator, if there are 16-bit tensors.
+            each step. None draws it from torch's default generator, if there are 16-bit tensors. Processes which
+            hold the same numbers round them alike if they give the same seed.
         found_inf: one-element tensor: if it is not 0 nothing changes. One on a GPU is read there.
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.
         ValueError: a tensor has no expert dimension, tensors or their elements share memory, a list of experts
-            does not match, or share_rate or seed is out of range. Nothing has been changed then.
+            does not match, a DTensor is Partial, or share_rate or seed is out of range. Nothing has been changed
+            then.
         BackendError: the backend cannot run here.
 
     Source: equation 6 of arXiv 2308.06093.
     """
-    flat, group_sizes = checks.experts(tensors)
     beta = checks.share_rate_tensor(share_rate)
     checks.choice("rounding", rounding, ROUNDINGS)
-    seed = None if seed is None else checks.seed_tensor(seed, _device_of(flat))
     if found_inf is not None:
         checks.one_element("found_inf", found_inf)
+    with torch.no_grad():
+        experts = shards.Experts(tensors, exchange=isinstance(share_rate, Tensor) or share_rate != 0)
+    flat, group_sizes = checks.experts(experts.local)
+    seed = None if seed is None else checks.seed_tensor(seed, _device_of(flat))
     chosen = {resolve("average_experts_", backend, device) for device in {t.device for t in flat}}
     low_precision = [t for t in flat if t.element_size() == 2]
     if rounding == "nearest" or not low_precision:
@@ -240,7 +246,16 @@ def average_experts_(
     with torch.no_grad():
         # "cpp" and "cuda" are one implementation, which looks at each tensor's device.
         native = chosen and "reference" not in chosen
-        ops.average_experts_(flat, group_sizes, beta, found_inf, seed, chosen.pop() if native else "reference")
+        chosen_backend = chosen.pop() if native else "reference"
+        # Without random bits nothing depends on which shard this is, and all goes into one pass.
+        keys = experts.keys if seed is not None else [0] * len(group_sizes)
+        for key in sorted(set(keys)):
+            groups = [group for group, of_group in zip(experts.local, keys, strict=True) if of_group == key]
+            sizes = [size for size, of_group in zip(group_sizes, keys, strict=True) if of_group == key]
+            members = [t for group in groups for t in ([group] if isinstance(group, Tensor) else group)]
+            key_seed = None if seed is None else shards.seed_of(seed, key)
+            ops.average_experts_(members, sizes, beta, found_inf, key_seed, chosen_backend)
+        experts.write_back()
 
 
 def _device_of(tensors: Sequence[Tensor]) -> torch.device:
@@ -254,9 +269,11 @@ def merge_experts(tensor: Tensor) -> Tensor:
     Raises:
         TypeError: `tensor` is not a floating-point tensor.
         ValueError: it has no expert dimension, or no expert.
+
+    The mean of a DTensor is one, made without communication unless the expert dimension is sharded.
     """
     checks.stacked("tensor", tensor)
-    return reference.merge_experts(tensor)
+    return reference.merge_experts(shards.whole_experts(tensor))
 
 
 def draw_seed(x: Tensor) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewa_kernels import backends, checks, functional, reference
+from ewa_kernels import backends, checks, functional, reference, shards
+
+# Living ones, by which a function that is given a parameter alone can tell that it holds experts.
+_expert_linears: weakref.WeakSet[ExpertLinear] = weakref.WeakSet()
 
 
 class ExpertLinear(nn.Module):
@@ -32,11 +37,21 @@ class ExpertLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
+        _expert_linears.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, which is not initialised
+        super().__setstate__(state)
+        _expert_linears.add(self)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws each expert afresh, as `nn.Linear` does: uniform in ±1/√in_features."""
         bound = self.weight.shape[-1] ** -0.5
+        if shards.is_sharded(self.weight):
+            # One expert of it may be a copy, gathered from other processes.
+            for parameter in self.parameters():
+                nn.init.uniform_(parameter, -bound, bound)
+            return
         for e in range(len(self.weight)):
             nn.init.uniform_(self.weight[e], -bound, bound)
             if self.bias is not None:
@@ -109,7 +124,7 @@ class RandomPartitionMoE(nn.Module):
         d_model: D.
         d_ff: F, size of hidden.
         num_experts: E.
-        activation: gelu (erf), gelu_tanh, relu, relu2, silu or identity.
+        activation: gelu (erf), gelu_tanh, quick_gelu, relu, relu2, silu or identity.
         gated: hidden = act(pre[:F]) * pre[F:], with 2F rows in `up`, gate first.
         bias: whether both projections have one.
         dropout: probability in [0, 1] with which an element of hidden is dropped in training.
@@ -119,6 +134,8 @@ class RandomPartitionMoE(nn.Module):
     Attributes:
         up.weight, up.bias: `[E, F, D]`, `[E, F]` (2F if gated). Each expert starts as `nn.Linear` does.
         down.weight, down.bias: `[E, D, F]`, `[E, D]`.
+        seed_offset: int in 0…2⁶³−1, which changes every seed that is drawn; see
+            `ewa_kernels.integrations.fsdp.fold_rank_into_seed_`.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, or out of range.
@@ -147,6 +164,7 @@ class RandomPartitionMoE(nn.Module):
         checks.boolean("recompute", recompute)
         self.activation, self.gated, self.dropout = activation, gated, dropout
         self.backend, self.recompute = backend, recompute
+        self.seed_offset = 0
         num_up = 2 * d_ff if gated else d_ff
         self.up = ExpertLinear(num_experts, d_model, num_up, bias, device, dtype)
         self.down = ExpertLinear(num_experts, d_ff, d_model, bias, device, dtype)
@@ -186,6 +204,8 @@ class RandomPartitionMoE(nn.Module):
             return self._forward_merged(x)
         if seed is None:
             seed = functional.draw_seed(x)
+            if self.seed_offset != 0:
+                seed = seed ^ self.seed_offset
         return functional.moe_ffn(
             x,
             *parameters,
@@ -233,6 +253,11 @@ class RandomPartitionMoE(nn.Module):
             f"activation={self.activation}, gated={self.gated}, dropout={self.dropout}, "
             f"backend={self.backend}, recompute={self.recompute}"
         )
+
+
+def holds_experts(parameter: Tensor) -> bool:
+    """Whether it is, at this moment, a stacked tensor of a `RandomPartitionMoE` of this process."""
+    return any(parameter is p for linear in list(_expert_linears) for p in linear._parameters.values())
 
 
 def expert_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -7,11 +7,15 @@ A seed is always an int64 tensor with one element, on the CPU or on the device o
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx.traceback as fx_traceback
 from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ewa_kernels import reference
 from ewa_kernels.kernels import blocked_ffn, cpp_rows, experts, extension, fused
@@ -55,7 +59,7 @@ def draw_seed_on_host(device: torch.device) -> int:
     generator = torch.cuda.default_generators[index]
     offset = generator.get_offset()
     generator.set_offset(offset + 4)  # it must be a multiple of four
-    return seed_from_state(generator.initial_seed(), offset)
+    return _checked_seed(seed_from_state(generator.initial_seed(), offset))
 
 
 def seed_from_state(initial_seed: int, offset: int) -> int:
@@ -72,22 +76,88 @@ def _mix64(z: int) -> int:
     return z ^ z >> 31
 
 
+# The seeds last drawn, more than there can be layers times batches between a forward and its backward.
+_drawn: OrderedDict[int, None] = OrderedDict()
+_MAX_DRAWN = 65536
+
+
+def _checked_seed(seed: int) -> int:
+    """The seed, which in backward must be one that forward drew: there a deal is only ever made again."""
+    if torch._C._current_graph_task_id() == -1:
+        _drawn[seed] = None
+        _drawn.move_to_end(seed)
+        if len(_drawn) > _MAX_DRAWN:
+            _drawn.popitem(last=False)
+    elif seed not in _drawn:
+        raise RuntimeError(
+            "RandomPartitionMoE was computed again in backward with another deal of the tokens than in forward, so "
+            "that gradients would be wrong: use checkpointing with preserve_rng_state=True, or give the layer its seed"
+        )
+    return seed
+
+
 def _draw_seed(like: Tensor) -> Tensor:
     if like.is_cuda and not torch.cuda.is_current_stream_capturing():
         return torch.full((), draw_seed_on_host(like.device), dtype=torch.int64, device=like.device)
     # In a CUDA graph the seed must be drawn by the graph, in each replay.
     # `high` is exclusive and at most the largest int64, so 2^63 − 1 alone is never drawn.
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device)
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device)
+    if seed.device.type == "cpu":
+        _checked_seed(int(seed))
+    return seed
 
 
-# An operation of its own, so that a compiled model draws the very seed that the eager model draws, and so
-# that the compiler, which may recompute a torch.randint in backward, sees one random value and keeps it.
+# An operation of its own, so that a compiled model draws the very seed that the eager model draws.
 draw_seed = _define(
     "draw_seed(Tensor like) -> Tensor",
     _draw_seed,
     lambda like: like.new_empty((), dtype=torch.int64),
     tags=(torch.Tag.nondeterministic_seeded,),
 )
+
+
+def _draw_seed_to_be_saved(like: Tensor) -> Tensor:
+    """The compiler may compute in backward again what is cheaper to compute than to keep, random numbers too.
+
+    What it traces is marked as selective checkpointing marks what a policy says must be saved. With a memory budget
+    of 0 the compiler heeds no mark.
+    """
+    meta = fx_traceback.current_meta
+    is_traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    if is_traced and torch.is_grad_enabled():
+        region = meta.get("custom", {}).get("_region_activation_memory_budget")
+        if (functorch_config.activation_memory_budget if region is None else region) == 0:
+            raise RuntimeError(
+                "RandomPartitionMoE needs an activation_memory_budget above 0, however small: with 0 torch.compile "
+                "would deal the tokens anew in backward, and gradients would be wrong. Or give the layer its seed"
+            )
+    before = meta.get("recompute")
+    meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return draw_seed(like)
+    finally:
+        del meta["recompute"]
+        if before is not None:
+            meta["recompute"] = before
+
+
+_LIBRARY.impl("draw_seed", _draw_seed_to_be_saved, "Autograd")
+
+
+def _draw_seeds(info: Any, in_dims: tuple[int, ...], like: Tensor) -> tuple[Tensor, int | None]:
+    """Under torch.func.vmap, whose `randomness` says whether all of the batch are dealt alike."""
+    if info.randomness == "error":
+        raise RuntimeError(
+            "RandomPartitionMoE deals the tokens at random, which vmap must be told to allow: vmap(…, "
+            'randomness="same") or "different", or give the layer its seed'
+        )
+    if info.randomness == "same":
+        return draw_seed(like), None
+    return torch.stack([draw_seed(like) for _ in range(info.batch_size)]), 0
+
+
+torch.library.register_vmap("ewa_kernels::draw_seed", _draw_seeds, lib=_LIBRARY)
 
 
 # --- moe_ffn ---

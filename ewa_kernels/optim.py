@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import adamw
 
-from ewa_kernels import backends, checks, functional, ops
+from ewa_kernels import backends, checks, functional, ops, shards
 from ewa_kernels.averaging import ExpertAverager, is_dry_run
 from ewa_kernels.kernels import copies
 from ewa_kernels.kernels.experts import MAX_EXPERTS
 
 __all__ = ["AdamW"]
+
+_warned: set[str] = set()
 
 
 class _State(NamedTuple):
@@ -40,7 +43,8 @@ class AdamW(torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, maximize, capturable: as in torch.
         averager: what to average after each step, or None. It must not be attached or stepped as well. Experts that
-            have no gradient, or are not among `params`, are averaged too.
+            have no gradient, or are not among `params`, are averaged too. Each process makes
+            the pass over its own shards of DTensors.
         bf16_copies: write a bfloat16 copy of every float32 weight of `RandomPartitionMoE` that the averager has, in
             the same pass: under bfloat16 autocast the layer then casts no weights, for 2 bytes more per element. Not
             for models whose parameters are changed through `.data`, which nobody can notice.
@@ -49,7 +53,7 @@ class AdamW(torch.optim.AdamW):
 
     Raises:
         ValueError, TypeError: an argument is out of range or of a wrong type; amsgrad; `averager` is attached
-            already; `bf16_copies` without an averager.
+            already; `bf16_copies` without an averager, or (at a step) of sharded parameters.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class AdamW(torch.optim.AdamW):
         )
         self._check_groups()
         if averager is not None:
-            averager.hand_over()
+            averager.hand_over(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "averager": self.averager, "bf16_copies": self.bf16_copies}
@@ -99,6 +103,7 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, and one of the averager. Args and Returns: as in torch."""
         self._check_groups()
+        self._check_copies()
         _health_check(self)
         loss = None
         if closure is not None:
@@ -110,14 +115,19 @@ class AdamW(torch.optim.AdamW):
         # What can be wrong with the averager is found out before anything changes.
         averager = None if is_dry_run(self, had_state=len(self.state) > 0) else self.averager
         experts = [] if averager is None else averager.experts()
-        checked = checks.experts(experts)
+        held = shards.Experts(experts, exchange=False)
+        checked = checks.experts(held.local)
         share_rate, seed = (0.0, None) if averager is None else averager.next_step()
+        self._check_parameters(checked[0])
         states = self._states()
-        if self._why_not(states, experts) is None:
-            self._one_pass(states, *checked, share_rate, seed, found_inf)
+        reason = self._why_not(states, experts, held)
+        if reason is None:
+            states = _local_states(states, found_inf)
+            self._one_pass(states, *checked, share_rate, seed, held.keys[0] if held.keys else 0, found_inf)
             if averager is not None:
                 averager.num_steps += 1
         else:
+            _warn_once_of_slowness(reason)
             self._step_by_torch(states, found_inf)
             if averager is not None:
                 averager.step(found_inf)
@@ -126,6 +136,27 @@ class AdamW(torch.optim.AdamW):
     def _check_groups(self) -> None:
         if any(group["amsgrad"] for group in self.param_groups):
             raise ValueError("amsgrad must be False, got True: use torch.optim.AdamW and averager.attach(optimizer)")
+
+    def _check_parameters(self, experts: list[Tensor]) -> None:
+        """An expert that is no parameter itself may not be in a parameter's memory: two steps would race there."""
+        parameters = set()
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    checks.floating(f"param_groups[{i}]['params'][{j}]", p)
+                    parameters.add(shards.local(p))
+        others = [t for t in experts if t not in parameters]
+        if others:
+            named = [(f"an averager's tensor of shape {list(t.shape)}", t) for t in others]
+            named += [(f"a parameter of shape {list(p.shape)}", p) for p in parameters]
+            checks.own_memory(named)
+
+    def _check_copies(self) -> None:
+        if self.bf16_copies and any(shards.is_sharded(p) for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                "bf16_copies must be False for sharded parameters, got True: fully_shard with "
+                "MixedPrecisionPolicy(param_dtype=torch.bfloat16) gathers them in bfloat16"
+            )
 
     def _states(self) -> dict[Tensor, _State]:
         """Of every parameter with a gradient; a first step creates them."""
@@ -146,19 +177,29 @@ class AdamW(torch.optim.AdamW):
                     )
         return states
 
-    def _why_not(self, states: dict[Tensor, _State], experts: list[Any]) -> str | None:
-        """Why torch must make the step; None if the extension can."""
-        groups = [[group] if isinstance(group, Tensor) else group for group in experts]
-        tensors = [*states, *(state.grad for state in states.values()), *(t for group in groups for t in group)]
+    def _why_not(self, states: dict[Tensor, _State], experts: list[Any], held: shards.Experts) -> str | None:
+        """Why torch must make the step; None if the extension can, "" where `backends` has warned of that already.
+
+        `held`: of the experts, by this process.
+        """
+        if len(held.local) < len(experts):
+            return "processes hold a part of the experts only"
+        groups = [[group] if isinstance(group, Tensor) else group for group in held.local]
+        members = [t for group in groups for t in group]
+        if len(set(held.keys)) > 1 and self._rounds_stochastically(members):
+            return "random bits differ from shard to shard, but not those of what every process holds"
+        if not all(shards.is_alike(tensor, p) for p, state in states.items() for tensor in state[:3]):
+            return "gradients or moments are sharded in another way"
+        tensors = [*map(shards.local, states), *(shards.local(state.grad) for state in states.values()), *members]
         for device in {t.device for t in tensors}:
             if backends.resolve("adamw", "auto", device) == "torch":
-                return "the extension is not built for it"
+                return ""
         if any(type(t) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) for t in tensors):
-            return "subclasses of Tensor may lie elsewhere"
+            return "subclasses of Tensor may keep their values elsewhere"
         if any(p.dtype != state.grad.dtype or p.dtype != state.exp_avg.dtype for p, state in states.items()):
             return "gradients or moments are of another dtype"
         if any(len(group) > MAX_EXPERTS for group in experts):
-            return "too many experts"
+            return f"the extension averages at most {MAX_EXPERTS} experts"
         return None
 
     def _one_pass(
@@ -168,9 +209,10 @@ class AdamW(torch.optim.AdamW):
         group_sizes: list[int],
         share_rate: float,
         seed: int | None,
+        key: int,
         found_inf: Tensor | None,
     ) -> None:
-        """`flat`, `group_sizes`: the experts, as `ewa_kernels.ops.average_experts_` takes them."""
+        """`flat`, `group_sizes`: the experts, as `ewa_kernels.ops.average_experts_` takes them; `key`: of the shard."""
         alone = states.keys() - set(flat)
         params = [*flat, *(p for p in states if p in alone)]
         none = torch.empty(0)
@@ -196,18 +238,23 @@ class AdamW(torch.optim.AdamW):
             torch.tensor(share_rate, dtype=torch.float64, device="cpu"),
             getattr(self, "grad_scale", None),
             found_inf,
-            self._seed_tensor(flat, seed),
+            self._seed_tensor(flat, seed, key),
         )
         for p, copy in zip(params, fresh, strict=True):
             if copy.numel() > 0:
                 copies.register(p, copy)
 
-    def _seed_tensor(self, experts: list[Tensor], seed: int | None) -> Tensor | None:
+    def _rounds_stochastically(self, experts: list[Tensor]) -> bool:
+        stochastic = self.averager is not None and self.averager.rounding == "stochastic"
+        return stochastic and any(t.element_size() == 2 for t in experts)
+
+    def _seed_tensor(self, experts: list[Tensor], seed: int | None, key: int) -> Tensor | None:
         """Of stochastic rounding, if there is any."""
-        low_precision = [t for t in experts if t.element_size() == 2]
-        if self.averager is None or self.averager.rounding == "nearest" or not low_precision:
+        if not self._rounds_stochastically(experts):
             return None
-        return functional.draw_seed(low_precision[0]) if seed is None else checks.seed_tensor(seed, torch.device("cpu"))
+        if seed is not None:
+            return shards.seed_of(checks.seed_tensor(seed, torch.device("cpu")), key)
+        return shards.seed_of(functional.draw_seed(next(t for t in experts if t.element_size() == 2)), key)
 
     def _copy_of(self, parameter: Tensor) -> Tensor:
         """The copy to be written, which holds the parameter's values already: the step may be skipped."""
@@ -258,6 +305,25 @@ class AdamW(torch.optim.AdamW):
                 eps=group["eps"],
                 maximize=group["maximize"],
             )
+
+
+def _local_states(states: dict[Tensor, _State], found_inf: Tensor | None) -> dict[Tensor, _State]:
+    """What this process holds of them; of an empty shard only the number of steps, which is counted here."""
+    held = {}
+    for p, state in states.items():
+        grad, exp_avg, exp_avg_sq, step = map(shards.local, state[:4])
+        held[shards.local(p)] = _State(grad, exp_avg, exp_avg_sq, step, state.options)
+    for p in [p for p in held if p.numel() == 0]:
+        held.pop(p).step.add_(1 if found_inf is None else found_inf.reshape(()) == 0)
+    return held
+
+
+def _warn_once_of_slowness(reason: str) -> None:
+    if reason and reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"AdamW steps by torch's kernels and then averages, which is right but slower: {reason}", stacklevel=2
+        )
 
 
 def _health_check(optimizer: torch.optim.Optimizer) -> None:

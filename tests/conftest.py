@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined, at the import below
 if "EWA_TEST_EXTENSION" in os.environ:
     import extension_stand_in  # noqa: F401
+import vision  # noqa: F401
 from models import SwiGLU
 
 import ewa_kernels as ewa

@@ -176,7 +176,10 @@ def half():
 
 
 SKIPPED = [
-    (Residual(), "its output is not down(act(up(x))) with act any of gelu, gelu_tanh, relu, relu2, silu, identity"),
+    (
+        Residual(),
+        "its output is not down(act(up(x))) with act any of gelu, gelu_tanh, quick_gelu, relu, relu2, silu, identity",
+    ),
     (TinyResidual(), "its output is not down(act(up(x)))"),
     (Scaled(), "its output is not down(act(up(x)))"),
     (MixesTokens(), "its output is not down(act(up(x)))"),

@@ -1,6 +1,7 @@
 """Equation 6 and its use in a training loop."""
 
 import copy
+import gc
 import pickle
 import warnings
 
@@ -316,6 +317,16 @@ class TestExpertAverager:
         averager = ewa.ExpertAverager(model, 0.3)
         averager.attach(optimizer)
         copy.deepcopy(averager).attach(optimizer)
+
+    def test_may_be_attached_again_when_the_optimizer_is_gone(self):
+        model, optimizer = small_model()
+        averager = ewa.ExpertAverager(model, 0.3)
+        averager.attach(optimizer)
+        with pytest.raises(ValueError, match="on what attach returned, or delete the optimizer"):
+            ewa.optim.AdamW(model.parameters(), averager=averager)
+        del optimizer
+        gc.collect()
+        ewa.optim.AdamW(model.parameters(), averager=averager)
 
     def test_parameter_list(self):
         parameters = nn.ParameterList([nn.Parameter(experts_of(4, 3)), nn.Parameter(experts_of(2, 5))])

@@ -109,7 +109,7 @@ CASES = [
     (
         lambda: moe_ffn(activation="tanh"),
         ValueError,
-        "activation must be one of gelu, gelu_tanh, relu, relu2, silu, identity, got 'tanh'",
+        "activation must be one of gelu, gelu_tanh, quick_gelu, relu, relu2, silu, identity, got 'tanh'",
     ),
     (lambda: moe_ffn(dropout_p=1.5), ValueError, "dropout_p must be in [0, 1], got 1.5"),
     (lambda: moe_ffn(dropout_p=float("nan")), ValueError, "dropout_p must be in [0, 1], got nan"),
@@ -266,7 +266,7 @@ CASES = [
     (
         lambda: ewa.RandomPartitionMoE(8, 16, 4, activation="swish"),
         ValueError,
-        "activation must be one of gelu, gelu_tanh, relu, relu2, silu, identity, got 'swish'",
+        "activation must be one of gelu, gelu_tanh, quick_gelu, relu, relu2, silu, identity, got 'swish'",
     ),
     (lambda: ewa.RandomPartitionMoE(6, 8, 4)([1.0]), TypeError, "x must be a Tensor, got list"),
     (
@@ -304,6 +304,13 @@ CASES = [
         ValueError,
         "up must be one name, or two for a GLU, got []",
     ),
+    # weight decay
+    (
+        lambda: ewa.weight_decay_groups(Mlp(), True),
+        TypeError,
+        "weight_decay must be a number of at least 0, got bool True",
+    ),
+    (lambda: ewa.weight_decay_groups(Mlp(), 1e999), ValueError, "weight_decay must be finite and at least 0, got inf"),
     # averager
     (
         lambda: ewa.ExpertAverager(nn.Linear(2, 2), 0.3),
@@ -330,6 +337,16 @@ CASES = [
         lambda: ewa.register_ffn_adapter(Mlp, up=3, down="fc2"),
         TypeError,
         "up and down must be names of nn.Linear modules, got int 3",
+    ),
+    (
+        lambda: ewa.ExpertAverager([E46, 3], 0.3),
+        TypeError,
+        "experts[1] must be a stacked tensor [E, ...] or a list of E tensors, got int",
+    ),
+    (
+        lambda: ewa.ExpertAverager([("w", None)], 0.3),
+        TypeError,
+        "experts['w'] must be a stacked tensor [E, ...] or a list of E tensors, got NoneType",
     ),
     (lambda: ewa.ExpertAverager([E46], 2), ValueError, "share_rate must be in [0, 1], got 2"),
     (lambda: ewa.ExpertAverager([E46], lambda step: 7.0).step(), ValueError, "share_rate must be in [0, 1], got 7.0"),

@@ -273,13 +273,27 @@ class TestStochasticRounding:
 class TestSharedMemory:
     def test_overlapping_tensors(self):
         memory = torch.zeros(100)
-        for tensors in (
-            [memory[:40].view(4, 10), memory[30:70].view(4, 10)],
-            [[memory[:10], memory[5:15]]],
-            [torch.as_strided(memory, (4, 10), (5, 1))],
+        for tensors, shared in (
+            ([memory[:40].view(4, 10), memory[30:70].view(4, 10)], ", but shares some with"),
+            ([[memory[:10], memory[5:15]]], ", but shares some with"),
+            ([torch.as_strided(memory, (4, 10), (5, 1))], " for every element"),
         ):
-            with pytest.raises(ValueError, match="must have memory of its own, but shares some with"):
+            with pytest.raises(ValueError, match=f"must have memory of its own{shared}"):
                 average_experts_(tensors, 0.3)
+
+    def test_overlap_of_what_is_not_contiguous(self):
+        x, y = torch.zeros(4, 10), torch.zeros(6, 8)
+        for tensors in (
+            [x[:, ::2], x[:, ::2]],
+            [[y.T, y.T]],
+            [[y[:, ::2], y[:, ::2]]],
+            [x, x[:, ::2]],
+            [x.new_zeros(100).as_strided((4, 3, 2), (1, 4, 1))],
+            [x.new_zeros(300).as_strided((2, 3, 3), (100, 1, 1))],
+        ):
+            with pytest.raises(ValueError, match=r"must (have memory of its own|not be given twice)"):
+                average_experts_(tensors, 0.3)
+        average_experts_([x[:, ::2], x[:, 1::2]], 0.3)
 
     def test_interleaved_experts_are_fine(self):
         """A flat buffer for each expert, in which every parameter is a slice."""
@@ -334,10 +348,15 @@ def test_seeds_of_the_averager():
 @pytest.mark.skipif(os.environ.get("EWA_TEST_VARIANT") != "cuda-on-host", reason="has both kernels")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda_gives_the_bits_of_cpp(dtype, monkeypatch):
-    """Averaging of few and of many experts, and the AdamW step before it."""
+    """Averaging of few and of many experts, of more than shared memory holds, and the AdamW step before it.
+
+    By elements, by vectors, and in a slice that has elements before the first vector.
+    """
 
     def run():
-        params = [torch.nn.Parameter(experts_of(n, 1003, dtype=dtype)) for n in (2, 3, 4, 5, 8, 9, 40)]
+        shapes = [(n, numel) for n in (2, 3, 4, 5, 8, 9, 40) for numel in (64, 1003, 1008)]
+        tensors = [*(experts_of(*shape, dtype=dtype) for shape in shapes), experts_of(4, 1008, dtype=dtype)[:, 2:1002]]
+        params = [torch.nn.Parameter(t) for t in [*tensors, experts_of(300, 72, dtype=dtype)]]
         averager = ewa.ExpertAverager(params, 0.3)
         averager.step()
         averaged = [p.detach().clone() for p in params]

@@ -51,6 +51,16 @@ class TestFind:
 
         assert layout_of(Functional()).activation == "relu2"
 
+    def test_quick_gelu_is_that_of_transformers(self):
+        """Both as an FFN's activation and by itself, over its whole range."""
+        from transformers.activations import QuickGELUActivation
+
+        assert layout_of(Mlp(act=QuickGELUActivation)).activation == "quick_gelu"
+        v = torch.linspace(-30, 30, 2001, dtype=torch.float64)
+        torch.testing.assert_close(
+            ewa.reference.ACTIVATIONS["quick_gelu"](v), QuickGELUActivation()(v), rtol=1e-15, atol=0
+        )
+
     def test_large_ones_are_examined_as_narrow_copies(self, monkeypatch):
         widths = []
         run = probe._run

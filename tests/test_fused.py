@@ -68,7 +68,7 @@ def test_every_option(form, gated, bias, dropout_p):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2", "silu", "identity"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "identity"])
 def test_every_activation(activation, dtype):
     weights = parameters(2, 16, 48, gated=activation != "gelu", dtype=dtype)
     options = {"seed": 3, "activation": activation, "gated": activation != "gelu"}
@@ -111,11 +111,11 @@ def apply(v, activation):
     return outputs
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("gelu", 2e-7), ("gelu_16bit", 1e-5)])
+@pytest.mark.parametrize(("name", "tolerance"), [("gelu", 2e-7), ("gelu_16bit", 1e-5), ("quick_gelu", 2e-7)])
 def test_gelu_everywhere(name, tolerance):
-    """The polynomial that 16-bit tensors get, and the accurate one."""
+    """The polynomial that 16-bit tensors get, and the accurate ones."""
     v = torch.linspace(-12, 12, 4096, dtype=torch.float64, device=DEVICE).requires_grad_()
-    exact = torch.nn.functional.gelu(v)
+    exact = ewa.reference.ACTIVATIONS[name.removesuffix("_16bit")](v)
     (slope,) = torch.autograd.grad(exact.sum(), v)
     act, act_too, our_slope = apply(v.detach().float(), name)
     assert torch.equal(act, act_too)
@@ -124,7 +124,7 @@ def test_gelu_everywhere(name, tolerance):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
-@pytest.mark.parametrize("name", ["gelu", "gelu_16bit", "gelu_tanh", "relu", "relu2", "silu", "identity"])
+@pytest.mark.parametrize("name", ["gelu", "gelu_16bit", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "identity"])
 def test_activations_of_what_is_not_finite(name):
     """A NaN stays one, and +inf too (torch's GELU has a NaN there on some CPUs)."""
     v = torch.tensor([torch.nan, torch.inf, 1e4, -1e4], device=DEVICE)

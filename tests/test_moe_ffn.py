@@ -7,8 +7,9 @@ from parity import check_ffn, random_ffn
 
 import ewa_kernels as ewa
 from ewa_kernels.kernels import blocked_ffn
+from ewa_kernels.kernels.torch_rows import TorchRows
 
-ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "relu2", "silu", "identity"]
+ACTIVATIONS = ["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "identity"]
 BACKENDS = ["cpp", "torch", "reference"]
 
 
@@ -23,6 +24,7 @@ def test_specification_is_the_formula(activation, gated):
     act = {
         "gelu": lambda v: v * 0.5 * (1 + torch.erf(v / 2**0.5)),
         "gelu_tanh": lambda v: v * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (v + 0.044715 * v**3))),
+        "quick_gelu": lambda v: v / (1 + torch.exp(-1.702 * v)),
         "relu": lambda v: v * (v > 0),
         "relu2": lambda v: v * v * (v > 0),
         "silu": lambda v: v / (1 + torch.exp(-v)),
@@ -60,6 +62,15 @@ def test_every_activation_in_every_dtype(backend, dtype, activation, gated, bias
         gated=gated,
         backend=backend,
     )
+
+
+def test_quick_gelu_near_the_largest_float16():
+    """1.702 · pre is none any more."""
+    pre = torch.tensor([[[6e4, -6e4]]], dtype=torch.float16)
+    hidden, grad_pre = torch.full_like(pre, torch.nan), torch.full_like(pre, torch.nan)
+    TorchRows("quick_gelu", False).activate_backward(pre, torch.ones_like(pre), None, grad_pre, hidden, None, 0)
+    assert hidden.flatten().tolist() == [6e4, 0]
+    assert grad_pre.flatten().tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_every_operation_is_checked():
     assert defined == layer | {"average_experts_", "adamw_"}
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2", "silu", "identity"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "identity"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_gradcheck(activation, gated, dropout_p):

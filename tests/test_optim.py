@@ -417,6 +417,21 @@ class TestBadInput:
         assert all(torch.equal(p, q) for p, q in zip(params, parameters(), strict=True))
         assert not optimizer.state
 
+    def test_a_dtype_without_a_kernel(self):
+        params = [nn.Parameter(torch.randn(4, 8).to(dtype)) for dtype in (torch.float32, torch.float8_e4m3fn)]
+        optimizer = ewa.optim.AdamW([{"params": params[:1]}, {"params": params[1:]}])
+        params[0].grad = torch.ones(4, 8)
+        optimizer.step()  # one without a gradient is left alone
+        optimizer.state.clear()
+        params[1].grad = torch.ones(4, 8).to(torch.float8_e4m3fn)
+        before = params[0].detach().clone()
+        with pytest.raises(
+            TypeError, match=r"param_groups\[1\]\['params'\]\[0\] must be float16, .*got torch.float8_e4m3fn"
+        ):
+            optimizer.step()
+        assert torch.equal(params[0], before)
+        assert not optimizer.state
+
     def test_sparse_gradients(self):
         embedding = nn.Embedding(4, 3, sparse=True)
         optimizer = ewa.optim.AdamW(embedding.parameters())
@@ -464,6 +479,89 @@ def test_learning_rate_schedulers():
         for scheduler in schedulers:
             scheduler.step()
     assert_same(ours, theirs)
+
+
+class TestWhoseAverager:
+    def test_of_one_optimizer_after_another(self):
+        param = nn.Parameter(torch.randn(4, 10))
+        averager = ewa.ExpertAverager([param], 0.3)
+        first = ewa.optim.AdamW([param], averager=averager)
+        with pytest.raises(ValueError, match="the averager is attached already"):
+            ewa.optim.AdamW([param], averager=averager)
+        del first
+        gc.collect()
+        ewa.optim.AdamW([param], averager=averager)
+
+    @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+    def test_a_copy_has_its_own(self, twin_of):
+        param = nn.Parameter(torch.randn(4, 10))
+        optimizer = ewa.optim.AdamW([param], averager=ewa.ExpertAverager([param], 0.3))
+        twin = twin_of(optimizer)
+        assert twin.averager is not optimizer.averager
+        for averager in (optimizer.averager, twin.averager):
+            with pytest.raises(ValueError, match="the averager is attached already"):
+                averager.attach(twin)
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            lambda p: [p.detach()],
+            lambda p: [p.data],
+            lambda p: [list(p.detach().unbind(0))],
+            lambda p: [p.view(4, 2, 5)],
+        ],
+        ids=["detached", "data", "rows", "view"],
+    )
+    def test_experts_in_a_parameters_memory_are_refused(self, given):
+        """Two passes over the same memory at once."""
+        param = nn.Parameter(torch.randn(4, 10))
+        before = param.detach().clone()
+        optimizer = ewa.optim.AdamW([param], averager=ewa.ExpertAverager(given(param), 0.3))
+        param.grad = torch.ones_like(param)
+        with pytest.raises(ValueError, match=r"shape \[.* must have memory of its own, but shares some with a"):
+            optimizer.step()
+        assert torch.equal(param, before)
+        assert not optimizer.state
+
+    def test_parameters_in_an_experts_memory_are_refused(self):
+        flat = torch.randn(4, 10)
+        params = [nn.Parameter(row) for row in flat]
+        optimizer = ewa.optim.AdamW(params, averager=ewa.ExpertAverager([flat], 0.3))
+        for param in params:
+            param.grad = torch.ones_like(param)
+        before = flat.clone()
+        with pytest.raises(ValueError, match="must have memory of its own"):
+            optimizer.step()
+        assert torch.equal(flat, before)
+        assert not optimizer.state
+
+
+class Subclass(torch.Tensor):
+    """May be anything."""
+
+
+class TestByTorch:
+    def test_a_subclass_is_warned_of_once(self, monkeypatch):
+        monkeypatch.setattr(ewa.optim, "_warned", set())
+        _, theirs = twins()
+        params = [nn.Parameter(p.detach().as_subclass(Subclass)) for p in parameters()]
+        averager = averager_of(params)
+        ours = (ewa.optim.AdamW(params, averager=averager), params, averager)
+        with pytest.warns(
+            UserWarning, match="AdamW steps by torch's kernels and then averages, .*: subclasses of Tensor"
+        ):
+            train(ours, theirs, 1)
+        train(ours, theirs, 4, start=1)  # it warned once
+        assert_same(ours, theirs)
+
+    def test_too_many_experts_are_warned_of(self, monkeypatch):
+        monkeypatch.setattr(ewa.optim, "_warned", set())
+        param = nn.Parameter(torch.arange(1025.0)[:, None])
+        optimizer = ewa.optim.AdamW([param], lr=0.0, averager=ewa.ExpertAverager([param], 1024 / 1025))
+        param.grad = torch.ones_like(param)
+        with pytest.warns(UserWarning, match="the extension averages at most 1024 experts"):
+            optimizer.step()
+        torch.testing.assert_close(param, torch.full_like(param, 512.0))
 
 
 @pytest.mark.skipif("EWA_TEST_EXTENSION" in os.environ, reason="of the installed one")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,52 @@ def test_with_an_nvcc_that_fails(tmp_path):
     nvcc.chmod(0o755)
     wheel, _ = build_wheel(tmp_path, CUDA_HOME=str(tmp_path))
     assert use_wheel(tmp_path, wheel) == ("None", "None")
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """What setup.py defines."""
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_what_failed_comes_first(build, tmp_path):
+    """Before what the compiler goes on to say."""
+    (tmp_path / "say.sh").write_text("echo 'a.h: fatal error: no b.h'\nseq 100\nexit 1\n")
+    (tmp_path / "build.ninja").write_text("rule fail\n  command = sh say.sh\nbuild x: fail\n")
+    with pytest.raises(build["CompileError"], match=r"^FAILED.*\n.*fatal error: no b.h\n\d+\n") as raised:
+        build["run_ninja"](tmp_path)
+    assert len(str(raised.value).splitlines()) < 30
+
+
+@pytest.mark.parametrize(
+    ("release", "expected"), [("11.8", ["80", "90"]), ("12.0", ["80", "90", "90a"]), ("13.0", ["80", "90", "90a"])]
+)
+def test_architectures(build, tmp_path, monkeypatch, release, expected):
+    """nvcc lists 90 alone where it knows 90a, and where it does not yet."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "release {release}, V{release}.1" || echo sm_80 sm_90\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("EWA_CUDA_ARCHITECTURES", "80 90 90a 120")
+    assert build["architectures"](str(nvcc)) == expected
+
+
+@pytest.mark.parametrize("cxx", ["g++", "ccache g++", "g++ -pthread -B /some/folder", "env A=b g++ -m64"])
+def test_compiler_for_nvcc(build, cxx):
+    assert build["host_compiler"](cxx) == "g++"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_with_nvcc_and_settings(tmp_path):
+    """A folder with a space, options for the linker with commas, a launcher before the compiler."""
+    home = tmp_path / "a toolkit"
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\nexec {shutil.which("nvcc")} "$@"\n')
+    nvcc.chmod(0o755)
+    settings = {"LDFLAGS": "-Wl,-O1,--as-needed '-L/a folder'", "CXX": "env A=b c++ -pthread"}
+    wheel, _ = build_wheel(tmp_path, CUDA_HOME=str(home), EWA_CUDA_ARCHITECTURES="80", **settings)
+    assert use_wheel(tmp_path, wheel) == ("None", "80")
 
 
 def test_from_an_sdist(tmp_path):

@@ -21,12 +21,15 @@ LAYERS = {
     "kernels": {"_C", "reference"},
     "backends": {"checks", "kernels"},
     "checks": {"reference"},
+    "shards": {"checks"},
     "ops": {"kernels", "reference"},
-    "functional": {"backends", "checks", "ops", "reference"},
-    "modules": {"backends", "checks", "functional", "reference"},
-    "averaging": {"checks", "functional", "modules"},
-    "optim": {"averaging", "backends", "checks", "functional", "kernels", "ops"},
-    "surgery": {"backends", "checks", "functional", "modules", "reference"},
+    "functional": {"backends", "checks", "ops", "reference", "shards"},
+    "modules": {"backends", "checks", "functional", "reference", "shards"},
+    "averaging": {"checks", "functional", "modules", "shards"},
+    "decay": {"checks", "modules"},
+    "optim": {"averaging", "backends", "checks", "functional", "kernels", "ops", "shards"},
+    "surgery": {"backends", "checks", "functional", "modules", "reference", "shards"},
+    "integrations": {"*"},
     "aot": {"kernels"},
     "demo": {"*"},
     "demo_plot": {"*"},
@@ -87,7 +90,18 @@ def test_every_public_name_exists_and_is_documented():
 
 
 def test_importing_brings_no_optional_library():
-    code = "import sys, ewa_kernels; print([m for m in ('matplotlib', 'sklearn', 'rich', 'scipy') if m in sys.modules])"
+    optional = (
+        "matplotlib",
+        "sklearn",
+        "rich",
+        "scipy",
+        "timm",
+        "torchvision",
+        "transformers",
+        "lightning",
+        "accelerate",
+    )
+    code = f"import sys, ewa_kernels; print([m for m in {optional} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -25,7 +25,16 @@ MAX_EXPERTS = 1024
 # Of each row of `options`: beta1, beta2, eps, weight_decay, and 1 to maximize.
 NUM_OPTIONS = 5
 
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def old_driver() -> str | None:
+    """Why the driver cannot run the CUDA part; None if it can: what was built with its own major version, or older."""
+    driver, built = _C.cuda_versions()
+    if driver // 1000 >= built // 1000:
+        return None
+    names = [f"{version // 1000}.{version % 1000 // 10}" for version in (built, driver)]
+    return f"the extension is built with CUDA {names[0]}, the driver is for {names[1]}: update it, or build with that"
 
 
 def groups_of(tensors: Sequence[Any], group_sizes: Sequence[int]) -> Iterator[list[Any]]:
@@ -129,7 +138,7 @@ class _Table:
             for e in rows:
                 param, *states, low = [address + e * distance for address, distance in places]
                 self.members.append((param, *states, counter, low, options[i], e == 0))
-        self.groups.append((numel, first_member, num_experts, number, _TYPES[group[0].dtype]))
+        self.groups.append((numel, first_member, num_experts, number, DTYPES[group[0].dtype]))
 
     def _place(
         self, tensor: Tensor, strides: tuple[int, ...] | None, stacked: bool, changes: bool = True
@@ -142,7 +151,7 @@ class _Table:
 
 
 class _Scalars:
-    """Values that are read where they are: on the host now, on a GPU by the kernel."""
+    """Values that are read where they are: on the host now, on a GPU by the kernel; for a CPU always now."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -150,14 +159,14 @@ class _Scalars:
 
     def real(self, value: Tensor | None) -> tuple[float, int, bool]:
         """(value, address or 0, whether it is a double there)."""
-        if value is None or value.device.type == "cpu":
+        if value is None or "cpu" in (value.device.type, self._device.type):
             return (0.0 if value is None else float(value)), 0, False
         value = self._here(value, (torch.float32, torch.float64))
         return 0.0, value.data_ptr(), value.dtype == torch.float64
 
     def integer(self, value: Tensor | None) -> tuple[int, int]:
         """(value, address or 0)."""
-        if value is None or value.device.type == "cpu":
+        if value is None or "cpu" in (value.device.type, self._device.type):
             return (0 if value is None else int(value)), 0
         return 0, self._here(value, (torch.int64,)).data_ptr()
 

@@ -33,6 +33,13 @@ def _gelu(approximate: str) -> _Activation:
 ACTIVATIONS = {
     "gelu": _gelu("none"),
     "gelu_tanh": _gelu("tanh"),
+    "quick_gelu": _Activation(
+        lambda pre, out: torch.mul(pre, 1.702, out=out).sigmoid_().mul_(pre),
+        # Its derivative is that of SiLU at 1.702 · pre, which float16 cannot always hold.
+        lambda grad, pre, out: aten.silu_backward.grad_input(
+            grad, torch.mul(pre, 1.702, out=out).clamp_(-1e4, 1e4), grad_input=out
+        ),
+    ),
     "relu": _Activation(
         lambda pre, out: torch.clamp_min(pre, 0, out=out),
         lambda grad, pre, out: aten.threshold_backward.grad_input(grad, pre, 0, grad_input=out),

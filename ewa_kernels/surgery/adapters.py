@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
+
+from ewa_kernels.modules import RandomPartitionMoE
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,29 @@ class Adapter:
     projections: Callable[[nn.Module], tuple[tuple[str, ...], str] | None]
 
 
-def _fc1_fc2(module: nn.Module) -> tuple[tuple[str, ...], str] | None:
-    """timm, DeiT and Point-MAE style: `fc1`, an activation, `fc2`."""
-    children = dict(module.named_children())
-    return (("fc1",), "fc2") if "fc1" in children and "fc2" in children else None
+# Names of projections that libraries use, up and down. Two of a GLU are tried in both orders.
+_NAMES = (
+    (("fc1",), "fc2"),  # timm, Point-MAE, transformers' ViT, CLIP, …
+    (("fc1_g", "fc1_x"), "fc2"),  # timm's SwiGLU
+    (("gate_proj", "up_proj"), "down_proj"),  # Llama, DINOv2 and DINOv3 with SwiGLU
+    (("up_proj",), "down_proj"),  # DINOv3
+    (("gate_up_proj",), "down_proj"),  # Phi-3
+    (("weights_in",), "weights_out"),  # DINOv2 with SwiGLU, before transformers 5
+    (("w12",), "w3"),  # DINOv2's own code
+    (("w1", "w3"), "w2"),  # Llama's own code
+    (("lin1",), "lin2"),  # DistilBERT, SAM
+    (("linear1",), "linear2"),
+    (("dense1",), "dense2"),  # SegFormer, before transformers 5; with a convolution between
+    (("wi_0", "wi_1"), "wo"),  # T5 with a GLU
+    (("wi",), "wo"),  # T5
+    (("c_fc",), "c_proj"),
+)
+
+
+def _by_names(module: nn.Module, up: tuple[str, ...], down: str) -> tuple[tuple[str, ...], str] | None:
+    children = [module._modules.get(name) for name in (*up, down)]
+    # Experts among a block's parts took the FFN's place already.
+    return None if any(child is None or isinstance(child, RandomPartitionMoE) for child in children) else (up, down)
 
 
 def _sequential(module: nn.Module) -> tuple[tuple[str, ...], str] | None:
@@ -44,7 +66,10 @@ def _sequential(module: nn.Module) -> tuple[tuple[str, ...], str] | None:
     return (linear[0],), linear[1]
 
 
-_BUILT_IN = (Adapter("fc1_fc2", _fc1_fc2), Adapter("sequential", _sequential))
+_BUILT_IN = (
+    *(Adapter("_".join((*up, down)), partial(_by_names, up=up, down=down)) for up, down in _NAMES),
+    Adapter("sequential", _sequential),
+)
 _registered: list[Adapter] = []
 
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from ewa_kernels.modules import RandomPartitionMoE
+from ewa_kernels import shards
+from ewa_kernels.modules import RandomPartitionMoE, expert_tensors
+from ewa_kernels.surgery.joined import forbid_nested_tensors_
 from ewa_kernels.surgery.layout import swap_modules_
-from ewa_kernels.surgery.replace import ReplacedFFN
-
-
-def _fused(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Each layer of experts with the FFN it becomes."""
-    with torch.inference_mode(False):
-        return {m: m.fuse() for m in model.modules() if isinstance(m, RandomPartitionMoE)}
+from ewa_kernels.surgery.pretrained import unguard_save_pretrained_
+from ewa_kernels.surgery.replaced import ReplacedFFN, folded, fuse_all
 
 
 def fold_(model: nn.Module) -> nn.Module:
@@ -29,13 +25,28 @@ def fold_(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: `model` is not an nn.Module.
         TypeError: a subclass of RandomPartitionMoE has a forward of its own and no `fuse`.
-        ValueError: `model` itself is a RandomPartitionMoE. After any error the model is as it was.
+        ValueError: `model` itself is a RandomPartitionMoE, or its experts are sharded. After any error the model is
+            as it was.
     """
     _check_model(model)
     if isinstance(model, RandomPartitionMoE):
         raise ValueError("model must hold the RandomPartitionMoE layers, got one itself: use model.fuse()")
-    fused = _fused(model)  # all that can fail is done here
-    swap_modules_(model, {m: m.restore(ffn) if isinstance(m, ReplacedFFN) else ffn for m, ffn in fused.items()})
+    if any(shards.is_sharded(tensor) for _, tensor in expert_tensors(model)):
+        raise ValueError(
+            "model must not be sharded, whose other layers gather their parameters as they were: use "
+            "ewa_kernels.integrations.fsdp.folded_state_dict(model), and load it into the original model"
+        )
+    fused = fuse_all(model.modules())  # all that can fail is done here
+    parts: dict[nn.Module, nn.Module] = {}
+    for layer, ffn in fused.items():
+        if isinstance(layer, ReplacedFFN):
+            layer.restore_attributes_(model)
+            parts.update(layer.parts(layer.restore(ffn)))
+        else:
+            parts[layer] = ffn
+    swap_modules_(model, parts)
+    forbid_nested_tensors_(model)
+    unguard_save_pretrained_(model)
     return model
 
 
@@ -51,12 +62,8 @@ def folded_state_dict(model: nn.Module) -> dict[str, Any]:
     _check_model(model)
     if isinstance(model, RandomPartitionMoE):
         return model.fuse().state_dict()
-    fused = _fused(model)
-    swap_modules_(model, fused)
-    try:
+    with folded(model, model.modules()):
         return model.state_dict()
-    finally:
-        swap_modules_(model, {ffn: layer for layer, ffn in fused.items()})
 
 
 def _check_model(model: nn.Module) -> None:

@@ -45,7 +45,7 @@ def probe(module: nn.Module, up: tuple[str, ...], down: str) -> FFNLayout:
         NotReplaceableError: the module is not a plain token-wise FFN.
     """
     d_model, d_ff = (module.get_parameter(f"{name}.weight").shape[1] for name in (up[0], down))
-    with torch.device("cpu"), torch.autocast("cpu", enabled=False), _generators_kept():
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False), generators_kept():
         torch.manual_seed(0)
         if d_model > _NARROW[0] or d_ff > _NARROW[1]:
             narrow = _Twin(module, up, down, min(d_model, _NARROW[0]), min(d_ff, _NARROW[1]))
@@ -101,7 +101,7 @@ def _examine(twin: _Twin) -> FFNLayout:
 
 
 @contextmanager
-def _generators_kept() -> Iterator[None]:
+def generators_kept() -> Iterator[None]:
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():

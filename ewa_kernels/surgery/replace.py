@@ -3,110 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ewa_kernels import backends, checks
-from ewa_kernels.modules import RandomPartitionMoE
-from ewa_kernels.surgery.layout import FFNLayout, copy_modules, copy_with_parameters, swap_modules_
+from ewa_kernels.surgery.joined import forbid_nested_tensors_
+from ewa_kernels.surgery.layout import copy_with_parameters, swap_modules_
+from ewa_kernels.surgery.pretrained import guard_save_pretrained_
+from ewa_kernels.surgery.replaced import ReplacedFFN
 from ewa_kernels.surgery.sites import FFNSite, find_ffns
 
 INITS = ("copy", "independent")
-
-
-@dataclass
-class _Origin:
-    """Not the module itself, because a module in an attribute would become part of the module tree."""
-
-    ffn: nn.Module
-    layout: FFNLayout
-
-
-class ReplacedFFN(RandomPartitionMoE):
-    """The experts in place of an FFN, which they can become again.
-
-    The FFN is kept, outside the module tree, and `release` takes its memory.
-    """
-
-    def __init__(self, ffn: nn.Module, layout: FFNLayout, experts: Mapping[str, Tensor], backend: str):
-        """`experts`: up.weight, up.bias, down.weight, down.bias, stacked; absent where the FFN has none."""
-        num_experts, d_model, d_ff = experts["down.weight"].shape
-        super().__init__(
-            d_model,
-            d_ff,
-            num_experts,
-            activation=layout.activation,
-            gated=layout.gated,
-            dropout=layout.dropout,
-            device="meta",
-            backend=backend,
-        )
-        self.output_dropout = layout.output_dropout
-        for name, projection in (("up", layout.up[0]), ("down", layout.down)):
-            linear = ffn.get_submodule(projection)
-            for which in ("weight", "bias"):
-                stacked = experts.get(f"{name}.{which}")
-                if stacked is not None:
-                    stacked = nn.Parameter(stacked, requires_grad=getattr(linear, which).requires_grad)
-                setattr(getattr(self, name), which, stacked)
-        self._origin = _Origin(ffn, layout)
-        self.train(ffn.training)
-
-    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
-        y = super().forward(x, seed=seed)
-        return F.dropout(y, self.output_dropout, self.training) if self.output_dropout else y
-
-    def _merged(self) -> dict[str, Tensor]:
-        """The mean expert under the names of the FFN."""
-        stacked = {}
-        for name, experts in (("up", self.up), ("down", self.down)):
-            weight, bias = experts.merge()
-            stacked[f"{name}.weight"] = weight
-            if bias is not None:
-                stacked[f"{name}.bias"] = bias
-        return self._origin.layout.unstack(stacked)
-
-    def _forward_merged(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self._origin.layout.forward(self._merged(), x, training=False)
-        # The FFN's own code, so that folding changes no bit of the output; in a copy, which other threads and a
-        # forward that writes into its module cannot disturb.
-        ffn = copy_modules(self._origin.ffn).eval()
-        return torch.func.functional_call(ffn, self._merged(), (x,), strict=True)
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Module:
-        """The FFN that was replaced, of its own class, with the experts' mean; a copy that shares no parameter."""
-        layout = self._origin.layout
-        ffn = copy_with_parameters(self._origin.ffn, {name: mean.clone() for name, mean in self._merged().items()})
-        for experts, projections in ((self.up, layout.up), (self.down, (layout.down,))):
-            for which in ("weight", "bias"):
-                stacked = getattr(experts, which)
-                for projection in projections if stacked is not None else ():
-                    getattr(ffn.get_submodule(projection), which).requires_grad_(stacked.requires_grad)
-        return ffn.train(self.training)
-
-    def release(self) -> None:
-        """Takes the memory of the FFN that was replaced: nothing in the model needs it."""
-        for _, linear in self._projections_of(self._origin.ffn):
-            for which, parameter in linear._parameters.items():
-                if parameter is not None:
-                    empty = torch.empty_like(parameter, device="meta")
-                    linear._parameters[which] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-
-    def restore(self, fused: nn.Module) -> nn.Module:
-        """The very module that was replaced, with the parameters of `fused`."""
-        for name, linear in self._projections_of(self._origin.ffn):
-            linear._parameters.update(fused.get_submodule(name)._parameters)
-        return self._origin.ffn.train(self.training)
-
-    def _projections_of(self, ffn: nn.Module) -> list[tuple[str, nn.Module]]:
-        layout = self._origin.layout
-        return [(name, ffn.get_submodule(name)) for name in (*layout.up, layout.down)]
 
 
 @dataclass(frozen=True)
@@ -175,10 +85,15 @@ def replace_ffn_(
         chosen = replaceable[1::2]
     else:
         chosen = [site for site in replaceable if filter_fn(site.name, site.module)]
-    layers = {site.module: _experts_of(site, num_experts, init, backend) for site in chosen}
-    swap_modules_(model, layers)
-    for layer in layers.values():
+    layers = [_experts_of(site, num_experts, init, backend) for site in chosen]
+    pairs = list(zip(chosen, layers, strict=True))
+    swap_modules_(model, {site.module: layer for site, layer in pairs if site.block is None})
+    for site, layer in pairs:
+        if site.block is not None:
+            layer.place_in_(site)
         layer.release()
+    forbid_nested_tensors_(model)
+    guard_save_pretrained_(model)
     report = ReplacementReport(
         replaced=tuple(site.name for site in chosen),
         kept=tuple(site.name for site in replaceable if site not in chosen),
@@ -193,7 +108,7 @@ def replace_ffn_(
 @torch.no_grad()
 def _experts_of(site: FFNSite, num_experts: int, init: str, backend: str) -> ReplacedFFN:
     assert site.layout is not None
-    ffn = site.module
+    ffn = site.ffn
     first = site.layout.stack(dict(ffn.named_parameters()))
     if init == "copy":
         experts = [first] * num_experts

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from ewa_kernels.modules import RandomPartitionMoE
+from ewa_kernels.surgery import places
 from ewa_kernels.surgery.adapters import adapter_of
+from ewa_kernels.surgery.joined import Block, block_of
 from ewa_kernels.surgery.layout import FFNLayout
 from ewa_kernels.surgery.probe import NotReplaceableError, probe
 
@@ -21,10 +23,12 @@ class FFNSite:
 
     Attributes:
         name: where `model.named_modules()` meets it first.
-        module: itself.
+        module: itself; the block around it, if its projections are parts of a larger block.
         kind: which adapter knows it.
         layout: what it computes, None if not replaceable.
         skip_reason: why it is not replaceable, None if it is.
+        ffn: the module that is the FFN alone: `module`, or one made of a block's parts.
+        block: where these parts are, None if `module` is the FFN alone.
     """
 
     name: str
@@ -32,6 +36,8 @@ class FFNSite:
     kind: str
     layout: FFNLayout | None
     skip_reason: str | None
+    ffn: nn.Module
+    block: Block | None = None
 
 
 def find_ffns(model: nn.Module) -> list[FFNSite]:
@@ -52,31 +58,45 @@ def find_ffns(model: nn.Module) -> list[FFNSite]:
         for held in (*module._parameters.values(), *module._modules.values())
         if held is not None
     )
-    sites = []
+    sites: list[FFNSite] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
-        if isinstance(module, RandomPartitionMoE):
-            reason = "is a RandomPartitionMoE already"
-            sites.append(FFNSite(name, module, "RandomPartitionMoE", None, reason))
-        elif (found := adapter_of(module)) is not None:
-            kind, up, down = found
-            layout, skip_reason = None, None
-            try:
-                _check_is_root(module, model)
-                _check_parts(module, up, down, holders)
-                layout = probe(module, up, down)
-            except NotReplaceableError as error:
-                skip_reason = str(error)
-            except Exception as error:  # of foreign code: one odd module must not hide all others
-                skip_reason = f"cannot be examined: {type(error).__name__}: {error}"
-            sites.append(FFNSite(name, module, kind, layout, skip_reason))
-        else:
+        site = _site(name, module, model, holders)
+        if site is None:
             continue
-        if sites[-1].skip_reason is None or isinstance(module, RandomPartitionMoE):
+        sites.append(site)
+        if site.block is None and (site.layout is not None or isinstance(module, RandomPartitionMoE)):
             inside += (f"{name}.",)  # nothing inside a site is a site
     return sites
+
+
+def _site(name: str, module: nn.Module, model: nn.Module, holders: Counter[int]) -> FFNSite | None:
+    """None if the module does not look like an FFN."""
+    if isinstance(module, RandomPartitionMoE):
+        return FFNSite(name, module, "RandomPartitionMoE", None, "is a RandomPartitionMoE already", module)
+    kind, ffn, block, layout, skip_reason = type(module).__name__, module, None, None, None
+    up: tuple[str, ...]
+    try:
+        block = block_of(module)
+        if block is not None:
+            kind, ffn, up, down = block.kind, block.join(module), ("up",), "down"
+        elif (found := adapter_of(module)) is not None:
+            kind, up, down = found
+            _check_is_root(module, model)
+        else:
+            return None
+        places.check(model, name)
+        _check_parts(ffn, up, down, holders)
+        layout = probe(ffn, up, down)
+        if block is not None:
+            block.check(module)
+    except NotReplaceableError as error:
+        layout, skip_reason = None, str(error)
+    except Exception as error:  # of foreign code: one odd module must not hide all others
+        layout, skip_reason = None, f"cannot be examined: {type(error).__name__}: {error}"
+    return FFNSite(name, module, kind, layout, skip_reason, ffn, block)
 
 
 def _check_is_root(module: nn.Module, model: nn.Module) -> None:

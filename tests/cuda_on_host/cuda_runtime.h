@@ -57,7 +57,12 @@ struct cudaLaunchConfig_t {
     cudaStream_t stream;
 };
 
+struct cudaFuncAttributes {
+    size_t sharedSizeBytes;
+};
+
 constexpr int shared_bytes = 64 * 1024;
+constexpr int static_shared_bytes = 16;  // of any kernel
 alignas(16) uint4 shared[shared_bytes / sizeof(uint4)];
 
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
@@ -67,6 +72,12 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
     return cudaSuccess;
 }
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+    return attributes->sharedSizeBytes = static_shared_bytes, cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
     return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }
@@ -77,7 +88,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cuda
 }
 template <class Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters), const Parameters& p) {
-    if (config->dynamicSmemBytes > shared_bytes) abort();
+    if (config->dynamicSmemBytes + static_shared_bytes > shared_bytes) abort();
     gridDim = config->gridDim;
     for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) kernel(p);
     return cudaSuccess;

@@ -16,7 +16,7 @@ def tensors(device="cuda", scale=1):
     generator = torch.Generator().manual_seed(0)
     result = []
     for dtype in DTYPES:
-        for shape in ((4, 3072 * scale, 77), (2, 5), (5, 1001), (8, 64), (9, 333), (70, 129)):
+        for shape in ((4, 3072 * scale, 77), (2, 5), (5, 1001), (8, 64), (9, 333), (70, 129), (199, 640), (1000, 65)):
             result.append(torch.randn(shape, generator=generator).to(dtype).to(device))
         result.append([torch.randn(33, 7, generator=generator).to(dtype).to(device) for _ in range(6)])
         memory = torch.randn(4, 10_007, generator=generator).to(dtype).to(device)
@@ -48,6 +48,29 @@ def test_triton_too(rounding):
     for a, b in zip(flat(ours), flat(theirs), strict=True):
         eps = torch.finfo(a.dtype).eps
         torch.testing.assert_close(a, b, rtol=8 * eps, atol=8 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_on_the_gpu_for_experts_on_the_cpu(dtype):
+    ours, theirs = (torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)).to(dtype) for _ in range(2))
+    share_rate, seed = torch.tensor(0.3, dtype=torch.float64), torch.tensor(7)
+    ewa.functional.average_experts_([ours], share_rate.cuda(), seed=seed.cuda(), backend="cpp")
+    ewa.functional.average_experts_([theirs], share_rate, seed=seed, backend="cpp")
+    assert torch.equal(ours, theirs)
+
+
+def test_triton_waits_for_nothing_and_can_be_captured():
+    """With a share rate and a seed on the CPU."""
+    ours, theirs = tensors(), tensors()
+    options = {"seed": torch.tensor(3), "backend": "triton"}
+    ewa.functional.average_experts_(theirs, 0.3, **options)
+    ewa.functional.average_experts_(tensors(), 0.3, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ewa.functional.average_experts_(ours, 0.3, **options)
+    graph.replay()
+    for a, b in zip(flat(ours), flat(theirs), strict=True):
+        assert torch.equal(a, b)
 
 
 def optimizers(device, **options):
@@ -195,7 +218,7 @@ def test_nothing_waits_for_the_gpu():
 
 
 def test_more_than_an_int32_of_elements():
-    experts = torch.zeros(2, 2**30 + 5, dtype=torch.bfloat16, device="cuda")
+    experts = torch.zeros(2, 2**31 + 5, dtype=torch.bfloat16, device="cuda")
     experts[0] = 2
     ewa.functional.average_experts_([experts], 0.5, rounding="nearest")
     assert bool((experts == 1).all())

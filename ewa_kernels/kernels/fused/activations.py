@@ -14,6 +14,7 @@ _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _GAUSS = tl.constexpr(0.3989422804014327)  # 1/√(2π)
 _TANH_SCALE = tl.constexpr(1.5957691216057308)  # 2·√(2/π)
 _TANH_CUBE = tl.constexpr(0.044715)
+_QUICK = tl.constexpr(1.702)
 
 
 @triton.jit
@@ -46,13 +47,14 @@ def activate(v, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         # ½(1 + tanh u) is the sigmoid of 2u, and tanh is no instruction that every target has.
         return v * tl.sigmoid(v * _TANH_SCALE * (v * v * _TANH_CUBE + 1))
+    elif ACTIVATION == "quick_gelu" or ACTIVATION == "silu":
+        k: tl.constexpr = _QUICK if ACTIVATION == "quick_gelu" else 1.0
+        return v * tl.sigmoid(v * k)
     elif ACTIVATION == "relu":
         return tl.where(v < 0, 0.0, v)  # a NaN stays one
     elif ACTIVATION == "relu2":
         positive = tl.where(v < 0, 0.0, v)
         return positive * positive
-    elif ACTIVATION == "silu":
-        return v * tl.sigmoid(v)
     else:
         tl.static_assert(ACTIVATION == "identity")
         return v
@@ -72,14 +74,15 @@ def activate_with_slope(v, ACTIVATION: tl.constexpr):
         sigmoid = tl.sigmoid(v * _TANH_SCALE * (v * v * _TANH_CUBE + 1))
         inner = (v * v * (3 * _TANH_CUBE) + 1) * _TANH_SCALE
         return v * sigmoid, sigmoid + v * sigmoid * (1 - sigmoid) * inner
+    elif ACTIVATION == "quick_gelu" or ACTIVATION == "silu":
+        k: tl.constexpr = _QUICK if ACTIVATION == "quick_gelu" else 1.0
+        sigmoid = tl.sigmoid(v * k)
+        return v * sigmoid, sigmoid * (1 + v * (1 - sigmoid) * k)
     elif ACTIVATION == "relu":
         return tl.where(v < 0, 0.0, v), tl.where(v > 0, 1.0, tl.where(v == v, 0.0, v))
     elif ACTIVATION == "relu2":
         positive = tl.where(v < 0, 0.0, v)
         return positive * positive, 2 * positive
-    elif ACTIVATION == "silu":
-        sigmoid = tl.sigmoid(v)
-        return v * sigmoid, sigmoid * (1 + v * (1 - sigmoid))
     else:
         tl.static_assert(ACTIVATION == "identity")
         return v, tl.full(v.shape, 1.0, tl.float32)

@@ -97,6 +97,13 @@ def average_kernel(
             tl.store(at, new.to(experts.dtype.element_ty), mask=mask)
 
 
+def _on(device: torch.device, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """[1]; one from the CPU by a kernel that fills it in: a copy would wait for the GPU, and no graph may hold it."""
+    if value.device.type == "cpu" and device.type != "cpu":
+        return torch.full((1,), value.item(), dtype=dtype, device=device)
+    return value.to(device, dtype).reshape(1)
+
+
 def average(
     groups: Sequence[Tensor | list[Tensor]],
     share_rate: Tensor,
@@ -120,9 +127,9 @@ def average(
                 numel,
                 num_experts,
                 first_expert,
-                share_rate.to(device, torch.float64).reshape(1),
-                None if found_inf is None else found_inf.to(device).reshape(1),
-                seed.to(device).reshape(1) if random and seed is not None else None,
+                _on(device, share_rate, torch.float64),
+                None if found_inf is None else _on(device, found_inf, torch.float32),
+                _on(device, seed, torch.int64) if random and seed is not None else None,
                 BF16=bf16,
                 BLOCK=TILE.block_n,
                 num_warps=TILE.num_warps,

@@ -1,0 +1,36 @@
+"""Weight decay: which parameters take part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ewa_kernels import checks
+from ewa_kernels.modules import ExpertLinear
+
+
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups for an optimizer: what decays, and what does not (biases, scales of norms).
+
+        optimizer = torch.optim.AdamW(ewa.weight_decay_groups(model, 0.05), lr=1e-3)
+
+    A parameter of fewer than two dimensions does not decay, nor does an experts' bias `[E, F]`, which a rule that
+    goes by `ndim` alone takes for a weight. (Rules that go by names, as timm's and transformers' do, know it: its name
+    ends in "bias".)
+
+    Args:
+        weight_decay: ≥ 0, of the first group; the second has 0.
+
+    Raises:
+        TypeError: `model` is not an nn.Module, or `weight_decay` not a number.
+        ValueError: `weight_decay` is negative or not finite.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    checks.nonnegative("weight_decay", weight_decay)
+    biases = {m.bias for m in model.modules() if isinstance(m, ExpertLinear)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decays = [p for p in trained if p.ndim >= 2 and p not in biases]
+    rest = [p for p in trained if p.ndim < 2 or p in biases]
+    return [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

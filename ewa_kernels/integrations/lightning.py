@@ -1,0 +1,135 @@
+"""Experts Weights Averaging in Lightning's `Trainer`, of the package lightning or of pytorch_lightning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ewa_kernels.averaging import ExpertAverager
+from ewa_kernels.integrations.callbacks import Averaging
+from ewa_kernels.modules import expert_tensors
+from ewa_kernels.surgery import fold_
+
+__all__ = ["EWACallback"]
+
+
+def _callback_class() -> Any:
+    """Of the package in use; both may be installed, and they are large."""
+    names = ["lightning.pytorch", "pytorch_lightning"]
+    names.sort(key=lambda name: name not in sys.modules)
+    for name in names:
+        try:
+            return importlib.import_module(name).Callback
+        except ImportError as error:
+            reason = error
+    raise ImportError(f"ewa_kernels.integrations.lightning needs Lightning: pip install lightning ({reason})")
+
+
+class EWACallback(_callback_class()):  # type: ignore[misc]
+    """Averages after each real optimizer step, and folds the model when `fit` ends.
+
+        class MyModule(LightningModule):
+            def __init__(self):
+                ...
+                ewa.replace_ffn_(self.model)
+
+        Trainer(callbacks=[EWACallback(share_rate=0.3)]).fit(MyModule(), …)
+
+    Replace the FFNs before `fit`, or in `configure_model`. Steps that a gradient scaler skipped, and batches that only
+    accumulate gradients, average nothing. `share_rate` (β of the last step) and `expert_spread` (mean over all
+    tensors) are logged every `log_every_n_steps` steps.
+
+    A checkpoint of Lightning's has all experts; this callback adds the averager and, because Lightning does not, the
+    state of the random generators: `fit(ckpt_path=…)` goes on as if it had never stopped, with one process and from
+    the end of an epoch, or wherever the data loader gives the next batch. After folding, a checkpoint of the training
+    no longer fits the module: with `test(ckpt_path="best")` use `fold_at_end=False`, and fold after it.
+
+    Args:
+        averager: may be attached already, or belong to `ewa_kernels.optim.AdamW`; then it is left so. None: give
+            `share_rate`.
+        share_rate: β, a float or a schedule, of an averager that is made when training begins.
+        fold_at_end: whether to fold the model at the end of `fit`.
+
+    Raises:
+        TypeError, ValueError: not exactly one of `averager` and `share_rate`, or out of range.
+    """
+
+    def __init__(
+        self,
+        averager: ExpertAverager | None = None,
+        *,
+        share_rate: float | Callable[[int], float] | None = None,
+        fold_at_end: bool = True,
+    ):
+        self._averaging = Averaging(averager, share_rate)
+        self.fold_at_end = fold_at_end
+        self._loaded: dict[str, Any] | None = None
+        self._restorable = False
+        self._inside_epoch = False
+        self._logged_step = 0
+
+    @property
+    def averager(self) -> ExpertAverager:
+        """The one given, or made when training began."""
+        return self._averaging.averager
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        # The file has the generators of one process, and each must have its own.
+        self._restorable = self._loaded is not None and trainer.world_size == 1
+        # Starting a data loader draws a number: at the end of an epoch that was still to come.
+        if self._loaded is not None and not self._loaded["inside_epoch"]:
+            self._restore_generators()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._averaging.begin(pl_module)
+        if self._loaded is not None:
+            self.averager.load_state_dict(self._loaded["averager"])
+        self._inside_epoch = False
+        self._logged_step = trainer.global_step
+        self._averaging.attach(pl_module, trainer.optimizers)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._restore_generators()
+        self._loaded = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._inside_epoch = not trainer.is_last_batch
+        every, step = trainer.log_every_n_steps, trainer.global_step
+        if every > 0 and step // every > self._logged_step // every:
+            self._logged_step = step
+            for name, value in self._averaging.metrics().items():
+                pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        # Not in on_train_end, after which a last checkpoint may be saved.
+        self._averaging.detach()
+        if self.fold_at_end and next(expert_tensors(pl_module), None) is not None:
+            fold_(pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._averaging.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self._averaging.is_ready:
+            return {}
+        return {
+            "averager": self.averager.state_dict(),
+            "inside_epoch": self._inside_epoch,
+            "cpu_generator": torch.get_rng_state(),
+            "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict or None
+
+    def _restore_generators(self) -> None:
+        """Once."""
+        if self._loaded is not None and self._restorable:
+            torch.set_rng_state(self._loaded["cpu_generator"])
+            if len(self._loaded["cuda_generators"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(self._loaded["cuda_generators"])
+        self._restorable = False

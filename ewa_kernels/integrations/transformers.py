@@ -1,0 +1,153 @@
+"""Experts Weights Averaging in the `Trainer` of transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        f"ewa_kernels.integrations.transformers needs transformers and accelerate: "
+        f"pip install transformers accelerate ({error})"
+    ) from error
+
+from ewa_kernels.averaging import ExpertAverager
+from ewa_kernels.integrations.callbacks import Averaging
+from ewa_kernels.surgery import fold_
+from ewa_kernels.surgery.unfolded import load_unfolded_, save_unfolded
+
+__all__ = ["EWACallback"]
+
+EXPERTS_FILE = "ewa_experts.pt"
+AVERAGER_FILE = "ewa_averager.json"
+_RECORD = "ewa_kernels"  # in trainer_state.json
+
+
+class EWACallback(TrainerCallback):
+    """Averages after each real optimizer step of a `Trainer`, and folds the model when training ends.
+
+        ewa.replace_ffn_(model)
+        trainer = Trainer(model, args, train_dataset=…, callbacks=[EWACallback(share_rate=0.3)])
+        trainer.train()
+        trainer.save_model()    # a dense model
+
+    Steps that a gradient scaler skipped, and batches that only accumulate gradients, average nothing. Where the
+    trainer logs its loss, `share_rate` (β of the last step) and `expert_spread` (mean over all tensors) stand beside
+    it. Each checkpoint has the folded weights in the trainer's own files, and in two more all experts and the
+    averager: `train(resume_from_checkpoint=…)`, with a model that went through the same `replace_ffn_`, goes on as if
+    it had never stopped, and `load_best_model_at_end` gets the best experts too. The trainer itself finds no weights of
+    experts and warns of missing keys: the callback loads them, and all others, a moment later.
+
+    Args:
+        averager: may be attached already, or belong to `ewa_kernels.optim.AdamW`; then it is left so. None: give
+            `share_rate`.
+        share_rate: β, a float or a schedule, of an averager that is made when training begins.
+        fold_at_end: whether to fold the model at the end of training.
+        resume_from_checkpoint: needed only to resume from a checkpoint that is not in the trainer's `output_dir`.
+
+    Raises:
+        TypeError, ValueError: not exactly one of `averager` and `share_rate`, or out of range.
+    """
+
+    def __init__(
+        self,
+        averager: ExpertAverager | None = None,
+        *,
+        share_rate: float | Callable[[int], float] | None = None,
+        fold_at_end: bool = True,
+        resume_from_checkpoint: str | os.PathLike[str] | None = None,
+    ):
+        self._averaging = Averaging(averager, share_rate)
+        self.fold_at_end = fold_at_end
+        self.resume_from_checkpoint = resume_from_checkpoint
+        self._run = ""
+
+    @property
+    def averager(self) -> ExpertAverager:
+        """The one given, or made when training began."""
+        return self._averaging.averager
+
+    def add_to(self, trainer: Trainer) -> EWACallback:
+        """Puts it before the trainer's other callbacks, so that loggers see `share_rate` and `expert_spread` too.
+
+        Given in `Trainer(callbacks=…)` it comes after them: then the two are in `trainer.state.log_history` alone.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        self._averaging.begin(model)
+        if state.global_step > 0:
+            self._resume(args, state, model)
+        # Saved by the trainer, it tells which of all folders called checkpoint-5 is meant.
+        self._run = uuid.uuid4().hex
+        _records(state)[_RECORD] = {"run": self._run}
+        self._averaging.attach(model, [kwargs["optimizer"]])
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "loss" in kwargs["logs"]:
+            metrics = self._averaging.metrics()
+            kwargs["logs"].update(metrics)
+            state.log_history[-1].update(metrics)  # a copy of the logs, made before
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = _checkpoint(args, state)
+        if args.should_save and not folder.is_dir():
+            warnings.warn(f"no experts saved: the trainer's checkpoint is not in {folder}", stacklevel=2)
+            return
+        save_unfolded(kwargs["model"], folder / EXPERTS_FILE, is_main_process=args.should_save)
+        if args.should_save:
+            record = {"run": self._run, "global_step": state.global_step, "averager": self.averager.state_dict()}
+            (folder / AVERAGER_FILE).write_text(json.dumps(record))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model: nn.Module = kwargs["model"]
+        self._averaging.detach()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The trainer has loaded its own file, which has no experts.
+            load_unfolded_(model, Path(state.best_model_checkpoint) / EXPERTS_FILE)
+        if self.fold_at_end:
+            fold_(model)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        record = _records(state).get(_RECORD)
+        if not isinstance(record, dict):
+            raise ValueError("the checkpoint has no experts: it was saved without EWACallback")
+        given = (self.resume_from_checkpoint, args.resume_from_checkpoint)
+        folders = [Path(folder) for folder in given if isinstance(folder, (str, os.PathLike))]
+        folders.append(_checkpoint(args, state))
+        for folder in folders:
+            if (folder / AVERAGER_FILE).is_file():
+                saved = json.loads((folder / AVERAGER_FILE).read_text())
+                if (saved["run"], saved["global_step"]) == (record["run"], state.global_step):
+                    load_unfolded_(model, folder / EXPERTS_FILE)
+                    self.averager.load_state_dict(saved["averager"])
+                    return
+        raise ValueError(
+            f"the experts of the checkpoint are not in {', '.join(map(str, folders))}: give its folder as "
+            "EWACallback(resume_from_checkpoint=…) too"
+        )
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _records(state: TrainerState) -> dict[str, Any]:
+    """What the trainer saves in trainer_state.json for callbacks; its annotation says what it is made from."""
+    return state.stateful_callbacks  # type: ignore[return-value]

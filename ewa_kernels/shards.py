@@ -1,0 +1,188 @@
+"""Experts that are sharded over processes, as DTensors: what of them this process holds.
+
+Averaging couples numbers of different experts at one place. Where no process holds a part of the experts only, each
+averages its shard and nothing is sent; else shards are exchanged first, so that each process has all experts of some
+places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from ewa_kernels import checks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+# Odd, and far from what tells one step's seed from the next.
+_SEED_STRIDE = 0x5851F42D4C957F2D
+
+
+def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor. Its module is imported only for what is no common tensor: that takes a second."""
+    if type(tensor) in (Tensor, nn.Parameter) or not isinstance(tensor, Tensor):
+        return False
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of it: the same object at each call, which the public `to_local` does not promise."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor
+
+
+def is_alike(tensor: Tensor, other: Tensor) -> bool:
+    """Whether both are sharded in the same way, or both are not."""
+    if is_sharded(tensor) and is_sharded(other):
+        return (tensor.device_mesh, tensor.placements) == (other.device_mesh, other.placements)
+    return not is_sharded(tensor) and not is_sharded(other)
+
+
+def splits_experts(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a process holds a part of the experts only."""
+    return is_sharded(tensor) and any(
+        getattr(placement, "dim", None) == 0 and tensor.device_mesh.size(i) > 1
+        for i, placement in enumerate(tensor.placements)
+    )
+
+
+def whole_experts(tensor: Tensor) -> Tensor:
+    """`tensor` `[E, ...]`, or a copy of it that is sharded by other dimensions than the experts'. Then collective."""
+    return _exchange(tensor) if splits_experts(tensor) else tensor
+
+
+def _exchange(tensor: DTensor) -> DTensor:
+    from torch.distributed.tensor import Replicate, Shard
+
+    taken = {getattr(placement, "dim", None) for placement in tensor.placements}
+    free = [dim for dim in range(1, tensor.ndim) if dim not in taken]
+    instead = Shard(max(free, key=lambda dim: tensor.shape[dim])) if free else Replicate()
+    # Two dimensions of the mesh may share the experts; one takes the free dimension, which is enough to be right.
+    placements = []
+    for placement in tensor.placements:
+        is_split = getattr(placement, "dim", None) == 0
+        placements.append(instead if is_split else placement)
+        instead = Replicate() if is_split else instead
+    return tensor.redistribute(placements=placements)
+
+
+class Experts:
+    """Stacked tensors, and lists of experts, as this process can average them.
+
+    Attributes:
+        local: for each group what this process holds: all experts of some places.
+        keys: for each group 0 if every process holds the same, else 1 + the number of this process's shard. Random
+            bits must be equal where the key is, and should not be where it is not.
+    """
+
+    def __init__(self, groups: Any, *, exchange: bool = True):
+        """Collective if `exchange`: then shards that split the experts are exchanged; else they are left out.
+
+        Raises:
+            TypeError, ValueError: a DTensor is no floating tensor `[E, ...]`; it is Partial, or split in an order
+                that cannot be exchanged; the experts of a list are sharded in different ways.
+        """
+        self.local: Any = groups
+        self.keys: list[int] = []
+        self._exchanged: list[tuple[DTensor, DTensor]] = []
+        if isinstance(groups, Tensor) or not isinstance(groups, Iterable):
+            return  # an error that is not ours
+        self.local = []
+        for i, group in enumerate(groups):
+            if isinstance(group, (list, tuple)):
+                _check_alike(f"tensors[{i}]", group)
+                self._append([local(expert) for expert in group], group[0] if group else None)
+            elif not is_sharded(group):
+                self._append(group, group)
+            else:
+                checks.stacked(f"tensors[{i}]", group)
+                _check_placements(f"tensors[{i}]", group, is_stacked=True)
+                if not exchange and splits_experts(group):
+                    continue
+                if splits_experts(group):
+                    self._exchanged.append((group, group := _exchange(group)))
+                self._append(local(group), group)
+
+    def _append(self, group: Any, whole: Any) -> None:
+        self.local.append(group)
+        self.keys.append(_key(whole) if is_sharded(whole) else 0)
+
+    def write_back(self) -> None:
+        """Gives every process its part of what was exchanged. Collective if there is any."""
+        for tensor, whole in self._exchanged:
+            local(tensor).copy_(local(whole.redistribute(placements=tensor.placements)))
+
+
+def seed_of(seed: Tensor, key: int) -> Tensor:
+    """The seed of the shard with this key, of `Experts.keys`; one on a GPU is not read."""
+    return seed if key == 0 else seed ^ (key * _SEED_STRIDE % 2**63)
+
+
+def sum_over_shards(value: Tensor, tensor: DTensor) -> Tensor:
+    """The sum of a number over all shards of a tensor, each once. Collective."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = [Replicate() if placement.is_replicate() else Partial() for placement in tensor.placements]
+    return DTensor.from_local(value, tensor.device_mesh, placements, run_check=False).full_tensor()
+
+
+def any_process(flag: bool, tensors: Iterable[Tensor]) -> bool:
+    """Whether it is true on any process that holds a shard of the tensors. Collective if there are DTensors."""
+    from_mesh = {tensor.device_mesh: tensor for tensor in tensors if is_sharded(tensor)}
+    for mesh, tensor in from_mesh.items():
+        from torch.distributed.tensor import DTensor, Partial
+
+        count = torch.tensor(float(flag), device=local(tensor).device)
+        total = DTensor.from_local(count, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor()
+        flag = bool(total > 0)
+    return flag
+
+
+def _key(tensor: DTensor) -> int:
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "this process is not in the mesh"
+    sizes = [
+        (tensor.device_mesh.size(i), coordinate[i])
+        for i, placement in enumerate(tensor.placements)
+        if not placement.is_replicate()
+    ]
+    number = 0
+    for size, place in sizes:
+        number = number * size + place
+    return 0 if math.prod(size for size, _ in sizes) == 1 else 1 + number
+
+
+def _check_alike(name: str, group: Sequence[Any]) -> None:
+    if not any(is_sharded(expert) for expert in group):
+        return
+
+    def sharding(expert: Any) -> Any:
+        return (tuple(expert.shape), expert.placements, expert.device_mesh) if is_sharded(expert) else None
+
+    for e, expert in enumerate(group):
+        if sharding(expert) != sharding(group[0]):
+            raise ValueError(
+                f"{name}[{e}] must have the shape and the sharding of {name}[0], {sharding(group[0])}, "
+                f"got {sharding(expert)}"
+            )
+    _check_placements(f"{name}[0]", group[0], is_stacked=False)
+
+
+def _check_placements(name: str, tensor: DTensor, is_stacked: bool) -> None:
+    from torch.distributed.tensor import Shard
+
+    for placement in tensor.placements:
+        if placement.is_partial():
+            raise ValueError(f"{name} must be sharded or replicated, got the placements {tensor.placements}")
+    plain = all(type(placement) is Shard or placement.is_replicate() for placement in tensor.placements)
+    if is_stacked and splits_experts(tensor) and not plain:
+        raise ValueError(f"{name} must be split into plain shards over its experts, got {tensor.placements}")

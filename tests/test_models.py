@@ -1,0 +1,126 @@
+"""Models of five sources: replaced, trained, folded, loaded back. Run as a program, it writes README's table."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import vision  # noqa: F401  # before model_zoo
+from model_zoo import CASES, Case
+from torch import Tensor, nn
+
+import ewa_kernels as ewa
+
+README = Path(__file__).parent.parent / "README.md"
+MARKERS = "<!-- models: made by python tests/test_models.py -->", "<!-- end of models -->"
+
+
+class Row(NamedTuple):
+    source: str
+    model: str
+    replaced: str
+    skipped: str
+    eval_output: str
+    gradients: str
+    fold: str
+
+
+def tensors_of(output: object) -> list[Tensor]:
+    """All floating-point tensors in a model's output."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    return [t for value in values for t in tensors_of(value)]
+
+
+def run(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    torch.manual_seed(2)  # of ViTMAE's masks, and of all that is dropped
+    return tensors_of(model(**inputs))
+
+
+def examine(case: Case) -> Row:
+    """Asserts what the table says."""
+    torch.manual_seed(0)
+    model, inputs = case.make().eval(), case.inputs()
+    with torch.no_grad():  # heads and scales that start at 0 would hide what is before them
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    original = copy.deepcopy(model)
+    expected = run(model, inputs)
+    sites = ewa.find_ffns(model)
+    reasons = Counter(site.skip_reason.split(":")[0] for site in sites if site.skip_reason is not None)
+    skipped = "; ".join(f"{n}: {reason}" for reason, n in reasons.items()) or "–"
+    num_replaceable = sum(site.skip_reason is None for site in sites)
+    if not num_replaceable:
+        with pytest.warns(UserWarning, match="replaced nothing"):
+            ewa.replace_ffn_(model)
+        assert skipped != "–"
+        return Row(case.source, case.name, "–", skipped, "–", "–", "–")
+
+    report = ewa.replace_ffn_(model, 2)
+    assert len(report.replaced) == num_replaceable // 2
+    for after, before in zip(run(model, inputs), expected, strict=True):
+        assert torch.equal(after, before)
+
+    model.train()
+    sum((output * torch.randn_like(output)).sum() for output in run(model, inputs)).backward()
+    experts = dict(ewa.expert_tensors(model))
+    assert experts
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+        assert name not in experts or all(expert.any() for expert in parameter.grad), name
+    with torch.no_grad():
+        for parameter in experts.values():
+            parameter += 0.1 * torch.randn_like(parameter)
+
+    model.eval()
+    trained = run(model, inputs)
+    assert not all(torch.equal(a, b) for a, b in zip(trained, expected, strict=True))
+    state = ewa.folded_state_dict(model)
+    ewa.fold_(model)
+    assert repr(model) == repr(original)
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in original.named_modules()]
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in original.named_parameters()]
+    assert list(state) == list(model.state_dict()) == list(original.state_dict())
+    assert state._metadata == original.state_dict()._metadata
+    original.load_state_dict(state, strict=True)
+    for folded, loaded, before in zip(run(model, inputs), run(original, inputs), trained, strict=True):
+        assert torch.equal(folded, before)
+        assert torch.equal(loaded, before)
+    replaced = f"{len(report.replaced)} of {num_replaceable}"
+    return Row(case.source, case.name, replaced, skipped, "unchanged", "finite", "strict")
+
+
+def table(rows: list[Row]) -> str:
+    head = ("from", "model", "replaced", "skipped", "eval output", "gradients", "fold")
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+ROWS: dict[str, Row] = {}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.source}-{case.name}".replace(" ", "_"))
+def test_model(case):
+    ROWS[case.name] = examine(case)
+
+
+def test_readme_has_this_table():
+    if len(ROWS) < len(CASES):
+        pytest.fail("run the whole file: the table is made by the tests before")
+    pattern = f"{MARKERS[0]}\n(.*?)\n{MARKERS[1]}"
+    (found,) = re.findall(pattern, README.read_text(), flags=re.S)
+    assert found.strip() == table(list(ROWS.values())), "python tests/test_models.py writes it"
+
+
+if __name__ == "__main__":
+    made = table([examine(case) for case in CASES])
+    text = README.read_text()
+    before, rest = text.split(MARKERS[0])
+    README.write_text(f"{before}{MARKERS[0]}\n\n{made}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")

@@ -1,0 +1,106 @@
+"""Copies of a training in progress, and one that is saved and resumed: to the bit."""
+
+import copy
+import gc
+import io
+import pickle
+
+import pytest
+import torch
+from training import bits, make, same, train
+
+import ewa_kernels as ewa
+
+
+def saved_and_loaded(parts):
+    file = io.BytesIO()
+    torch.save(parts, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+KINDS = [
+    pytest.param(torch.optim.AdamW, {}, id="torch"),
+    pytest.param(torch.optim.AdamW, {"fused": True}, id="torch fused"),
+    pytest.param(ewa.optim.AdamW, {}, id="ours"),
+]
+COPIES = [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts)), saved_and_loaded]
+
+
+class TestCopies:
+    @pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle", "save"])
+    @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
+    @pytest.mark.parametrize(("make_optimizer", "options"), KINDS)
+    def test_a_copy_of_all_trains_on_as_the_original(self, make_optimizer, options, order, copied):
+        parts = make(make_optimizer, **options)
+        train(*parts[:2], 3)
+        copies = copied([parts[i] for i in order])
+        model, optimizer, averager = (copies[order.index(i)] for i in range(3))
+        before = bits(parts[0])
+        torch.manual_seed(1)
+        train(model, optimizer, 3)
+        assert (averager.num_steps, parts[2].num_steps) == (6, 3)
+        assert same(bits(parts[0]), before)
+        torch.manual_seed(1)
+        train(*parts[:2], 3)
+        assert same(bits(parts[0]), bits(model))
+
+    def test_a_copy_is_attached_as_the_original(self):
+        """Once, and not any more if that was removed; a copy of the optimizer alone has no hooks, as torch has it."""
+        model, optimizer, averager = make()
+        copies = copy.deepcopy((model, optimizer, averager))
+        with pytest.raises(ValueError, match="attached already"):
+            copies[2].attach(copies[1])
+        averager._attachment.remove()
+        train(*copies[:2], 1)
+        train(model, optimizer, 1)
+        assert (copies[2].num_steps, averager.num_steps) == (1, 0)
+        again = copy.deepcopy((model, optimizer, averager))
+        train(*again[:2], 1)
+        assert again[2].num_steps == 0
+        again[2].attach(again[1])
+        alone = copy.deepcopy(copies[1])
+        for p in alone.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        alone.step()
+        assert copies[2].num_steps == 1
+
+    def test_a_copy_of_the_averager_alone_is_free(self):
+        model, optimizer, averager = make()
+        copied = copy.deepcopy(averager)
+        gc.collect()
+        copied.attach(optimizer)
+        train(model, optimizer, 1)
+        assert (averager.num_steps, copied.num_steps) == (1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("make_optimizer", "options"), KINDS)
+class TestResume:
+    def run(self, kind, *, forget=None):
+        """Weights after 10 steps, and after 5, saving, loading into new objects of another start, and 5 more."""
+        make_optimizer, options, dtype = kind
+        parts = make(make_optimizer, dtype, **options)
+        torch.manual_seed(7)
+        train(*parts[:2], 5)
+        saved = [*(part.state_dict() for part in parts), torch.get_rng_state()]
+        saved = saved_and_loaded(saved)
+        train(*parts[:2], 5)
+        assert parts[2].num_steps == 10
+
+        resumed = make(make_optimizer, dtype, seed=99, **options)
+        for i, part in enumerate(resumed):
+            if i != forget:
+                part.load_state_dict(saved[i])
+        if forget != 3:
+            torch.set_rng_state(saved[3])
+        train(*resumed[:2], 5)
+        return bits(parts[0]), bits(resumed[0])
+
+    def test_bit_exact(self, make_optimizer, options, dtype):
+        assert same(*self.run((make_optimizer, options, dtype)))
+
+    @pytest.mark.parametrize("forget", range(4), ids=["model", "optimizer", "averager", "generator"])
+    def test_each_part_counts(self, make_optimizer, options, dtype, forget):
+        """The comparison above would see any of them missing."""
+        assert not same(*self.run((make_optimizer, options, dtype), forget=forget))
