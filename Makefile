@@ -10,8 +10,11 @@ READY := $(VENV)/ready
 demo: venv
 	$(BIN)/python -m ewa_kernels.demo
 
+# Files in several processes, of a thread or more each: see tests/conftest.py.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: venv
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow

@@ -226,7 +226,7 @@ class ExpertAverager:
         attachment.hook(optimizer)
         return attachment
 
-    def hand_over(self, optimizer: Optimizer | None = None) -> Attachment:
+    def hand_over(self, optimizer: Optimizer) -> Attachment:
         """For an optimizer that averages by itself, as `ewa_kernels.optim.AdamW` does: as if attached to it."""
         if self._attachment is not None and self._attachment.active:
             raise ValueError(
@@ -311,19 +311,22 @@ def _rms_distance(experts: Experts) -> float:
     return (total / numel).sqrt().item()
 
 
+def _nothing() -> None:
+    """What a reference to an optimizer that is gone gives."""
+
+
 class Attachment:
     """That an averager runs after an optimizer's steps, until `remove()`, or until the optimizer is gone."""
 
-    def __init__(self, averager: ExpertAverager, optimizer: Optimizer | None):
+    def __init__(self, averager: ExpertAverager, optimizer: Optimizer):
         self._averager = averager
-        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
         self._had_state = False
-        self._removed = False
         self._handles: list[RemovableHandle] = []
 
     @property
     def active(self) -> bool:
-        return not self._removed and (self._optimizer is None or self._optimizer() is not None)
+        return self._optimizer() is not None
 
     def hook(self, optimizer: Optimizer) -> None:
         self._handles = [
@@ -334,18 +337,16 @@ class Attachment:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._removed = True
+        self._optimizer = _nothing
 
     def __getstate__(self) -> dict[str, Any]:
-        optimizer = None if self._optimizer is None or self._removed else self._optimizer()
-        return {"averager": self._averager, "optimizer": optimizer, "hooked": bool(self._handles)}
+        return {**self.__dict__, "_optimizer": self._optimizer(), "_handles": bool(self._handles)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """torch copies an optimizer without its hooks."""
-        optimizer = state["optimizer"]
-        self.__init__(state["averager"], optimizer)  # type: ignore[misc]
-        self._removed = optimizer is None
-        if optimizer is not None and state["hooked"]:
+        """torch copies an optimizer without its hooks, so that they are registered with the copy here."""
+        optimizer, hooked = state.pop("_optimizer"), state.pop("_handles")
+        self.__dict__.update(state, _optimizer=_nothing if optimizer is None else weakref.ref(optimizer), _handles=[])
+        if optimizer is not None and hooked:
             self.hook(optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

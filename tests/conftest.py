@@ -3,6 +3,10 @@
 import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the processes share the cores; read when torch is imported
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 import torch
 
 if not torch.cuda.is_available():

@@ -45,12 +45,18 @@ class TestCopies:
         train(*parts[:2], 3)
         assert same(bits(parts[0]), bits(model))
 
+    @pytest.mark.parametrize(("make_optimizer", "options"), KINDS)
+    def test_a_copy_cannot_be_attached_twice(self, make_optimizer, options):
+        model, optimizer, averager = copy.deepcopy(make(make_optimizer, **options))
+        with pytest.raises(ValueError, match="attached already"):
+            averager.attach(optimizer)
+        with pytest.raises(ValueError, match="attached already"):
+            averager.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
     def test_a_copy_is_attached_as_the_original(self):
         """Once, and not any more if that was removed; a copy of the optimizer alone has no hooks, as torch has it."""
         model, optimizer, averager = make()
         copies = copy.deepcopy((model, optimizer, averager))
-        with pytest.raises(ValueError, match="attached already"):
-            copies[2].attach(copies[1])
         averager._attachment.remove()
         train(*copies[:2], 1)
         train(model, optimizer, 1)
@@ -65,8 +71,10 @@ class TestCopies:
         alone.step()
         assert copies[2].num_steps == 1
 
-    def test_a_copy_of_the_averager_alone_is_free(self):
-        model, optimizer, averager = make()
+    @pytest.mark.parametrize(("make_optimizer", "options"), KINDS)
+    def test_a_copy_of_the_averager_alone_is_free(self, make_optimizer, options):
+        """Its optimizer, of which a copy was made too, is held by nobody."""
+        model, optimizer, averager = make(make_optimizer, **options)
         copied = copy.deepcopy(averager)
         gc.collect()
         copied.attach(optimizer)
