@@ -43,8 +43,8 @@ class AdamW(torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, maximize, capturable: as in torch.
         averager: what to average after each step, or None. It must not be attached or stepped as well. Experts that
-            have no gradient, or are not among `params`, are averaged too. Each process makes
-            the pass over its own shards of DTensors.
+            have no gradient, or are not among `params`, are averaged too. Each process makes the pass over its own
+            shards of DTensors.
         bf16_copies: write a bfloat16 copy of every float32 weight of `RandomPartitionMoE` that the averager has, in
             the same pass: under bfloat16 autocast the layer then casts no weights, for 2 bytes more per element. Not
             for models whose parameters are changed through `.data`, which nobody can notice.

@@ -28,3 +28,17 @@ def registered(monkeypatch):
     """SwiGLU is known, for one test."""
     monkeypatch.setattr(adapters, "_registered", [])
     ewa.register_ffn_adapter(SwiGLU, up=("w_gate", "w_value"), down="w_out")
+
+
+@pytest.fixture
+def averagings(monkeypatch):
+    """β of each averaging, whoever makes it."""
+    seen = []
+    average = ewa.functional.average_experts_
+
+    def record(tensors, share_rate, **options):
+        seen.append(float(share_rate))
+        average(tensors, share_rate, **options)
+
+    monkeypatch.setattr(ewa.functional, "average_experts_", record)
+    return seen

@@ -23,20 +23,6 @@ def fresh_state():
     GradientState._reset_state()
 
 
-@pytest.fixture
-def averagings(monkeypatch):
-    """β of each averaging."""
-    seen = []
-    average = ewa.functional.average_experts_
-
-    def record(tensors, share_rate, **options):
-        seen.append(float(share_rate))
-        average(tensors, share_rate, **options)
-
-    monkeypatch.setattr(ewa.functional, "average_experts_", record)
-    return seen
-
-
 class Run:
     """As in examples/accelerate_recipe.py."""
 

@@ -69,20 +69,6 @@ def make_trainer(*callbacks, logger=False, **options):
     return pl.Trainer(callbacks=list(callbacks), logger=logger, **(defaults | options))
 
 
-@pytest.fixture
-def averagings(monkeypatch):
-    """β of each averaging, whoever makes it."""
-    seen = []
-    average = ewa.functional.average_experts_
-
-    def record(tensors, share_rate, **options):
-        seen.append(float(share_rate))
-        average(tensors, share_rate, **options)
-
-    monkeypatch.setattr(ewa.functional, "average_experts_", record)
-    return seen
-
-
 class TestTraining:
     def test_averages_once_a_step_logs_and_folds(self, averagings):
         module, logger = Module(), Logger()

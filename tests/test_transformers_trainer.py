@@ -72,20 +72,6 @@ def make_trainer(model, folder, callback=None, *, optimizer=None, kind=Trainer, 
     )
 
 
-@pytest.fixture
-def averagings(monkeypatch):
-    """β of each averaging, whoever makes it."""
-    seen = []
-    average = ewa.functional.average_experts_
-
-    def record(tensors, share_rate, **options):
-        seen.append(float(share_rate))
-        average(tensors, share_rate, **options)
-
-    monkeypatch.setattr(ewa.functional, "average_experts_", record)
-    return seen
-
-
 def logged(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
