@@ -4,15 +4,11 @@ Source: "Experts Weights Averaging: A New General Training Scheme for Vision Tra
 """
 
 from ewa_kernels import functional, integrations, optim, reference
-from ewa_kernels.averaging import (
-    ConstantShareRate,
-    CosineShareRate,
-    ExpertAverager,
-    LinearShareRate,
-)
+from ewa_kernels.averaging import ExpertAverager
 from ewa_kernels.backends import BackendError
 from ewa_kernels.decay import weight_decay_groups
 from ewa_kernels.modules import FFN, RandomPartitionMoE, expert_tensors
+from ewa_kernels.share_rate import ConstantShareRate, CosineShareRate, LinearShareRate
 from ewa_kernels.surgery import (
     find_ffns,
     fold_,

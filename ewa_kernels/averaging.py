@@ -1,107 +1,24 @@
-"""Experts Weights Averaging in a training loop: share-rate schedules and `ExpertAverager`.
+"""Experts Weights Averaging in a training loop: `ExpertAverager`.
 
-Source: equation 6 of arXiv 2308.06093 ("at the end of each iteration"). The schedules' shapes and defaults are
-choices of this package.
+Source: equation 6 of arXiv 2308.06093 ("at the end of each iteration").
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from ewa_kernels import checks, functional, shards
+from ewa_kernels.attachment import Attachment
 from ewa_kernels.modules import expert_tensors
+from ewa_kernels.share_rate import ConstantShareRate, ShareRate
 
 Experts = Tensor | Sequence[Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShareRate:
-    """β as a function of the step: `schedule(step)`, step = 0 for the first averaging.
-
-    Args:
-        start_step: first step of the window; the schedule's own steps are counted from it.
-        stop_step: first step after the window, None for no end. Outside the window β = 0.
-    """
-
-    start_step: int = 0
-    stop_step: int | None = None
-
-    def __post_init__(self) -> None:
-        checks.integer("start_step", self.start_step, minimum=0)
-        if self.stop_step is not None:
-            checks.integer("stop_step", self.stop_step, minimum=self.start_step)
-
-    def __call__(self, step: int) -> float:
-        if step < self.start_step or (self.stop_step is not None and step >= self.stop_step):
-            return 0.0
-        return self._inside(step - self.start_step)
-
-    @property
-    def is_endless(self) -> bool:
-        """Whether every step is in the window."""
-        return self.start_step == 0 and self.stop_step is None
-
-    def _inside(self, step: int) -> float:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class ConstantShareRate(ShareRate):
-    """β = value."""
-
-    value: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.probability("value", self.value)
-
-    def _inside(self, step: int) -> float:
-        return float(self.value)
-
-
-@dataclass(frozen=True)
-class _Ramp(ShareRate):
-    end: float
-    num_steps: int
-    start: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.probability("end", self.end)
-        checks.probability("start", self.start)
-        checks.integer("num_steps", self.num_steps, minimum=1)
-
-    def _inside(self, step: int) -> float:
-        if step >= self.num_steps:
-            return float(self.end)
-        return self.start + (self.end - self.start) * self._progress(step / self.num_steps)
-
-    def _progress(self, fraction: float) -> float:
-        raise NotImplementedError
-
-
-class LinearShareRate(_Ramp):
-    """β goes from `start` to `end` on a straight line in `num_steps` steps, and stays there."""
-
-    def _progress(self, fraction: float) -> float:
-        return fraction
-
-
-class CosineShareRate(_Ramp):
-    """β goes from `start` to `end` on half a cosine in `num_steps` steps, and stays there."""
-
-    def _progress(self, fraction: float) -> float:
-        return (1 - math.cos(math.pi * fraction)) / 2
 
 
 class ExpertAverager:
@@ -205,6 +122,11 @@ class ExpertAverager:
         """What is averaged: stacked tensors, and lists of separate ones."""
         return list(self._experts().values())
 
+    @property
+    def attached_to(self) -> Optimizer | None:
+        """The optimizer whose steps end with averaging."""
+        return None if self._attachment is None else self._attachment.optimizer
+
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Makes each real step of `optimizer` end with `step()`, until `remove()` is called on the result.
 
@@ -228,12 +150,12 @@ class ExpertAverager:
 
     def hand_over(self, optimizer: Optimizer) -> Attachment:
         """For an optimizer that averages by itself, as `ewa_kernels.optim.AdamW` does: as if attached to it."""
-        if self._attachment is not None and self._attachment.active:
+        if self.attached_to is not None:
             raise ValueError(
                 "optimizer must be the only one attached to, but the averager is attached already: "
                 "call remove() on what attach returned, or delete the optimizer that has it"
             )
-        self._attachment = Attachment(self, optimizer)
+        self._attachment = Attachment(self.step, optimizer)
         return self._attachment
 
     @torch.no_grad()
@@ -309,64 +231,3 @@ def _rms_distance(experts: Experts) -> float:
     if shards.is_sharded(whole):
         total = shards.sum_over_shards(total, whole)
     return (total / numel).sqrt().item()
-
-
-def _nothing() -> None:
-    """What a reference to an optimizer that is gone gives."""
-
-
-class Attachment:
-    """That an averager runs after an optimizer's steps, until `remove()`, or until the optimizer is gone."""
-
-    def __init__(self, averager: ExpertAverager, optimizer: Optimizer):
-        self._averager = averager
-        self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
-        self._had_state = False
-        self._handles: list[RemovableHandle] = []
-
-    @property
-    def active(self) -> bool:
-        return self._optimizer() is not None
-
-    def hook(self, optimizer: Optimizer) -> None:
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._optimizer = _nothing
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_optimizer": self._optimizer(), "_handles": bool(self._handles)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """torch copies an optimizer without its hooks, so that they are registered with the copy here."""
-        optimizer, hooked = state.pop("_optimizer"), state.pop("_handles")
-        self.__dict__.update(state, _optimizer=_nothing if optimizer is None else weakref.ref(optimizer), _handles=[])
-        if optimizer is not None and hooked:
-            self.hook(optimizer)
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._had_state = len(optimizer.state) > 0
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not is_dry_run(optimizer, self._had_state):
-            # GradScaler hands it to fused optimizers, which skip by themselves, as an attribute.
-            self._averager.step(getattr(optimizer, "found_inf", None))
-
-
-def is_dry_run(optimizer: Optimizer, had_state: bool) -> bool:
-    """Whether a step only creates the optimizer's state: a first one, at learning rate 0, with gradients of 0."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    # That of a dry run is on the CPU, and one on a GPU may not be read here.
-    if had_state or any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
-        return False
-    if any(float(lr) != 0 for lr in rates):
-        return False
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    has_grad = any(p.grad is not None and bool(shards.local(p.grad).any()) for p in parameters)
-    # A process may hold nothing but empty shards, or zeros by chance: all must come to the same answer.
-    return not shards.any_process(has_grad, parameters)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ewa_kernels import memory
 from ewa_kernels.reference import ACTIVATIONS
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOATING_NAMES = "float16, bfloat16, float32 or float64"
 _INTEGERS: Any = (int, torch.SymInt, numbers.Integral)
 MAX_TOKENS = 2**31
-_MANY = 1024
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device | None = None) -> Tensor:
@@ -205,7 +205,7 @@ def experts(tensors: Any) -> tuple[list[Tensor], list[int]]:
         raise TypeError(f"tensors must be a list of stacked tensors [E, ...], got {type(tensors).__name__}")
     flat: list[Tensor] = []
     group_sizes: list[int] = []
-    memory: list[_Place] = []
+    places: list[memory.Place] = []
     for i, group in enumerate(tensors):
         if isinstance(group, (list, tuple)):
             if not group:
@@ -224,14 +224,14 @@ def experts(tensors: Any) -> tuple[list[Tensor], list[int]]:
             members = {f"tensors[{i}]": group}
             group_sizes.append(0)
         for name, tensor in members.items():
-            if _overlaps_itself(tensor):
+            if memory.overlaps_itself(tensor):
                 raise ValueError(
                     f"{name} must have memory of its own for every element, got strides {list(tensor.stride())} "
                     f"for shape {list(tensor.shape)}"
                 )
-            memory += _places(name, tensor)
+            places += memory.places(name, tensor)
             flat.append(tensor)
-    for first, second in _overlaps(memory):
+    for first, second in memory.overlaps(places):
         if first[:3] == second[:3] and first.steps == second.steps:
             raise ValueError(f"{second.name} must not be given twice: it would be averaged twice")
         raise ValueError(f"{second.name} must have memory of its own, but shares some with {first.name}")
@@ -240,87 +240,8 @@ def experts(tensors: Any) -> tuple[list[Tensor], list[int]]:
 
 def own_memory(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raises ValueError if two of these tensors, each with its name, share memory."""
-    for first, second in _overlaps([place for name, tensor in tensors for place in _places(name, tensor)]):
+    for first, second in memory.overlaps([place for name, tensor in tensors for place in memory.places(name, tensor)]):
         raise ValueError(f"{second.name} must have memory of its own, but shares some with {first.name}")
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether an element may be in memory that is another's too."""
-    reach = 0
-    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if step <= reach:
-                return True
-            reach += step * (size - 1)
-    return False
-
-
-class _Place(NamedTuple):
-    """Memory of a tensor: pieces of `size` bytes; in each dimension `count` of them, `step` bytes apart."""
-
-    device: str
-    start: int
-    end: int
-    name: str
-    size: int
-    steps: tuple[tuple[int, int], ...]  # (step, count), count > 1
-
-
-def _places(name: str, tensor: Tensor) -> Iterator[_Place]:
-    if tensor.numel() == 0 or tensor.device.type == "meta" or torch.compiler.is_compiling():
-        return
-    device, start, size = str(tensor.device), tensor.data_ptr(), tensor.element_size()
-    if tensor.is_contiguous():
-        size *= tensor.numel()
-        yield _Place(device, start, start + size, name, size, ())
-        return
-    steps: list[tuple[int, int]] = []
-    for stride, count in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        step = stride * tensor.element_size()
-        if not steps and step == size:
-            size *= count
-        elif count > 1:
-            steps.append((step, count))
-    if len(steps) == 1 and steps[0][1] <= _MANY:
-        # Many tensors may be slices of one buffer: pieces without gaps are compared with their neighbours only.
-        step, count = steps[0]
-        yield from (_Place(device, p, p + size, name, size, ()) for p in range(start, start + step * count, step))
-    else:
-        reach = sum(step * (count - 1) for step, count in steps)
-        yield _Place(device, start, start + reach + size, name, size, tuple(steps))
-
-
-def _overlaps(places: list[_Place]) -> Iterator[tuple[_Place, _Place]]:
-    """Pairs that share memory, the first of which is enough for an error."""
-    near: list[_Place] = []
-    for place in sorted(places):
-        near = [other for other in near if other.device == place.device and other.end > place.start]
-        yield from ((other, place) for other in near if _overlap(other, place))
-        near.append(place)
-
-
-def _overlap(first: _Place, second: _Place) -> bool:
-    """Whether the difference of two pieces' addresses is less than their sizes for any two of them."""
-    counts: dict[int, tuple[int, int]] = {}
-    for step, count in first.steps:
-        counts[step] = (0, count - 1)
-    for step, count in second.steps:
-        counts[step] = (1 - count, counts.get(step, (0, 0))[1])
-    steps = [(step, *counts[step]) for step in sorted(counts, reverse=True)]
-    return _reaches(first.start - second.start, steps, -first.size, second.size)
-
-
-def _reaches(offset: int, steps: list[tuple[int, int, int]], low: int, high: int) -> bool:
-    """Whether low < offset + Σ step·k < high for any integers k, least ≤ k ≤ most; `steps`: (step, least, most)."""
-    if not steps:
-        return low < offset < high
-    if low + 1 + (offset - low - 1) % math.gcd(*(step for step, _, _ in steps)) >= high:
-        return False
-    (step, least, most), *rest = steps
-    down, up = (sum(smaller * times[i] for smaller, *times in rest) for i in (0, 1))
-    least = max(least, (low - offset - up) // step + 1)
-    most = min(most, -((offset + down - high) // step) - 1)
-    return any(_reaches(offset + k * step, rest, low, high) for k in range(least, most + 1))
 
 
 def share_rate_tensor(share_rate: float | Tensor) -> Tensor:

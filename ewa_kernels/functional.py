@@ -107,7 +107,7 @@ def moe_ffn(
         TypeError: an argument is of a wrong type, dtype or device.
         ValueError: an argument has a wrong shape or is out of range.
         BackendError: the backend cannot run here.
-        RuntimeError: forward-mode AD is asked for; only backend="reference" supports it.
+        RuntimeError: forward-mode AD, or a gradient of torch.func, is asked for; only backend="reference" has them.
     """
     checks.ffn(x, up_weight, up_bias, down_weight, down_bias, activation, gated, dropout_p)
     checks.boolean("recompute", recompute)
@@ -173,7 +173,7 @@ def _moe_ffn(
         if permutation is None or expert_offsets is None:
             return reference.moe_ffn(x, *parameters, **options)
         return reference.grouped_ffn(x, *parameters, permutation=permutation, expert_offsets=expert_offsets, **options)
-    _refuse_forward_ad((x, *parameters))
+    _refuse_transforms((x, *parameters))
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
     y, _, _ = ops.moe_ffn(
         x.to(dtype).reshape(-1, x.shape[-1]),
@@ -284,13 +284,30 @@ def draw_seed(x: Tensor) -> Tensor:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    if x.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
+        return ops.draw_seed(x)
+    if x.is_cuda and not torch.cuda.is_current_stream_capturing():
         return torch.tensor(ops.draw_seed_on_host(x.device), dtype=torch.int64, device="cpu")
     return ops.draw_seed(x)
 
 
-def _refuse_forward_ad(tensors: Iterable[Tensor | None]) -> None:
-    """torch would answer forward-mode AD through a custom operation with zeros, silently."""
+def _refuse_transforms(tensors: Iterable[Tensor | None]) -> None:
+    """Through a custom operation torch answers forward-mode AD with zeros, silently, and torch.func.grad with a
+    message that does not say what to do."""
     for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor is None:
+            continue
+        if forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError('moe_ffn does not support forward-mode AD (torch.func.jvp): use backend="reference"')
+        if not torch.compiler.is_compiling() and _is_tracked(tensor):
+            raise RuntimeError('moe_ffn does not support torch.func.grad, vjp or jacrev: use backend="reference"')
+
+
+def _is_tracked(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func, at any level, takes the gradient with respect to it."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import adamw
 
 from ewa_kernels import backends, checks, functional, ops, shards
-from ewa_kernels.averaging import ExpertAverager, is_dry_run
+from ewa_kernels.attachment import is_dry_run
+from ewa_kernels.averaging import ExpertAverager
 from ewa_kernels.kernels import copies
 from ewa_kernels.kernels.experts import MAX_EXPERTS
 

@@ -312,7 +312,7 @@ class TestExpertAverager:
             warnings.simplefilter("error")
             ewa.ExpertAverager(model, lambda step: 0.1).load_state_dict(state)
 
-    def test_a_copy_is_attached_to_nothing(self):
+    def test_a_copy_without_the_optimizer_is_attached_to_nothing(self):
         model, optimizer = small_model()
         averager = ewa.ExpertAverager(model, 0.3)
         averager.attach(optimizer)

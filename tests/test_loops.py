@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training import SCHEDULE, backward, bits, make, make_model, same, train
 
 import ewa_kernels as ewa
-from ewa_kernels import averaging
+from ewa_kernels import attachment
 
 FUSED = [
     pytest.param(torch.optim.AdamW, {"fused": True}, id="AdamW"),
@@ -103,7 +103,7 @@ class TestSkippedSteps:
         """As on a GPU, in a CUDA graph: on meta, reading raises."""
         optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
         optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
-        assert not averaging.is_dry_run(optimizer, had_state=False)
+        assert not attachment.is_dry_run(optimizer, had_state=False)
 
 
 class TestAttach:

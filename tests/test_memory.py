@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ewa_kernels as ewa
-from ewa_kernels import checks
+from ewa_kernels.memory import Place, overlaps
 
 X = torch.zeros(4, 12)
 
@@ -37,7 +37,7 @@ def some_view(memory, rng):
 @pytest.mark.parametrize("num_pieces", [0, 1024])
 def test_pairs_of_views(num_pieces, monkeypatch):
     """Whether tensors in equal pieces are compared as they are, or by piece."""
-    monkeypatch.setattr(checks, "_MANY", num_pieces)
+    monkeypatch.setattr("ewa_kernels.memory._MANY", num_pieces)
     memory, rng, found = torch.zeros(320), random.Random(num_pieces), []
     for _ in range(1500):
         views = [some_view(memory, rng) for _ in range(2)]
@@ -85,8 +85,8 @@ def test_large_tensors_are_not_gone_through():
 
     def overlap(start, size):
         end = start + sum(step * (count - 1) for step, count in steps) + size
-        places = [checks._Place("cpu", 0, end, "a", 4, steps), checks._Place("cpu", start, end, "b", size, steps)]
-        return len([*checks._overlaps(places)]) > 0
+        places = [Place("cpu", 0, end, "a", 4, steps), Place("cpu", start, end, "b", size, steps)]
+        return len([*overlaps(places)]) > 0
 
     assert not overlap(4, 4)
     assert overlap(3, 4)

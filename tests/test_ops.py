@@ -188,10 +188,27 @@ class TestForwardMode:
         )
 
 
-def test_func_grad_raises_rather_than_being_wrong():
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        torch.func.grad,
+        torch.func.jacrev,
+        lambda f: lambda x: torch.func.vjp(f, x),
+        lambda f: torch.func.grad(lambda x: torch.func.vmap(f)(x[None]).sum()),
+        lambda f: lambda x: torch.func.vmap(torch.func.grad(f))(x[None]),
+    ],
+    ids=["grad", "jacrev", "vjp", "grad of vmap", "vmap of grad"],
+)
+def test_func_grad_raises_rather_than_being_wrong(transform, compiled):
     x, *parameters = (t.detach() for t in ffn_arguments()[:5])
-    with pytest.raises(RuntimeError):
-        torch.func.grad(lambda x: ewa.functional.moe_ffn(x, *parameters, seed=1).sum())(x)
+    function = transform(lambda x: ewa.functional.moe_ffn(x, *parameters, seed=1).sum())
+    if compiled:
+        torch.compiler.reset()
+        function = torch.compile(function, backend="aot_eager")
+    ours = 'moe_ffn does not support torch.func.grad.*"reference"'
+    with pytest.raises(RuntimeError, match=None if compiled else ours):
+        function(x)
 
 
 def test_vmap_is_the_loop():

@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ewa_kernels import checks
-from ewa_kernels.averaging import Attachment, ExpertAverager
+from ewa_kernels.attachment import Attachment
+from ewa_kernels.averaging import ExpertAverager
 from ewa_kernels.modules import expert_tensors
 
 
@@ -65,10 +66,9 @@ class Averaging:
             TypeError: it has no hooks.
         """
         plain = [plain_optimizer(optimizer) for optimizer in optimizers]
-        attachment = self.averager._attachment
-        if attachment is not None and attachment.active:
-            other = None if attachment._optimizer is None else attachment._optimizer()
-            if other is not None and not any(other is optimizer for optimizer in plain):
+        other = self.averager.attached_to
+        if other is not None:
+            if not any(other is optimizer for optimizer in plain):
                 raise ValueError(f"averager must be attached to the trainer's optimizer, is to another {_kind(other)}")
             return
         experts = {id(parameter) for _, parameter in expert_tensors(model)}

@@ -1,0 +1,78 @@
+"""What runs after each real step of an optimizer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ewa_kernels import shards
+
+
+def _nothing() -> None:
+    """What a reference to an optimizer that is gone gives."""
+
+
+class Attachment:
+    """That something runs after an optimizer's real steps, until `remove()`, or until the optimizer is gone.
+
+    Args:
+        run: is called with what GradScaler found, or None; `ExpertAverager.step` is.
+    """
+
+    def __init__(self, run: Callable[[Any], None], optimizer: Optimizer):
+        self._run = run
+        self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
+        self._had_state = False
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        return self._optimizer()
+
+    def hook(self, optimizer: Optimizer) -> None:
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._optimizer = _nothing
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_optimizer": self._optimizer(), "_handles": bool(self._handles)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """torch copies an optimizer without its hooks, so that they are registered with the copy here."""
+        optimizer, hooked = state.pop("_optimizer"), state.pop("_handles")
+        self.__dict__.update(state, _optimizer=_nothing if optimizer is None else weakref.ref(optimizer), _handles=[])
+        if optimizer is not None and hooked:
+            self.hook(optimizer)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._had_state = len(optimizer.state) > 0
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not is_dry_run(optimizer, self._had_state):
+            # GradScaler hands it to fused optimizers, which skip by themselves, as an attribute.
+            self._run(getattr(optimizer, "found_inf", None))
+
+
+def is_dry_run(optimizer: Optimizer, had_state: bool) -> bool:
+    """Whether a step only creates the optimizer's state: a first one, at learning rate 0, with gradients of 0."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    # That of a dry run is on the CPU, and one on a GPU may not be read here.
+    if had_state or any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
+        return False
+    if any(float(lr) != 0 for lr in rates):
+        return False
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    has_grad = any(p.grad is not None and bool(shards.local(p.grad).any()) for p in parameters)
+    # A process may hold nothing but empty shards, or zeros by chance: all must come to the same answer.
+    return not shards.any_process(has_grad, parameters)

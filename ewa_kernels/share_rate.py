@@ -1,0 +1,91 @@
+"""Share-rate schedules: β, equation 6 of arXiv 2308.06093, as a function of the step.
+
+That there is a schedule is the paper's; shapes and defaults are choices of this package.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ewa_kernels import checks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareRate:
+    """β as a function of the step: `schedule(step)`, step = 0 for the first averaging.
+
+    Args:
+        start_step: first step of the window; the schedule's own steps are counted from it.
+        stop_step: first step after the window, None for no end. Outside the window β = 0.
+    """
+
+    start_step: int = 0
+    stop_step: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.integer("start_step", self.start_step, minimum=0)
+        if self.stop_step is not None:
+            checks.integer("stop_step", self.stop_step, minimum=self.start_step)
+
+    def __call__(self, step: int) -> float:
+        if step < self.start_step or (self.stop_step is not None and step >= self.stop_step):
+            return 0.0
+        return self._inside(step - self.start_step)
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether every step is in the window."""
+        return self.start_step == 0 and self.stop_step is None
+
+    def _inside(self, step: int) -> float:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ConstantShareRate(ShareRate):
+    """β = value."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.probability("value", self.value)
+
+    def _inside(self, step: int) -> float:
+        return float(self.value)
+
+
+@dataclass(frozen=True)
+class _Ramp(ShareRate):
+    end: float
+    num_steps: int
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.probability("end", self.end)
+        checks.probability("start", self.start)
+        checks.integer("num_steps", self.num_steps, minimum=1)
+
+    def _inside(self, step: int) -> float:
+        if step >= self.num_steps:
+            return float(self.end)
+        return self.start + (self.end - self.start) * self._progress(step / self.num_steps)
+
+    def _progress(self, fraction: float) -> float:
+        raise NotImplementedError
+
+
+class LinearShareRate(_Ramp):
+    """β goes from `start` to `end` on a straight line in `num_steps` steps, and stays there."""
+
+    def _progress(self, fraction: float) -> float:
+        return fraction
+
+
+class CosineShareRate(_Ramp):
+    """β goes from `start` to `end` on half a cosine in `num_steps` steps, and stays there."""
+
+    def _progress(self, fraction: float) -> float:
+        return (1 - math.cos(math.pi * fraction)) / 2
