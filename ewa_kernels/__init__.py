@@ -8,6 +8,7 @@ from ewa_kernels.averaging import ExpertAverager
 from ewa_kernels.backends import BackendError
 from ewa_kernels.decay import weight_decay_groups
 from ewa_kernels.modules import FFN, RandomPartitionMoE, expert_tensors
+from ewa_kernels.routed import RoutedMoE
 from ewa_kernels.share_rate import ConstantShareRate, CosineShareRate, LinearShareRate
 from ewa_kernels.surgery import (
     find_ffns,
@@ -30,6 +31,7 @@ __all__ = [
     "ExpertAverager",
     "LinearShareRate",
     "RandomPartitionMoE",
+    "RoutedMoE",
     "__version__",
     "expert_tensors",
     "find_ffns",

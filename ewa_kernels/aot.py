@@ -47,7 +47,7 @@ class Case:
     dtype: str
     gated: bool = False  # then with SiLU, without biases
     dropout: bool = False
-    ragged: bool = False  # with a partition that is given
+    routed: bool = False  # with a partition that is given, and two weighted choices a token
     stochastic: bool = False  # rounding, of "average"
     d_model: int = 768  # for "onchip", as many as fit
     d_ff: int = 3072
@@ -69,7 +69,7 @@ class Case:
         words = [f"{t.block_m}x{t.block_n}x{t.block_k}, {t.parts} parts, {t.num_warps} warps, {t.num_stages} stages"]
         words.append("gated silu" if self.gated else "gelu, biases")
         sizes = [f"D={self.d_model} F={self.d_ff}"] if (self.d_model, self.d_ff) != (768, 3072) else []
-        return ", ".join(words + ["dropout"] * self.dropout + ["ragged"] * self.ragged + sizes)
+        return ", ".join(words + ["dropout"] * self.dropout + ["routed"] * self.routed + sizes)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
                 plain = Case(kernel, tile, architecture, dtype, dropout=True)
                 yield from (plain, replace(plain, gated=True))
             for tile in tiles[kernel][:1]:
-                plain = Case(kernel, tile, architecture, dtype, ragged=True)
+                plain = Case(kernel, tile, architecture, dtype, routed=True)
                 yield from (plain, replace(plain, gated=True))
         for kernel in ("forward up", "forward down", "backward split"):
             yield Case(kernel, tiles[kernel.split()[0]][0], architecture, dtype)
@@ -196,7 +196,7 @@ def _compile(case: Case) -> tuple[Any, str]:
     """The compiled kernel, and what ptxas said."""
     onchip_size = case.tile.block_k if case.kernel == "onchip" else 0
     layer = Layer(
-        num_tokens=50432,
+        num_rows=50432,
         num_experts=4,
         d_model=onchip_size or case.d_model,
         d_ff=4 * onchip_size or case.d_ff,
@@ -204,7 +204,8 @@ def _compile(case: Case) -> tuple[Any, str]:
         gated=case.gated,
         dropout_p=0.1 if case.dropout else 0.0,
         seed=torch.tensor(0),
-        expert_offsets=torch.empty(5, dtype=torch.int32, device="meta") if case.ragged else None,
+        expert_offsets=torch.empty(5, dtype=torch.int32, device="meta") if case.routed else None,
+        routing_weights=torch.empty(25216, 2, device="meta") if case.routed else None,
         dtype=_torch_dtype(case.dtype),
         device=torch.device("meta"),
         table={case.kernel.split()[0]: (case.tile,)},
@@ -220,16 +221,16 @@ def _compile(case: Case) -> tuple[Any, str]:
 
 
 def _launch(case: Case, layer: Layer) -> Any:
-    num_tokens, num_experts, d_model, d_ff = layer.num_tokens, layer.num_experts, layer.d_model, layer.d_ff
+    num_rows, num_experts, d_model, d_ff = layer.num_rows, layer.num_experts, layer.d_model, layer.d_ff
     num_up = 2 * d_ff if case.gated else d_ff
 
     def new(*shape: int, dtype: torch.dtype = layer.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=layer.device)
 
-    x, y, permutation = new(num_tokens, d_model), new(num_tokens, d_model), new(num_tokens, dtype=torch.int32)
+    x, y, permutation = new(num_rows, d_model), new(num_rows, d_model), new(num_rows, dtype=torch.int32)
     up_weight, down_weight = new(num_experts, num_up, d_model), new(num_experts, d_model, d_ff)
     up_bias, down_bias = (None, None) if case.gated else (new(num_experts, num_up), new(num_experts, d_model))
-    pre_activation, hidden = new(num_tokens, num_up), new(num_tokens, d_ff)
+    pre_activation, hidden = new(num_rows, num_up), new(num_rows, d_ff)
     operands = (x, up_weight, up_bias, down_weight, down_bias)
     kernel, _, form = case.kernel.partition(" ")
     if kernel == "forward":
@@ -238,18 +239,18 @@ def _launch(case: Case, layer: Layer) -> Any:
             outputs = (
                 (None, pre_activation, None, permutation) if form == "up" else (y, pre_activation, hidden, permutation)
             )
-            forward.launch_forward(layer, *operands, *outputs, form=form or "single", deal=not case.ragged)
+            forward.launch_forward(layer, *operands, *outputs, form=form or "single", deal=not case.routed)
     elif kernel == "average":
         with _instead(averaging, "average_kernel") as compiled:
             share_rate, seed = new(1, dtype=torch.float64), new(1, dtype=torch.int64)
             averaging.average([up_weight], share_rate, None, seed if case.stochastic else None)
     elif kernel == "onchip":
         with _instead(onchip, "onchip_kernel") as compiled:
-            onchip.launch_onchip(layer, *operands, y, pre_activation, permutation, deal=not case.ragged)
+            onchip.launch_onchip(layer, *operands, y, pre_activation, permutation, deal=not case.routed)
     else:
         with _instead(backward, "backward_kernel") as compiled:
             saved = (x, up_weight, down_weight, pre_activation, permutation)
-            backward.launch_backward(layer, y, *saved, *operands, single=not form)
+            backward.launch_backward(layer, y, *saved, *operands, need_routing=case.routed, single=not form)
     return compiled[0]
 
 

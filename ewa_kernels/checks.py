@@ -170,11 +170,26 @@ def ffn(
         raise ValueError(f"x must hold fewer than 2^31 tokens, got {num_tokens}")
 
 
-def partition(permutation: Any, expert_offsets: Any, x: Tensor, num_experts: int) -> None:
-    """Raises TypeError or ValueError unless they are a partition of x's tokens; values are checked on the CPU only."""
-    num_tokens = math.prod(x.shape[:-1])
+def partition(permutation: Any, expert_offsets: Any, routing_weights: Any, x: Tensor, num_experts: int) -> None:
+    """Raises TypeError or ValueError unless they are a partition of x's tokens, or of k choices for each of them.
+
+    Values are checked on the CPU only.
+    """
+    num_tokens = num_rows = math.prod(x.shape[:-1])
+    rows = "T"
+    if routing_weights is not None:
+        floating("routing_weights", routing_weights)
+        if routing_weights.device != x.device:
+            raise TypeError(f"routing_weights must be on {x.device} like x, got {routing_weights.device}")
+        if routing_weights.ndim != 2 or len(routing_weights) != num_tokens or routing_weights.shape[1] < 1:
+            raise ValueError(
+                f"routing_weights must be [T, k] with T = {num_tokens} and k ≥ 1, got {list(routing_weights.shape)}"
+            )
+        num_rows, rows = routing_weights.numel(), "T·k"
+        if num_rows >= MAX_TOKENS:
+            raise ValueError(f"routing_weights must hold fewer than 2^31 choices, got {num_rows}")
     for name, tensor, meaning, size in (
-        ("permutation", permutation, "[T]", num_tokens),
+        ("permutation", permutation, f"[{rows}]", num_rows),
         ("expert_offsets", expert_offsets, "[E + 1]", num_experts + 1),
     ):
         if not isinstance(tensor, Tensor):
@@ -187,10 +202,25 @@ def partition(permutation: Any, expert_offsets: Any, x: Tensor, num_experts: int
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return
     steps = expert_offsets.diff()
-    if expert_offsets[0] != 0 or expert_offsets[-1] != num_tokens or bool((steps < 0).any()):
-        raise ValueError(f"expert_offsets must rise from 0 to T = {num_tokens}, got {expert_offsets.tolist()}")
-    if not torch.equal(permutation.sort().values, torch.arange(num_tokens, dtype=permutation.dtype)):
-        raise ValueError(f"permutation must hold each of 0…{num_tokens - 1} once")
+    if expert_offsets[0] != 0 or expert_offsets[-1] != num_rows or bool((steps < 0).any()):
+        raise ValueError(f"expert_offsets must rise from 0 to {rows} = {num_rows}, got {expert_offsets.tolist()}")
+    if not torch.equal(permutation.sort().values, torch.arange(num_rows, dtype=permutation.dtype)):
+        raise ValueError(f"permutation must hold each of 0…{num_rows - 1} once")
+
+
+def choices(tensor: Any, num_experts: int) -> None:
+    """Raises TypeError or ValueError unless `[T, k]` numbers of experts; values are checked on the CPU only."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"choices must be a Tensor, got {_kind(tensor)}")
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"choices must be int32 or int64, got {tensor.dtype}")
+    if tensor.ndim != 2:
+        raise ValueError(f"choices must be [T, k], got {list(tensor.shape)}")
+    if tensor.numel() == 0 or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = tensor.min(), tensor.max()
+    if low < 0 or high >= num_experts:
+        raise ValueError(f"choices must be in 0…{num_experts - 1}, got {int(low)}…{int(high)}")
 
 
 def experts(tensors: Any) -> tuple[list[Tensor], list[int]]:

@@ -20,7 +20,9 @@ __all__ = [
     "grouped_ffn",
     "merge_experts",
     "moe_ffn",
+    "partition_by_expert",
     "random_permutation",
+    "route",
 ]
 
 
@@ -112,8 +114,8 @@ def moe_ffn(
     checks.ffn(x, up_weight, up_bias, down_weight, down_bias, activation, gated, dropout_p)
     checks.boolean("recompute", recompute)
     seed = checks.seed_tensor(seed, x.device)
-    parameters = (up_weight, up_bias, down_weight, down_bias)
-    return _moe_ffn(x, parameters, seed, None, None, activation, gated, dropout_p, backend, recompute)
+    operands = (up_weight, up_bias, down_weight, down_bias, None)
+    return _moe_ffn(x, operands, seed, None, None, activation, gated, dropout_p, backend, recompute)
 
 
 def grouped_ffn(
@@ -125,6 +127,7 @@ def grouped_ffn(
     *,
     permutation: Tensor,
     expert_offsets: Tensor,
+    routing_weights: Tensor | None = None,
     seed: int | Tensor = 0,
     activation: str = "gelu",
     gated: bool = False,
@@ -132,12 +135,17 @@ def grouped_ffn(
     backend: str = "auto",
     recompute: bool = False,
 ) -> Tensor:
-    """`moe_ffn` with a partition that somebody else made, into groups of any size: a router, say.
+    """y[t] = Σ_j routing_weights[t, j] · FFN_e(x[t]), j = 0…k−1, e the expert of choice t·k + j.
+
+    `moe_ffn` with a partition that somebody else made, into groups of any size: a router, say (`route` and
+    `partition_by_expert`). Without `routing_weights` k = 1 and nothing is multiplied.
 
     Args:
-        permutation: int32 or int64 `[T]`, on x's device, a bijection: grouped row i holds token `permutation[i]`.
-        expert_offsets: int32 or int64 `[E + 1]`, on x's device, from 0 to T: expert e owns grouped rows
+        permutation: int32 or int64 `[T·k]`, on x's device, a bijection: grouped row i holds choice
+            `permutation[i]` = t·k + j, which is choice j of token t.
+        expert_offsets: int32 or int64 `[E + 1]`, on x's device, from 0 to T·k: expert e owns grouped rows
             `expert_offsets[e]` … `expert_offsets[e+1]`−1, perhaps none.
+        routing_weights: `[T, k]`, floating, on x's device. The sum over j is in that order, in float32 or wider.
         seed: of hidden dropout.
 
     Both are read where they are, and so on a GPU their values are not checked: wrong ones read and write
@@ -146,16 +154,59 @@ def grouped_ffn(
     """
     checks.ffn(x, up_weight, up_bias, down_weight, down_bias, activation, gated, dropout_p)
     checks.boolean("recompute", recompute)
-    checks.partition(permutation, expert_offsets, x, num_experts=up_weight.shape[0])
+    checks.partition(permutation, expert_offsets, routing_weights, x, num_experts=up_weight.shape[0])
     seed = checks.seed_tensor(seed, x.device)
     partition = (permutation.to(torch.int32).contiguous(), expert_offsets.to(torch.int32).contiguous())
-    parameters = (up_weight, up_bias, down_weight, down_bias)
-    return _moe_ffn(x, parameters, seed, *partition, activation, gated, dropout_p, backend, recompute)
+    operands = (up_weight, up_bias, down_weight, down_bias, routing_weights)
+    return _moe_ffn(x, operands, seed, *partition, activation, gated, dropout_p, backend, recompute)
+
+
+def route(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:
+    """The router's decision: the k experts with the highest logits, and softmax(logits) of them. Differentiable.
+
+    Of equal logits the expert with the lower number comes first, on every device. No host sync.
+
+    Args:
+        logits: `[T, E]`, floating; float32 or wider is best.
+        top_k: k, 1 ≤ k ≤ E.
+        renormalize: divide the k weights of a token by their sum.
+
+    Returns:
+        routing_weights `[T, k]` of the dtype of logits, and choices, int64 `[T, k]`, the highest first.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype or shape, or out of range.
+    """
+    checks.floating("logits", logits)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be [T, E] with E ≥ 1, got {list(logits.shape)}")
+    checks.integer("top_k", top_k, minimum=1, below=logits.shape[1] + 1)
+    checks.boolean("renormalize", renormalize)
+    return reference.route(logits, top_k, renormalize=renormalize)
+
+
+def partition_by_expert(choices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The partition that `grouped_ffn` takes, from the experts that were chosen. No host sync.
+
+    Args:
+        choices: `[T, k]`, int32 or int64, each in 0…E−1; not checked on a GPU.
+        num_experts: E.
+
+    Returns:
+        permutation, int32 `[T·k]`: choices in the order of their experts, of one expert's in their own; and
+        expert_offsets, int32 `[E + 1]`.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype or shape, or out of range.
+    """
+    checks.integer("num_experts", num_experts, minimum=1)
+    checks.choices(choices, num_experts)
+    return reference.partition_by_expert(choices, num_experts)
 
 
 def _moe_ffn(
     x: Tensor,
-    parameters: tuple[Any, ...],
+    operands: tuple[Any, ...],
     seed: Tensor,
     permutation: Tensor | None,
     expert_offsets: Tensor | None,
@@ -169,15 +220,17 @@ def _moe_ffn(
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     backend = resolve("moe_ffn", backend, x.device, dtype)
     if backend == "reference":
+        *parameters, routing_weights = operands
         options: dict[str, Any] = {"seed": seed, "activation": activation, "gated": gated, "dropout_p": dropout_p}
         if permutation is None or expert_offsets is None:
             return reference.moe_ffn(x, *parameters, **options)
-        return reference.grouped_ffn(x, *parameters, permutation=permutation, expert_offsets=expert_offsets, **options)
-    _refuse_transforms((x, *parameters))
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
+        options |= {"permutation": permutation, "expert_offsets": expert_offsets, "routing_weights": routing_weights}
+        return reference.grouped_ffn(x, *parameters, **options)
+    _refuse_transforms((x, *operands))
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands))
     y, _, _ = ops.moe_ffn(
         x.to(dtype).reshape(-1, x.shape[-1]),
-        *parameters,
+        *operands,
         seed,
         permutation,
         expert_offsets,

@@ -111,37 +111,8 @@ class FFN(nn.Module):
         return f"activation={self.activation}, gated={self.gated}, dropout={self.dropout}"
 
 
-class RandomPartitionMoE(nn.Module):
-    """E FFNs among which the tokens are dealt at random, in place of one FFN, at the same cost.
-
-    Training: every call deals the tokens of the whole input anew, in groups that differ by one token at most;
-    the seed of the deal comes from torch's default generator of x's device, so `torch.manual_seed`, activation
-    checkpointing and `torch.compile` reproduce it. Eval: the averaged experts, no randomness, with the gradient
-    going to all of them. The average is computed at each call and so is never stale; `fuse` the layer, or fold
-    the model, for speed.
-
-    Args:
-        d_model: D.
-        d_ff: F, size of hidden.
-        num_experts: E.
-        activation: gelu (erf), gelu_tanh, quick_gelu, relu, relu2, silu or identity.
-        gated: hidden = act(pre[:F]) * pre[F:], with 2F rows in `up`, gate first.
-        bias: whether both projections have one.
-        dropout: probability in [0, 1] with which an element of hidden is dropped in training.
-        device, dtype: of the parameters.
-        backend, recompute: see `ewa_kernels.functional.moe_ffn`.
-
-    Attributes:
-        up.weight, up.bias: `[E, F, D]`, `[E, F]` (2F if gated). Each expert starts as `nn.Linear` does.
-        down.weight, down.bias: `[E, D, F]`, `[E, D]`.
-        seed_offset: int in 0…2⁶³−1, which changes every seed that is drawn; see
-            `ewa_kernels.integrations.fsdp.fold_rank_into_seed_`.
-
-    Raises:
-        TypeError, ValueError: an argument of a wrong type, or out of range.
-
-    Source: section 3 of arXiv 2308.06093.
-    """
+class StackedExperts(nn.Module):
+    """The parameters and options of E FFNs, stacked. Arguments and attributes: see `RandomPartitionMoE`."""
 
     def __init__(
         self,
@@ -186,50 +157,18 @@ class RandomPartitionMoE(nn.Module):
         self.up.reset_parameters()
         self.down.reset_parameters()
 
-    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
-        """`[..., D]` → `[..., D]`.
+    @property
+    def experts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """up_weight, up_bias, down_weight and down_bias, as the functions of `ewa_kernels.functional` take them."""
+        return self.up.weight, self.up.bias, self.down.weight, self.down.bias
 
-        Args:
-            x: of the dtype and device of the parameters.
-            seed: of the deal, in training: int in 0…2⁶³−1 or int64 tensor with one element. None draws it.
-
-        Raises:
-            TypeError, ValueError: x or seed is not what `ewa_kernels.functional.moe_ffn` needs.
-        """
-        parameters = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
-        if not self.training:
-            checks.ffn(x, *parameters, self.activation, self.gated, self.dropout)
-            if seed is not None:
-                checks.seed_tensor(seed, x.device)
-            return self._forward_merged(x)
-        if seed is None:
-            seed = functional.draw_seed(x)
-            if self.seed_offset != 0:
-                seed = seed ^ self.seed_offset
-        return functional.moe_ffn(
-            x,
-            *parameters,
-            seed=seed,
-            activation=self.activation,
-            gated=self.gated,
-            dropout_p=self.dropout,
-            backend=self.backend,
-            recompute=self.recompute,
-        )
-
-    def _forward_merged(self, x: Tensor) -> Tensor:
-        hidden = reference.activate(F.linear(x, *self.up.merge()), self.activation, self.gated)
-        return F.linear(hidden, *self.down.merge())
+    def draw_seed(self, x: Tensor) -> Tensor:
+        seed = functional.draw_seed(x)
+        return seed if self.seed_offset == 0 else seed ^ self.seed_offset
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """The dense FFN with the experts' mean, in the same mode, dtype and device; shares no memory.
-
-        Raises:
-            TypeError: in a subclass with a forward of its own, which must say itself what it becomes.
-        """
-        if type(self).forward is not RandomPartitionMoE.forward:
-            raise TypeError(f"{type(self).__name__} must override fuse, because it overrides forward")
+        """The dense FFN with the experts' mean, in the same mode, dtype and device; shares no memory."""
         ffn = FFN(
             self.d_model,
             self.d_ff,
@@ -255,16 +194,91 @@ class RandomPartitionMoE(nn.Module):
         )
 
 
+class RandomPartitionMoE(StackedExperts):
+    """E FFNs among which the tokens are dealt at random, in place of one FFN, at the same cost.
+
+    Training: every call deals the tokens of the whole input anew, in groups that differ by one token at most;
+    the seed of the deal comes from torch's default generator of x's device, so `torch.manual_seed`, activation
+    checkpointing and `torch.compile` reproduce it. Eval: the averaged experts, no randomness, with the gradient
+    going to all of them. The average is computed at each call and so is never stale; `fuse` the layer, or fold
+    the model, for speed.
+
+    Args:
+        d_model: D.
+        d_ff: F, size of hidden.
+        num_experts: E.
+        activation: gelu (erf), gelu_tanh, quick_gelu, relu, relu2, silu or identity.
+        gated: hidden = act(pre[:F]) * pre[F:], with 2F rows in `up`, gate first.
+        bias: whether both projections have one.
+        dropout: probability in [0, 1] with which an element of hidden is dropped in training.
+        device, dtype: of the parameters.
+        backend, recompute: see `ewa_kernels.functional.moe_ffn`.
+
+    Attributes:
+        up.weight, up.bias: `[E, F, D]`, `[E, F]` (2F if gated). Each expert starts as `nn.Linear` does.
+        down.weight, down.bias: `[E, D, F]`, `[E, D]`.
+        seed_offset: int in 0…2⁶³−1, which changes every seed that is drawn; see
+            `ewa_kernels.integrations.fsdp.fold_rank_into_seed_`.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, or out of range.
+
+    Source: section 3 of arXiv 2308.06093.
+    """
+
+    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
+        """`[..., D]` → `[..., D]`.
+
+        Args:
+            x: of the dtype and device of the parameters.
+            seed: of the deal, in training: int in 0…2⁶³−1 or int64 tensor with one element. None draws it.
+
+        Raises:
+            TypeError, ValueError: x or seed is not what `ewa_kernels.functional.moe_ffn` needs.
+        """
+        if not self.training:
+            checks.ffn(x, *self.experts, self.activation, self.gated, self.dropout)
+            if seed is not None:
+                checks.seed_tensor(seed, x.device)
+            return self._forward_merged(x)
+        if seed is None:
+            seed = self.draw_seed(x)
+        return functional.moe_ffn(
+            x,
+            *self.experts,
+            seed=seed,
+            activation=self.activation,
+            gated=self.gated,
+            dropout_p=self.dropout,
+            backend=self.backend,
+            recompute=self.recompute,
+        )
+
+    def _forward_merged(self, x: Tensor) -> Tensor:
+        hidden = reference.activate(F.linear(x, *self.up.merge()), self.activation, self.gated)
+        return F.linear(hidden, *self.down.merge())
+
+    def fuse(self) -> nn.Module:
+        """The dense FFN with the experts' mean, in the same mode, dtype and device; shares no memory.
+
+        Raises:
+            TypeError: in a subclass with a forward of its own, which must say itself what it becomes.
+        """
+        if type(self).forward is not RandomPartitionMoE.forward:
+            raise TypeError(f"{type(self).__name__} must override fuse, because it overrides forward")
+        return super().fuse()
+
+
 def holds_experts(parameter: Tensor) -> bool:
-    """Whether it is, at this moment, a stacked tensor of a `RandomPartitionMoE` of this process."""
+    """Whether it is, at this moment, a stacked tensor of a layer of this process."""
     return any(parameter is p for linear in list(_expert_linears) for p in linear._parameters.values())
 
 
 def expert_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, Parameter `[E, ...]`) of every stacked tensor of every `RandomPartitionMoE` in a model, each once."""
+    """(name, Parameter `[E, ...]`) of every stacked tensor of the layers of this package in a model, each once."""
     seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
-        if isinstance(module, RandomPartitionMoE):
+        if isinstance(module, StackedExperts):
             for name in ("up", "down"):
                 linear = module.get_submodule(name)
                 for path, parameter in linear.named_parameters(prefix=f"{prefix}.{name}" if prefix else name):

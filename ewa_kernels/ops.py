@@ -177,6 +177,7 @@ def _moe_ffn_fake(
     up_bias: Tensor | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
+    routing_weights: Tensor | None,
     seed: Tensor,
     permutation: Tensor | None,
     expert_offsets: Tensor | None,
@@ -187,17 +188,19 @@ def _moe_ffn_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens = x.shape[0]
+    num_rows = num_tokens if permutation is None else permutation.shape[0]
     return (
         x.new_empty(num_tokens, down_weight.shape[1]),
-        x.new_empty((num_tokens, up_weight.shape[1]) if save else 0),
+        x.new_empty((num_rows, up_weight.shape[1]) if save else 0),
         x.new_empty(num_tokens if save and permutation is None else 0, dtype=torch.int32),
     )
 
 
 # The weights may be of another dtype than x: it is x's that is computed in.
 moe_ffn = _define(
-    "moe_ffn(Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, Tensor seed, "
-    "Tensor? permutation, Tensor? expert_offsets, str activation, bool gated, float dropout_p, bool save, str backend) "
+    "moe_ffn(Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, "
+    "Tensor? routing_weights, Tensor seed, Tensor? permutation, Tensor? expert_offsets, str activation, bool gated, "
+    "float dropout_p, bool save, str backend) "
     "-> (Tensor y, Tensor pre_activation, Tensor drawn_permutation)",
     _moe_ffn,
     _moe_ffn_fake,
@@ -215,10 +218,11 @@ def _moe_ffn_backward_fake(
     up_bias: Tensor | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
+    routing_weights: Tensor | None,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     *_, output_mask, _ = arguments
-    inputs = (x, up_weight, up_bias, down_weight, down_bias)
+    inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
     return tuple(
         x.new_empty(0) if t is None else t.new_empty(t.shape if needed else 0)
         for t, needed in zip(inputs, output_mask, strict=True)
@@ -227,9 +231,9 @@ def _moe_ffn_backward_fake(
 
 moe_ffn_backward = _define(
     "moe_ffn_backward(Tensor grad_y, Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
-    "Tensor? down_bias, Tensor seed, Tensor permutation, Tensor? expert_offsets, Tensor pre_activation, "
-    "str activation, bool gated, float dropout_p, bool[] output_mask, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? down_bias, Tensor? routing_weights, Tensor seed, Tensor permutation, Tensor? expert_offsets, "
+    "Tensor pre_activation, str activation, bool gated, float dropout_p, bool[] output_mask, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _moe_ffn_backward,
     _moe_ffn_backward_fake,
 )
@@ -247,9 +251,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    mask = list(ctx.needs_input_grad[:5])
+    mask = list(ctx.needs_input_grad[:6])
     if grad_y is None:
-        return (None,) * 13
+        return (None,) * 14
     grads = moe_ffn_backward(grad_y, *ctx.saved_tensors, *ctx.options, mask, ctx.backend)
     needed = (grad if need else None for grad, need in zip(grads, mask, strict=True))
     return (*needed, *itertools.repeat(None, 8))

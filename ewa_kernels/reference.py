@@ -212,6 +212,7 @@ def grouped_ffn(
     *,
     permutation: Tensor,
     expert_offsets: Tensor,
+    routing_weights: Tensor | None = None,
     seed: int | Tensor = 0,
     activation: str = "gelu",
     gated: bool = False,
@@ -221,9 +222,10 @@ def grouped_ffn(
     """`moe_ffn` with a partition that is given. Args and Returns: see `ewa_kernels.functional.grouped_ffn`."""
     tokens = x.reshape(-1, x.shape[-1])
     num_experts, _, d_ff = down_weight.shape
+    top_k = 1 if routing_weights is None else routing_weights.shape[1]
     seed = _seed_tensor(seed, x.device)
     offsets = expert_offsets.tolist()
-    grouped = tokens[permutation]
+    grouped = tokens[permutation // top_k]
     outputs = []
     for e in range(num_experts):
         rows = slice(offsets[e], offsets[e + 1])
@@ -233,8 +235,29 @@ def grouped_ffn(
             row = torch.arange(rows.start, rows.stop, device=x.device)
             hidden = hidden * dropout_scale(row, d_ff, seed, dropout_p, hidden.dtype)
         outputs.append(F.linear(hidden, down_weight[e], None if down_bias is None else down_bias[e]))
-    row_of_token = torch.argsort(permutation)
-    return torch.cat(outputs)[row_of_token].reshape(x.shape)
+    y = torch.cat(outputs)[torch.argsort(permutation)]
+    if routing_weights is not None:
+        y = (y.view(-1, top_k, y.shape[-1]) * routing_weights[..., None].to(y.dtype)).sum(1)
+    return y.reshape(x.shape)
+
+
+def route(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:
+    """The k experts with the highest logits, of equal ones those that come first, and softmax(logits) of them.
+
+    Args and Returns: see `ewa_kernels.functional.route`.
+    """
+    choices = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    routing_weights = logits.softmax(dim=-1).gather(1, choices)
+    if renormalize:
+        routing_weights = routing_weights / routing_weights.sum(dim=-1, keepdim=True)
+    return routing_weights, choices
+
+
+def partition_by_expert(choices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Choices in the order of their experts, of one expert's in their own. See `ewa_kernels.functional`."""
+    expert, permutation = choices.flatten().sort(stable=True)
+    numbers = torch.arange(num_experts + 1, dtype=expert.dtype, device=expert.device)
+    return permutation.to(torch.int32), torch.searchsorted(expert, numbers, out_int32=True)
 
 
 def _round_stochastically(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ OPERANDS = (up_weight, bias, down_weight, bias)
 def layer(first_row):
     offsets = torch.tensor([first_row, first_row + ROWS], dtype=torch.int32)
     sizes = (ROWS, 1, WIDTH, WIDTH)
-    return Layer(*sizes, "silu", False, 0.0, torch.tensor(0), offsets, torch.float16, torch.device("cpu"))
+    return Layer(*sizes, "silu", False, 0.0, torch.tensor(0), offsets, None, torch.float16, torch.device("cpu"))
 
 
 def run(first_row, last_rows):
@@ -51,7 +51,16 @@ def run(first_row, last_rows):
     empty = torch.empty
     torch.empty = lambda shape, **options: empty((num_rows, *shape[1:]) if shape[0] == ROWS else shape, **options)
     launch_backward(
-        layer(first_row), grad_y, x, up_weight, down_weight, pre_activation, permutation, *grads, single=True
+        layer(first_row),
+        grad_y,
+        x,
+        up_weight,
+        down_weight,
+        pre_activation,
+        permutation,
+        *grads,
+        need_routing=False,
+        single=True,
     )
     torch.empty = empty
     return [*results, grads[0][first_row:].clone(), *grads[1:]]

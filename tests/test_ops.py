@@ -15,7 +15,7 @@ SEED = torch.tensor(5)
 def ffn_arguments(*, gated=False, bias=True, dropout_p=0.0, dtype=torch.float32, requires_grad=True):
     operands = (X.to(dtype), *random_ffn(4, 6, 10, gated=gated, bias=bias, dtype=dtype))
     leaves = [t if t is None else t.clone().requires_grad_(requires_grad) for t in operands]
-    return (*leaves, SEED, None, None, "silu", gated, dropout_p)
+    return (*leaves, None, SEED, None, None, "silu", gated, dropout_p)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
@@ -35,26 +35,33 @@ def test_opcheck_moe_ffn_triton(backend):
 @pytest.mark.parametrize("save", [True, False], ids=["save", "recompute"])
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
 def test_opcheck_given_partition(save, backend):
-    arguments = list(ffn_arguments())
-    arguments[6:8] = torch.randperm(21).int(), torch.tensor([0, 4, 4, 20, 21], dtype=torch.int32)
-    torch.library.opcheck(ops.moe_ffn, (*arguments, save, backend))
+    torch.library.opcheck(ops.moe_ffn, (*given_partition(), save, backend))
 
 
-@pytest.mark.parametrize("mask", [[True] * 5, [True, False, False, False, False], [False] * 4 + [True]])
+def given_partition(requires_grad=True):
+    arguments = list(ffn_arguments(requires_grad=requires_grad))
+    arguments[5] = torch.rand(21, 2, requires_grad=requires_grad)
+    arguments[7:9] = torch.randperm(42).int(), torch.tensor([0, 4, 4, 30, 42], dtype=torch.int32)
+    return arguments
+
+
+@pytest.mark.parametrize("mask", [[True] * 6, [True] + [False] * 5, [False] * 4 + [True, False], [False] * 5 + [True]])
 @pytest.mark.parametrize("save", [True, False], ids=["save", "recompute"])
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
 def test_opcheck_moe_ffn_backward(mask, save, backend):
-    check_backward(mask, save, backend)
+    check_backward(given_partition(requires_grad=False), mask, save, backend)
+    if not mask[-1]:
+        check_backward(ffn_arguments(requires_grad=False), mask, save, backend)
 
 
 def test_opcheck_moe_ffn_backward_triton():
-    check_backward([True] * 5, False, "triton")
+    check_backward(given_partition(requires_grad=False), [True] * 6, False, "triton")
 
 
-def check_backward(mask, save, backend):
-    arguments = ffn_arguments(requires_grad=False)
+def check_backward(arguments, mask, save, backend):
     y, pre_activation, permutation = ops.moe_ffn(*arguments, save, backend)
-    *operands, seed, _, offsets, activation, gated, dropout_p = arguments
+    *operands, seed, given, offsets, activation, gated, dropout_p = arguments
+    permutation = permutation if given is None else given
     saved = (*operands, seed, permutation, offsets, pre_activation)
     options = (activation, gated, dropout_p, mask, backend)
     torch.library.opcheck(ops.moe_ffn_backward, (torch.randn_like(y), *saved, *options))

@@ -20,6 +20,7 @@ LAYERS = {
     "reference": set(),
     "kernels": {"_C", "reference"},
     "backends": {"checks", "kernels"},
+    "routed": {"checks", "functional", "modules"},
     "memory": set(),
     "checks": {"memory", "reference"},
     "shards": {"checks"},

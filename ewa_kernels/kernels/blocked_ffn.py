@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ewa_kernels.kernels.choices import sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.cpp_rows import CppRows
 from ewa_kernels.kernels.torch_rows import TorchRows
@@ -47,28 +48,31 @@ class _Block(NamedTuple):
     experts: slice
     rows: Tensor  # [experts, n], int64, grouped rows
     tokens: Tensor  # [experts · n], int64
+    choices: Tensor  # [experts · n], int64: the tokens if k = 1
     saved: slice  # where pre_activation keeps them: in block order
 
     def of(self, parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else parameter[self.experts]
 
 
-def _blocks(permutation: Tensor, expert_offsets: Tensor | None, num_experts: int, x: Tensor) -> Iterator[_Block]:
+def _blocks(
+    permutation: Tensor, expert_offsets: Tensor | None, top_k: int, num_experts: int, x: Tensor
+) -> Iterator[_Block]:
     """Covers every grouped row once, with no more than some `BLOCK_ROWS` rows at a time.
 
     Equal groups differ by one row at most: all experts advance in lockstep, and those last rows come alone. Given
     offsets are read on the host, and experts take turns.
     """
-    num_tokens, device = len(permutation), permutation.device
+    num_rows, device = len(permutation), permutation.device
     block_rows = BLOCK_ROWS
     if x.dtype not in (torch.float32, torch.float64):
         # One block: 16-bit weight gradients summed up over blocks would be rounded each time.
-        block_rows = max(num_tokens * num_experts, 1)
+        block_rows = max(num_rows * num_experts, 1)
     if expert_offsets is None:
-        offsets = equal_offsets(num_tokens, num_experts)
+        offsets = equal_offsets(num_rows, num_experts)
         # The offsets again, computed where they are needed: a copy from the host may not be captured in a CUDA graph.
-        first_row = torch.arange(num_experts, device=device) * num_tokens // num_experts
-        common = num_tokens // num_experts
+        first_row = torch.arange(num_experts, device=device) * num_rows // num_experts
+        common = num_rows // num_experts
         step = max(block_rows // num_experts, 1)
         pieces = [(slice(0, num_experts), start, min(step, common - start)) for start in range(0, common, step)]
         pieces += [(slice(e, e + 1), common, 1) for e in range(num_experts) if offsets[e + 1] - offsets[e] > common]
@@ -84,7 +88,8 @@ def _blocks(permutation: Tensor, expert_offsets: Tensor | None, num_experts: int
     for experts, start, n in pieces:
         rows = first_row[experts, None] + torch.arange(start, start + n, device=device)
         saved = slice(done, done := done + rows.numel())
-        yield _Block(experts, rows, permutation[rows.flatten()].long(), saved)
+        choices = permutation[rows.flatten()].long()
+        yield _Block(experts, rows, choices // top_k if top_k > 1 else choices, choices, saved)
 
 
 def moe_ffn_forward(
@@ -93,6 +98,7 @@ def moe_ffn_forward(
     up_bias: Tensor | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
+    routing_weights: Tensor | None,
     seed: Tensor,
     permutation: Tensor | None,
     expert_offsets: Tensor | None,
@@ -102,7 +108,7 @@ def moe_ffn_forward(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y [T, D], pre_activation [T, F or 2F], in block order, and the permutation drawn, int32 [T].
+    """Returns y [T, D], pre_activation [T·k, F or 2F], in block order, and the permutation drawn, int32 [T].
 
     The last two are [0] unless `save`, and the permutation also if it was given.
     """
@@ -113,10 +119,11 @@ def moe_ffn_forward(
     x = x.contiguous()
     up_weight, up_bias, down_weight, down_bias = _in_dtype(x.dtype, up_weight, up_bias, down_weight, down_bias)
     order = rows.random_permutation(len(x), seed) if permutation is None else permutation
-    y = x.new_empty(len(x), d_model)
-    pre_activation = x.new_empty((len(x), num_up) if save else 0)
+    weights, top_k = _weights(routing_weights, x)
+    y = x.new_empty(len(order), d_model)
+    pre_activation = x.new_empty((len(order), num_up) if save else 0)
     buffer = _Buffers(x)
-    for block in _blocks(order, expert_offsets, num_experts, x):
+    for block in _blocks(order, expert_offsets, top_k, num_experts, x):
         shape, experts = block.rows.shape, block.experts
         block_x = buffer("x", *shape, d_model)
         rows.gather(x, block.tokens, block_x)
@@ -127,8 +134,9 @@ def moe_ffn_forward(
         hidden = buffer("hidden", *shape, d_ff)
         rows.up_and_activate(block_x, up_weight[experts], block.of(up_bias), scale, pre, hidden)
         block_y = buffer("y", *shape, d_model)
-        rows.down_and_scatter(hidden, down_weight[experts], block.of(down_bias), block.tokens, block_y, y)
-    return y, pre_activation, order if save and permutation is None else order.new_empty(0)
+        factor = None if weights is None else weights[block.choices].view(*shape, 1)
+        rows.down_and_scatter(hidden, down_weight[experts], block.of(down_bias), factor, block.choices, block_y, y)
+    return sum_of_choices(y, top_k), pre_activation, order if save and permutation is None else order.new_empty(0)
 
 
 def moe_ffn_backward(
@@ -138,6 +146,7 @@ def moe_ffn_backward(
     up_bias: Tensor | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
+    routing_weights: Tensor | None,
     seed: Tensor,
     permutation: Tensor,
     expert_offsets: Tensor | None,
@@ -148,23 +157,26 @@ def moe_ffn_backward(
     output_mask: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, up_weight, up_bias, down_weight and down_bias; [0] where `output_mask` is False.
+    """Gradients of x, the parameters and the routing weights; [0] where `output_mask` is False.
 
     Without `pre_activation`, it and the permutation are computed again.
     """
-    need_x, need_up_weight, need_up_bias, need_down_weight, need_down_bias = output_mask
-    need_pre = need_x or need_up_weight or need_up_bias
+    need_x, need_up_weight, need_up_bias, need_down_weight, need_down_bias, need_routing = output_mask
+    need_pre = need_x or need_up_weight or need_up_bias or need_routing
     num_experts, d_model, d_ff = down_weight.shape
     num_up = up_weight.shape[1]
     rows = _ROWS[backend](activation, gated)
     seed = seed.to(x.device)
     x, grad_y = x.contiguous(), grad_y.contiguous()
-    dtypes = [x.dtype if t is None else t.dtype for t in (x, up_weight, up_bias, down_weight, down_bias)]
-    up_weight, up_bias, down_weight, _ = _in_dtype(x.dtype, up_weight, up_bias, down_weight, None)
+    inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
+    dtypes = [x.dtype if t is None else t.dtype for t in inputs]
+    up_weight, up_bias, down_weight, down_bias = _in_dtype(x.dtype, up_weight, up_bias, down_weight, down_bias)
     if len(permutation) == 0:
         permutation = rows.random_permutation(len(x), seed)
 
-    grad_x = x.new_empty(x.shape if need_x else 0)
+    weights, top_k = _weights(routing_weights, x)
+    grad_x = x.new_empty((len(permutation), d_model) if need_x else 0)
+    grad_routing = x.new_empty(len(permutation) if need_routing else 0)
     # The first block writes the parameters' gradients, unless it has not all experts.
     lockstep = expert_offsets is None and len(x) >= num_experts
     new = x.new_empty if lockstep else x.new_zeros
@@ -175,12 +187,11 @@ def moe_ffn_backward(
     beta = 0 if lockstep else 1
 
     buffer = _Buffers(x)
-    for block in _blocks(permutation, expert_offsets, num_experts, x):
+    for block in _blocks(permutation, expert_offsets, top_k, num_experts, x):
         shape, experts = block.rows.shape, block.experts
         grad_out = buffer("y", *shape, d_model)
         rows.gather(grad_y, block.tokens, grad_out)
-        if need_down_bias:
-            rows.add_sum(grad_out, grad_down_bias[experts], beta)
+        factor = None if weights is None else weights[block.choices].view(*shape, 1)
         if need_down_weight or need_pre:
             block_x = buffer("x", *shape, d_model)
             rows.gather(x, block.tokens, block_x)
@@ -195,20 +206,43 @@ def moe_ffn_backward(
                 grad_hidden = buffer("grad_hidden", *shape, d_ff)
                 grad_pre = buffer("grad_pre", *shape, num_up)
                 torch.bmm(grad_out, down_weight[experts], out=grad_hidden)
+                if factor is not None:
+                    if need_routing:
+                        rows.activate(pre, scale, hidden)
+                        grad_factor = torch.linalg.vecdot(grad_hidden, hidden)
+                        if down_bias is not None:
+                            grad_factor += (grad_out @ down_bias[experts, :, None]).squeeze(-1)
+                        grad_routing[block.choices] = grad_factor.flatten()
+                    grad_hidden.mul_(factor)
                 grad_bias = grad_up_bias[experts] if need_up_bias else None
                 rows.activate_backward(pre, grad_hidden, scale, grad_pre, hidden, grad_bias, beta)
             else:
                 rows.activate(pre, scale, hidden)
-            if need_down_weight:
-                grad_down_weight[experts].baddbmm_(grad_out.mT, hidden, beta=beta)
-            if need_up_weight:
-                grad_up_weight[experts].baddbmm_(grad_pre.mT, block_x, beta=beta)
-            if need_x:
-                torch.bmm(grad_pre, up_weight[experts], out=grad_out)
-                rows.scatter(grad_out, block.tokens, grad_x)
+        if factor is not None:
+            grad_out.mul_(factor)
+        if need_down_bias:
+            rows.add_sum(grad_out, grad_down_bias[experts], beta)
+        if need_down_weight:
+            grad_down_weight[experts].baddbmm_(grad_out.mT, hidden, beta=beta)
+        if need_up_weight:
+            grad_up_weight[experts].baddbmm_(grad_pre.mT, block_x, beta=beta)
+        if need_x:
+            torch.bmm(grad_pre, up_weight[experts], out=grad_out)
+            rows.scatter(grad_out, block.choices, grad_x)
         beta = 1
-    grads = (grad_x, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias)
+    if need_x:
+        grad_x = sum_of_choices(grad_x, top_k)
+    if routing_weights is not None and need_routing:
+        grad_routing = grad_routing.view(routing_weights.shape)
+    grads = (grad_x, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias, grad_routing)
     return tuple(grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
+
+
+def _weights(routing_weights: Tensor | None, x: Tensor) -> tuple[Tensor | None, int]:
+    """The routing weights by choice, in x's dtype, and k."""
+    if routing_weights is None:
+        return None, 1
+    return routing_weights.to(x.dtype).flatten(), routing_weights.shape[1]
 
 
 def _in_dtype(dtype: torch.dtype, *parameters: Tensor | None) -> Any:

@@ -42,10 +42,19 @@ class CppRows(TorchRows):
         self._activate(pre, bias, scale, hidden)
 
     def down_and_scatter(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, block_y: Tensor, y: Tensor
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        factor: Tensor | None,
+        choices: Tensor,
+        block_y: Tensor,
+        y: Tensor,
     ) -> None:
+        if factor is not None:
+            return super().down_and_scatter(hidden, weight, bias, factor, choices, block_y, y)
         torch.bmm(hidden, weight.mT, out=block_y)
-        self._scatter(block_y, bias, tokens, y)
+        self._scatter(block_y, bias, choices, y)
 
     def activate(self, pre: Tensor, scale: Tensor | None, hidden: Tensor) -> None:
         self._activate(pre, None, scale, hidden)

@@ -89,11 +89,20 @@ class TorchRows:
         self.activate(pre, scale, hidden)
 
     def down_and_scatter(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, block_y: Tensor, y: Tensor
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        factor: Tensor | None,
+        choices: Tensor,
+        block_y: Tensor,
+        y: Tensor,
     ) -> None:
-        """y[tokens] = hidden @ weightᵀ + bias, by way of block_y."""
+        """y[choices] = (hidden @ weightᵀ + bias) · factor, by way of block_y."""
         self.linear(hidden, weight, bias, block_y)
-        self.scatter(block_y, tokens, y)
+        if factor is not None:
+            block_y.mul_(factor)
+        self.scatter(block_y, choices, y)
 
     def activate(self, pre: Tensor, scale: Tensor | None, hidden: Tensor) -> None:
         """hidden = act(pre) · scale, or act(gate) · value · scale."""

@@ -44,15 +44,15 @@ _MIN_SPLIT_STEPS = 8  # steps of a product's loop that a split has at least
 
 @triton.jit
 def _wait_for_expert(
-    expert, expert_offsets, num_tokens, num_experts, num_blocks, end_pre, end_sums, counters, BLOCK_M: tl.constexpr
+    expert, expert_offsets, num_rows, num_experts, num_blocks, end_pre, end_sums, counters, BLOCK_M: tl.constexpr
 ):
     """Returns when all tickets before `end_sums` that concern the expert's rows are done."""
-    start, end = rows_of_expert(expert, expert_offsets, num_tokens, num_experts)
+    start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
     wait_until(counters + FIRST_COUNTER + expert, tl.cdiv(end - start, BLOCK_M) * (end_sums // num_blocks))
 
 
 @triton.jit(do_not_specialize=[
-    "num_tokens", "num_experts", "num_blocks", "num_splits", "num_counters", "seed_low", "seed_high", "threshold",
+    "num_rows", "num_experts", "num_blocks", "num_splits", "num_counters", "seed_low", "seed_high", "threshold",
     "scale", "first_ticket", "end_pre", "end_sums", "end_biases", "end_down", "end_up", "end_ticket",
 ])  # fmt: skip
 def backward_kernel(
@@ -60,16 +60,18 @@ def backward_kernel(
     x,  # [T, D]
     up_weight,  # [E, F or 2F, D]
     down_weight,  # [E, D, F]
-    pre_activation,  # [T, F or 2F], by grouped row
-    permutation,  # int32 [T]
+    pre_activation,  # [R, F or 2F], by grouped row
+    permutation,  # int32 [R]
     expert_offsets,  # int32 [E + 1], or None: equal groups
-    grad_x,  # [T, D]
+    routing_weights,  # [R], by choice, or None
+    grad_x,  # [R, D], by choice
     grad_up_weight,
     grad_up_bias,
     grad_down_weight,
     grad_down_bias,  # gradients that no ticket asks for are never touched
-    grad_pre,  # scratch [T, F or 2F], by grouped row
-    hidden,  # scratch [T, F], by grouped row
+    grad_pre,  # scratch [R, F or 2F], by grouped row
+    hidden,  # scratch [R, F], by grouped row, times the routing weight
+    partial_routing,  # float32 [⌈F / (BLOCK_N / PARTS)⌉, R], by grouped row, or None
     partial_up,  # float32 scratch [row blocks, F or 2F], or None without grad_up_bias
     partial_down,  # float32 scratch [row blocks, D]
     partial_weight,  # float32 scratch, a tile for each ticket for a weight, or None if num_splits = 1
@@ -79,7 +81,7 @@ def backward_kernel(
     seed_high,
     threshold,
     scale,
-    num_tokens,
+    num_rows,
     num_experts,
     num_blocks,
     num_splits,  # parts of an expert's rows that different tickets add up for a weight
@@ -93,6 +95,7 @@ def backward_kernel(
     end_ticket,
     d_model,
     d_ff,
+    TOP_K: tl.constexpr,  # R = T · TOP_K
     SINGLE: tl.constexpr,  # all tickets in one launch; else those from first_ticket on, without waiting
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -130,22 +133,22 @@ def backward_kernel(
             tile = tl.where(is_pre, ticket, ticket - end_up)
             column_tile = tile // num_blocks
             block = tile - column_tile * num_blocks
-            expert, first_row, end = rows_of_block(block, expert_offsets, num_tokens, num_experts, BLOCK_M, MAX_EXPERTS)
+            expert, first_row, end = rows_of_block(block, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
             if first_row < end:
                 row = first_row + tl.arange(0, BLOCK_M)
                 source = tl.minimum(row, end - 1)
-                token = tl.load(permutation + source)
+                choice = tl.load(permutation + source)
                 if SINGLE:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
                     if ticket >= end_up:
                         _wait_for_expert(
-                            expert, expert_offsets, num_tokens, num_experts, num_blocks, end_pre, end_sums, counters,
+                            expert, expert_offsets, num_rows, num_experts, num_blocks, end_pre, end_sums, counters,
                             BLOCK_M,
                         )  # fmt: skip
                 size_k = tl.where(is_pre, d_model, num_up)
                 size_n = tl.where(is_pre, d_ff, d_model)
                 a = tl.where(is_pre, grad_y, grad_pre)
                 b = tl.where(is_pre, down_weight, up_weight)
-                a_row = tl.where(is_pre, token, source)
+                a_row = tl.where(is_pre, choice // TOP_K, source)
                 n = clamp_columns(column_tile * BLOCK_N + tl.arange(0, BLOCK_N), size_n, ALIGNED)
                 k = tl.arange(0, BLOCK_K)
                 a_ptrs = a + a_row.to(tl.int64)[:, None] * size_k + k[None, :]
@@ -163,26 +166,33 @@ def backward_kernel(
                     a_ptrs += BLOCK_K
                     b_ptrs += BLOCK_K * size_n
                 if is_pre:
+                    factor = None
+                    if routing_weights is not None:
+                        factor = tl.load(routing_weights + choice).to(tl.float32)
                     store_grad_pre(
                         acc, row, end, block, column_tile * BLOCK_N, pre_activation, grad_pre, hidden, partial_up,
-                        key, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, BLOCK_N, PARTS,
+                        factor, partial_routing, num_rows, key, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT,
+                        BLOCK_M, BLOCK_N, PARTS,
                     )  # fmt: skip
                     if SINGLE:
                         signal(counters + FIRST_COUNTER + expert)
                 else:
                     store_rows(
-                        acc, row, end, token, column_tile * BLOCK_N, None, grad_x, d_model, BLOCK_M, BLOCK_N, PARTS
-                    )
+                        acc, row, end, choice, column_tile * BLOCK_N, None, None, grad_x, d_model, BLOCK_M, BLOCK_N,
+                        PARTS,
+                    )  # fmt: skip
         elif ticket < end_sums:
             # --- grad_y summed over a row block ---
             tile = ticket - end_pre
             column_tile = tile // num_blocks
             block = tile - column_tile * num_blocks
-            expert, first_row, end = rows_of_block(block, expert_offsets, num_tokens, num_experts, BLOCK_M, MAX_EXPERTS)
+            expert, first_row, end = rows_of_block(block, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
             if first_row < end:
                 column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
                 partial = partial_down + block.to(tl.int64) * d_model
-                sum_block(grad_y, permutation, first_row, end, column, d_model, partial, BLOCK_M)
+                sum_block(
+                    grad_y, permutation, routing_weights, first_row, end, column, d_model, partial, TOP_K, BLOCK_M
+                )
                 if SINGLE:
                     signal(counters + FIRST_COUNTER + expert)
         elif ticket < end_biases:
@@ -192,10 +202,10 @@ def backward_kernel(
             expert = tile - column_tile * num_experts
             if SINGLE:
                 _wait_for_expert(
-                    expert, expert_offsets, num_tokens, num_experts, num_blocks, end_pre, end_sums, counters, BLOCK_M
+                    expert, expert_offsets, num_rows, num_experts, num_blocks, end_pre, end_sums, counters, BLOCK_M
                 )
-            start, end = rows_of_expert(expert, expert_offsets, num_tokens, num_experts)
-            first_block = first_block_of_expert(expert, expert_offsets, num_tokens, num_experts, BLOCK_M, MAX_EXPERTS)
+            start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
+            first_block = first_block_of_expert(expert, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
             blocks = tl.cdiv(end - start, BLOCK_M)
             up_tiles = 0
             if partial_up is not None:
@@ -224,9 +234,9 @@ def backward_kernel(
             tile_m = rest - tile_n * tiles_m
             if SINGLE:
                 _wait_for_expert(
-                    expert, expert_offsets, num_tokens, num_experts, num_blocks, end_pre, end_sums, counters, BLOCK_M
+                    expert, expert_offsets, num_rows, num_experts, num_blocks, end_pre, end_sums, counters, BLOCK_M
                 )
-            start, end = rows_of_expert(expert, expert_offsets, num_tokens, num_experts)
+            start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
             length = tl.cdiv(end - start, num_splits)
             start += split * length
             end = tl.minimum(start + length, end)
@@ -240,7 +250,7 @@ def backward_kernel(
             for first in range(start, end, BLOCK_K):
                 row = first + tl.arange(0, BLOCK_K)
                 inside = row < end
-                token = tl.load(permutation + row, mask=inside, other=0)
+                token = tl.load(permutation + row, mask=inside, other=0) // TOP_K
                 a_row = tl.where(is_down, token, row).to(tl.int64) * size_m
                 b_row = tl.where(is_down, row, token).to(tl.int64) * size_n
                 a_tile = tl.load(a + a_row[:, None] + a_column[None, :], mask=inside[:, None], other=0.0)
@@ -250,7 +260,7 @@ def backward_kernel(
             out = tl.where(is_down, grad_down_weight, grad_up_weight)
             out += expert.to(tl.int64) * size_m * size_n
             if partial_weight is None:
-                store_rows(acc, m, size_m, m, tile_n * BLOCK_N, None, out, size_n, BLOCK_M, BLOCK_N, PARTS)
+                store_rows(acc, m, size_m, m, tile_n * BLOCK_N, None, None, out, size_n, BLOCK_M, BLOCK_N, PARTS)
             else:
                 first_split = ticket - end_biases - split
                 partial = partial_weight + first_split.to(tl.int64) * (BLOCK_M * BLOCK_N)
@@ -282,9 +292,15 @@ def launch_backward(
     grad_down_weight: Tensor | None,
     grad_down_bias: Tensor | None,
     *,
+    need_routing: bool,
     single: bool,
-) -> None:
-    """Fills the gradients that are not None; see `backward_kernel`. Three launches unless `single`."""
+) -> Tensor | None:
+    """Fills the gradients that are not None, x's by choice; see `backward_kernel`. Three launches unless `single`.
+
+    Returns:
+        If `need_routing`, the gradient of the routing weights by grouped row, without what the down bias adds to it,
+        in pieces to be summed: float32 `[pieces, R]`.
+    """
     tile = layer.tile("backward")
     num_blocks = layer.num_blocks(tile.block_m)
     num_up = up_weight.shape[1]
@@ -293,7 +309,9 @@ def launch_backward(
     def tiles(width: int, block: int = tile.block_n) -> int:
         return ceil_div(width, block)
 
-    need_pre = any(grad is not None for grad in (grad_x, grad_up_weight, grad_up_bias, grad_down_weight))
+    need_pre = need_routing or any(
+        grad is not None for grad in (grad_x, grad_up_weight, grad_up_bias, grad_down_weight)
+    )
     pre_tickets = num_blocks * tiles(layer.d_ff) if need_pre else 0
     sum_tickets = num_blocks * tiles(layer.d_model) if grad_down_bias is not None else 0
     bias_tickets = layer.num_experts * (
@@ -303,7 +321,7 @@ def launch_backward(
     up_tiles = layer.num_experts * tiles(num_up, tile.block_m) * tiles(layer.d_model)
     # Tiles of the weights are the longest: split them until there are two for each program. Counted as if all were
     # asked for: how a sum is split decides about its last bits.
-    steps = ceil_div(layer.num_tokens, layer.num_experts * tile.block_k)
+    steps = ceil_div(layer.num_rows, layer.num_experts * tile.block_k)
     wanted = 2 * programs // (down_tiles + up_tiles)
     num_splits = max(1, min(wanted, _MAX_SPLITS, steps // _MIN_SPLIT_STEPS))
     down_tiles = 0 if grad_down_weight is None else down_tiles
@@ -318,9 +336,11 @@ def launch_backward(
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    grad_pre = scratch(layer.num_tokens, num_up, dtype=x.dtype) if need_pre else None
-    hidden = scratch(layer.num_tokens, layer.d_ff, dtype=x.dtype) if need_pre else None
+    grad_pre = scratch(layer.num_rows, num_up, dtype=x.dtype) if need_pre else None
+    hidden = scratch(layer.num_rows, layer.d_ff, dtype=x.dtype) if need_pre else None
     partial_up = scratch(num_blocks, num_up) if grad_up_bias is not None else None
+    pieces = tiles(layer.d_ff) * tile.parts
+    partial_routing = scratch(pieces, layer.num_rows) if need_routing else None
     partial_down = scratch(num_blocks, layer.d_model) if grad_down_bias is not None else None
     partial_weight = None
     if num_splits > 1:
@@ -347,6 +367,7 @@ def launch_backward(
                 grad_down_bias=_first_of(grad_down_bias, up_weight),
                 grad_pre=_first_of(grad_pre, x),
                 hidden=_first_of(hidden, x),
+                partial_routing=partial_routing,
                 partial_up=partial_up,
                 partial_down=_first_of(partial_down, partial_up, up_weight),
                 partial_weight=partial_weight,
@@ -367,6 +388,7 @@ def launch_backward(
                 **layer.arguments,
                 **tile.launch_options(),
             )
+    return partial_routing
 
 
 def _first_of(*tensors: Tensor | None) -> Tensor:

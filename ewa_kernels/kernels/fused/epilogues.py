@@ -65,20 +65,26 @@ def store_up(
 
 @triton.jit
 def store_grad_pre(
-    acc, row, end, block, first_column, pre_activation, grad_pre, hidden, partial_up, seed, threshold, scale, d_ff,
+    acc, row, end, block, first_column, pre_activation, grad_pre, hidden, partial_up, factor, partial_routing, num_rows,
+    seed, threshold, scale, d_ff,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """From `acc`, the gradient of hidden: grad_pre, hidden once more, and grad_pre summed over the block's rows."""
+    """From `acc`, grad_y @ down_weight: grad_pre, hidden once more, and grad_pre summed over the block's rows.
+
+    `factor` is the rows' routing weight, or None: then grad_pre and hidden are multiplied by it, and
+    `partial_routing` `[pieces of F, R]` (if not None) gets its gradient's share of these columns.
+    """
     if PARTS > 1:
         left, right = halves(acc, BLOCK_M, WIDTH)
         store_grad_pre(
-            left, row, end, block, first_column, pre_activation, grad_pre, hidden, partial_up, seed, threshold, scale,
-            d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2, PARTS // 2,
+            left, row, end, block, first_column, pre_activation, grad_pre, hidden, partial_up, factor, partial_routing,
+            num_rows, seed, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2, PARTS // 2,
         )  # fmt: skip
         store_grad_pre(
-            right, row, end, block, first_column + WIDTH // 2, pre_activation, grad_pre, hidden, partial_up, seed,
-            threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2, PARTS // 2,
+            right, row, end, block, first_column + WIDTH // 2, pre_activation, grad_pre, hidden, partial_up, factor,
+            partial_routing, num_rows, seed, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2,
+            PARTS // 2,
         )  # fmt: skip
     else:
         column = first_column + tl.arange(0, WIDTH)
@@ -95,11 +101,20 @@ def store_grad_pre(
             acc *= kept
         if GATED:
             value = tl.load(pre_activation + pre_row + d_ff, mask=inside, other=0.0).to(tl.float32)
+        if factor is not None:
+            if partial_routing is not None:
+                share = acc * act * value if GATED else acc * act
+                piece = (first_column // WIDTH).to(tl.int64) * num_rows
+                tl.store(partial_routing + piece + row, tl.sum(tl.where(inside, share, 0.0), 1), mask=row < end)
+            acc *= factor[:, None]
+        if GATED:
             _store_and_sum(acc * act, pre_row + d_ff, inside, grad_pre, partial_row + d_ff, exists, partial_up)
             acc *= value
             act *= value
         if DROPOUT:
             act *= kept
+        if factor is not None:
+            act *= factor[:, None]
         # First what sets most registers free.
         if GATED:
             _store_and_sum(acc * slope, pre_row, inside, grad_pre, partial_row, exists, partial_up)
@@ -119,20 +134,23 @@ def _store_and_sum(tile, index, inside, out, total_index, exists, total):
 
 @triton.jit
 def store_rows(
-    acc, row, end, target, first_column, bias, out, num_columns,
+    acc, row, end, target, first_column, bias, factor, out, num_columns,
     BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out[target] = acc + bias (if not None), for rows before `end`, part by part."""
+    """out[target] = (acc + bias) · factor, either if not None, for rows before `end`, part by part."""
     if PARTS > 1:
         left, right = halves(acc, BLOCK_M, WIDTH)
         half: tl.constexpr = WIDTH // 2
-        store_rows(left, row, end, target, first_column, bias, out, num_columns, BLOCK_M, half, PARTS // 2)
-        store_rows(right, row, end, target, first_column + half, bias, out, num_columns, BLOCK_M, half, PARTS // 2)
+        right_column = first_column + half
+        store_rows(left, row, end, target, first_column, bias, factor, out, num_columns, BLOCK_M, half, PARTS // 2)
+        store_rows(right, row, end, target, right_column, bias, factor, out, num_columns, BLOCK_M, half, PARTS // 2)
     else:
         column = first_column + tl.arange(0, WIDTH)
         exists = column < num_columns
         if bias is not None:
             acc += tl.load(bias + column, mask=exists, other=0.0).to(tl.float32)[None, :]
+        if factor is not None:
+            acc *= factor[:, None]
         inside = (row < end)[:, None] & exists[None, :]
         tl.store(out + target.to(tl.int64)[:, None] * num_columns + column[None, :], acc, mask=inside)
 
@@ -169,16 +187,23 @@ def sum_splits(
 
 
 @triton.jit
-def sum_block(grad_y, permutation, first_row, end, column, d_model, partial, BLOCK_M: tl.constexpr):
-    """partial = grad_y summed over the tokens of a row block."""
+def sum_block(
+    grad_y, permutation, routing_weights, first_row, end, column, d_model, partial,
+    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """partial = grad_y (times the routing weight, if any) summed over a row block."""
     exists = column < d_model
     total = tl.zeros(column.shape, tl.float32)
     for first in range(0, BLOCK_M, _SUM_ROWS):
         row = first_row + first + tl.arange(0, _SUM_ROWS)
-        token = tl.load(permutation + row, mask=row < end, other=0).to(tl.int64)
+        choice = tl.load(permutation + row, mask=row < end, other=0)
+        token = (choice // TOP_K).to(tl.int64)
         inside = (row < end)[:, None] & exists[None, :]
         tile = tl.load(grad_y + token[:, None] * d_model + column[None, :], mask=inside, other=0.0)
-        total += tl.sum(tile.to(tl.float32), 0)
+        tile = tile.to(tl.float32)
+        if routing_weights is not None:
+            tile *= tl.load(routing_weights + choice, mask=row < end, other=0.0).to(tl.float32)[:, None]
+        total += tl.sum(tile, 0)
     tl.store(partial + column, total, mask=exists)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ewa_kernels.kernels.choices import grad_of_bias_factor, sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.fused.backward import launch_backward
 from ewa_kernels.kernels.fused.forward import launch_forward
@@ -20,6 +21,7 @@ def moe_ffn_forward(
     up_bias: Tensor | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
+    routing_weights: Tensor | None,
     seed: Tensor,
     permutation: Tensor | None,
     expert_offsets: Tensor | None,
@@ -29,28 +31,28 @@ def moe_ffn_forward(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y [T, D], pre_activation [T, F or 2F], by grouped row, and the permutation drawn, int32 [T].
+    """Returns y [T, D], pre_activation [T·k, F or 2F], by grouped row, and the permutation drawn, int32 [T].
 
     The last two are [0] unless `save`, and the permutation also if it was given.
     """
-    layer = Layer.of(x, down_weight, seed, expert_offsets, activation, gated, dropout_p)
+    layer = Layer.of(x, down_weight, routing_weights, seed, expert_offsets, activation, gated, dropout_p)
     form = _form(layer, backend)
     deal = permutation is None
     with torch.cuda.device_of(x):
         operands = _operands(x, up_weight, up_bias, down_weight, down_bias)
-        y = x.new_empty(x.shape)
-        pre_activation = x.new_empty((layer.num_tokens, up_weight.shape[1]) if save else 0)
+        y = x.new_empty(layer.num_rows, layer.d_model)
+        pre_activation = x.new_empty((layer.num_rows, up_weight.shape[1]) if save else 0)
         if permutation is None:
-            permutation = torch.empty(layer.num_tokens, dtype=torch.int32, device=x.device)
-        if layer.num_tokens > 0:
+            permutation = torch.empty(layer.num_rows, dtype=torch.int32, device=x.device)
+        if layer.num_rows > 0:
             saved = pre_activation if save else None
             if form == "onchip":
                 launch_onchip(layer, *operands, y, saved, permutation, deal=deal)
             else:
-                hidden = x.new_empty(layer.num_tokens, layer.d_ff)
+                hidden = x.new_empty(layer.num_rows, layer.d_ff)
                 for step in ("up", "down") if form == "split" else ("single",):
                     launch_forward(layer, *operands, y, saved, hidden, permutation, form=step, deal=deal)
-    return y, pre_activation, permutation if save and deal else permutation.new_empty(0)
+    return sum_of_choices(y, layer.top_k), pre_activation, permutation if save and deal else permutation.new_empty(0)
 
 
 def moe_ffn_backward(
@@ -60,6 +62,7 @@ def moe_ffn_backward(
     up_bias: Tensor | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
+    routing_weights: Tensor | None,
     seed: Tensor,
     permutation: Tensor,
     expert_offsets: Tensor | None,
@@ -70,44 +73,56 @@ def moe_ffn_backward(
     output_mask: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, up_weight, up_bias, down_weight and down_bias; [0] where `output_mask` is False.
+    """Gradients of x, the parameters and the routing weights; [0] where `output_mask` is False.
 
     Without `pre_activation` it is computed again, in a launch of its own, and so is the permutation.
     """
-    layer = Layer.of(x, down_weight, seed, expert_offsets, activation, gated, dropout_p)
+    layer = Layer.of(x, down_weight, routing_weights, seed, expert_offsets, activation, gated, dropout_p)
     form = _form(layer, backend)
     inputs = (x, up_weight, up_bias, down_weight, down_bias)
     dtypes = [None if t is None else t.dtype for t in inputs]
+    *output_mask, need_routing = output_mask
+    grad_routing = x.new_empty(0) if need_routing else None
     # One kernel writes both weights' gradients, to one type.
     dtypes[1] = dtypes[3] = torch.promote_types(up_weight.dtype, down_weight.dtype)
     with torch.cuda.device_of(x):
         # Nothing is launched for no tokens.
-        new = torch.empty if layer.num_tokens > 0 else torch.zeros
+        new = torch.empty if layer.num_rows > 0 else torch.zeros
+        shapes = [(layer.num_rows, layer.d_model), *(() if t is None else t.shape for t in inputs[1:])]
         grads = [
-            new(t.shape, dtype=dtype, device=x.device) if t is not None and needed else None
-            for t, dtype, needed in zip(inputs, dtypes, output_mask, strict=True)
+            new(shape, dtype=dtype, device=x.device) if t is not None and needed else None
+            for t, shape, dtype, needed in zip(inputs, shapes, dtypes, output_mask, strict=True)
         ]
-        if layer.num_tokens > 0 and any(output_mask):
+        if layer.num_rows > 0 and (need_routing or any(output_mask)):
             x, up_weight, up_bias, down_weight, _ = operands = _operands(*inputs)
             if len(pre_activation) == 0:
                 deal = len(permutation) == 0
-                pre_activation = x.new_empty(layer.num_tokens, up_weight.shape[1])
-                permutation = torch.empty(layer.num_tokens, dtype=torch.int32, device=x.device) if deal else permutation
+                pre_activation = x.new_empty(layer.num_rows, up_weight.shape[1])
+                permutation = torch.empty(layer.num_rows, dtype=torch.int32, device=x.device) if deal else permutation
                 launch_forward(layer, *operands, None, pre_activation, None, permutation, form="up", deal=deal)
-            launch_backward(
+            grad_y = grad_y.contiguous()
+            pieces = launch_backward(
                 layer,
-                grad_y.contiguous(),
+                grad_y,
                 x,
                 up_weight,
                 down_weight,
                 pre_activation,
                 permutation,
                 *grads,
+                need_routing=need_routing,
                 single=form != "split",
             )
+            if pieces is not None:
+                grad_routing = pieces.sum(0)
+                if down_bias is not None and expert_offsets is not None:
+                    grad_routing += grad_of_bias_factor(grad_y, down_bias, permutation, expert_offsets, layer.top_k)
+                grad_routing = torch.empty_like(grad_routing).index_copy_(0, permutation.long(), grad_routing)
+        if grads[0] is not None:
+            grads[0] = sum_of_choices(grads[0], layer.top_k)
     return tuple(
-        (x if t is None else t).new_empty(0) if t is None or grad is None else grad.to(t.dtype)
-        for t, grad in zip(inputs, grads, strict=True)
+        (x if t is None else t).new_empty(0) if t is None or grad is None else grad.to(t.dtype).view(t.shape)
+        for t, grad in zip((*inputs, routing_weights), (*grads, grad_routing), strict=True)
     )
 
 

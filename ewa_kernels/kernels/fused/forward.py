@@ -27,7 +27,7 @@ from ewa_kernels.kernels.workspace import zeroed_counters
 
 
 @triton.jit(do_not_specialize=[
-    "num_tokens", "num_experts", "num_blocks", "group", "num_counters", "radix_a", "radix_b", "rounds",
+    "num_rows", "num_experts", "num_blocks", "group", "num_counters", "radix_a", "radix_b", "rounds",
     "seed_low", "seed_high", "threshold", "scale",
 ])  # fmt: skip
 def forward_kernel(
@@ -36,11 +36,12 @@ def forward_kernel(
     up_bias,  # [E, F or 2F] or None
     down_weight,  # [E, D, F]
     down_bias,  # [E, D] or None
-    y,  # [T, D]
-    pre_activation,  # [T, F or 2F], by grouped row, or None
-    hidden,  # [T, F], by grouped row; may be None in form "up"
-    permutation,  # int32 [T]; written if DEAL, else read
+    y,  # [R, D]
+    pre_activation,  # [R, F or 2F], by grouped row, or None
+    hidden,  # [R, F], by grouped row; may be None in form "up"
+    permutation,  # int32 [R]; written if DEAL, else read
     expert_offsets,  # int32 [E + 1], or None: equal groups
+    routing_weights,  # [R], by choice, or None
     counters,
     seed,  # int64 [1] or None: the halves
     seed_low,
@@ -50,7 +51,7 @@ def forward_kernel(
     rounds,
     threshold,  # uint32 bits: dropped below it
     scale,
-    num_tokens,
+    num_rows,
     num_experts,
     num_blocks,
     group,  # row blocks whose down tiles follow the up tiles of the next as many
@@ -59,6 +60,7 @@ def forward_kernel(
     d_ff,
     FORM: tl.constexpr,  # "single"; "up" and "down": half of it each, without waiting
     DEAL: tl.constexpr,
+    TOP_K: tl.constexpr,  # R = T · TOP_K
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -73,6 +75,7 @@ def forward_kernel(
 ):
     """Tiles of up (rows × hidden columns) and of down (rows × D), as the tickets come.
 
+    R grouped rows, one for each of a token's TOP_K choices; y is by choice.
     Tickets: the up tiles of the first `group` row blocks; then, again and again, the up tiles of the next `group`
     and the down tiles of the one before, whose hidden is still in the L2 cache.
 
@@ -115,17 +118,17 @@ def forward_kernel(
             rest = ticket - which_group * group * (up_tiles if FORM == "up" else down_tiles)
         column_tile = rest // group
         block = which_group * group + rest - column_tile * group
-        expert, first_row, end = rows_of_block(block, expert_offsets, num_tokens, num_experts, BLOCK_M, MAX_EXPERTS)
+        expert, first_row, end = rows_of_block(block, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
         if (block < num_blocks) & (first_row < end):
             row = first_row + tl.arange(0, BLOCK_M)
             source = tl.minimum(row, end - 1)  # past the end, work on the last row again
             if is_up:
                 if DEAL:
-                    a_row = tokens_of_rows(source, num_tokens, radix_a, radix_b, rounds, key)
+                    a_row = tokens_of_rows(source, num_rows, radix_a, radix_b, rounds, key)
                     if column_tile == 0:
                         tl.store(permutation + row, a_row, mask=row < end)
                 else:
-                    a_row = tl.load(permutation + source)
+                    a_row = tl.load(permutation + source) // TOP_K
             else:
                 if FORM == "single":
                     wait_until(counters + FIRST_COUNTER + block, up_tiles)
@@ -174,11 +177,16 @@ def forward_kernel(
                 if FORM == "single":
                     signal(counters + FIRST_COUNTER + block)
             else:
-                token = tl.load(permutation + source)
+                choice = tl.load(permutation + source)
                 bias = None
                 if down_bias is not None:
                     bias = down_bias + expert.to(tl.int64) * d_model
-                store_rows(acc, row, end, token, column_tile * BLOCK_N, bias, y, d_model, BLOCK_M, BLOCK_N, PARTS)
+                factor = None
+                if routing_weights is not None:
+                    factor = tl.load(routing_weights + choice).to(tl.float32)
+                store_rows(
+                    acc, row, end, choice, column_tile * BLOCK_N, bias, factor, y, d_model, BLOCK_M, BLOCK_N, PARTS
+                )
         if FORM == "single":
             ticket = draw_ticket(counters)
         else:
@@ -202,7 +210,7 @@ def launch_forward(
     form: str,
     deal: bool,
 ) -> None:
-    """Fills y, pre_activation, hidden and, if `deal`, the permutation; see `forward_kernel`."""
+    """Fills y, by choice, pre_activation, hidden and, if `deal`, the permutation; see `forward_kernel`."""
     tile = layer.tile("forward")
     num_blocks = layer.num_blocks(tile.block_m)
     up_tiles = ceil_div(layer.d_ff, tile.block_n // 2 if layer.gated else tile.block_n)
@@ -212,7 +220,7 @@ def launch_forward(
     # Enough up tiles in a group to keep all programs busy: its down tiles find hidden ready then.
     group = min(num_blocks, ceil_div(num_programs, up_tiles))
     num_counters = FIRST_COUNTER.value + num_blocks
-    radix_a, radix_b, rounds = radices(layer.num_tokens)
+    radix_a, radix_b, rounds = radices(layer.num_rows)
     with zeroed_counters(num_counters, x.device) as counters:
         forward_kernel[grid](
             x,

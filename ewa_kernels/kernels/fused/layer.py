@@ -14,7 +14,7 @@ from ewa_kernels.kernels.fused.configs import INTERPRETER, Table, Tile, ceil_div
 from ewa_kernels.kernels.fused.partition import int32_bits, seed_arguments
 from ewa_kernels.kernels.fused.tiles import INTERPRETED
 
-_MAX_TOKENS = 2**31 - 1024  # so that a row past the end of a tile is an int32
+_MAX_ROWS = 2**31 - 1024  # so that a row past the end of a tile is an int32
 _MAX_EXPERTS = 2**15  # so that the product of two experts' numbers is one
 
 
@@ -24,12 +24,14 @@ class Layer:
 
     Attributes:
         seed: int64, one element, on the CPU or on `device`.
+        num_rows: grouped rows: T, or T·k with `routing_weights`.
         expert_offsets: int32 `[E + 1]` on `device`, or None: equal groups.
+        routing_weights: `[T, k]`, contiguous, on `device`, or None: k = 1.
         table: the tiles to choose from; None: those for the device.
         num_programs: how many programs work on a launch; None: as many as run at once.
     """
 
-    num_tokens: int
+    num_rows: int
     num_experts: int
     d_model: int
     d_ff: int
@@ -38,6 +40,7 @@ class Layer:
     dropout_p: float
     seed: Tensor
     expert_offsets: Tensor | None
+    routing_weights: Tensor | None
     dtype: torch.dtype
     device: torch.device
     table: Table | None = None
@@ -48,20 +51,21 @@ class Layer:
         cls,
         x: Tensor,
         down_weight: Tensor,
+        routing_weights: Tensor | None,
         seed: Tensor,
         expert_offsets: Tensor | None,
         activation: str,
         gated: bool,
         dropout_p: float,
     ) -> Layer:
-        num_tokens = x.shape[0]
+        num_rows = x.shape[0] if routing_weights is None else routing_weights.numel()
         num_experts, d_model, d_ff = down_weight.shape
-        if num_tokens > _MAX_TOKENS:
-            raise ValueError(f"x must hold at most {_MAX_TOKENS} tokens for this backend, got {num_tokens}")
+        if num_rows > _MAX_ROWS:
+            raise ValueError(f"x must hold at most {_MAX_ROWS} tokens for this backend, got {num_rows}")
         if num_experts > _MAX_EXPERTS:
             raise ValueError(f"up_weight must hold at most {_MAX_EXPERTS} experts for this backend, got {num_experts}")
         return cls(
-            num_tokens,
+            num_rows,
             num_experts,
             d_model,
             d_ff,
@@ -70,9 +74,15 @@ class Layer:
             dropout_p,
             seed,
             expert_offsets,
+            None if routing_weights is None else routing_weights.contiguous(),
             x.dtype,
             x.device,
         )
+
+    @property
+    def top_k(self) -> int:
+        """k, grouped rows for each token."""
+        return 1 if self.routing_weights is None else self.routing_weights.shape[1]
 
     def _tiles_of(self, kernel: str) -> tuple[Tile, ...]:
         tiles = self.table
@@ -85,7 +95,7 @@ class Layer:
     def tile(self, kernel: str) -> Tile:
         """The tile for "forward" or "backward"."""
         widths = (self.d_ff, self.d_model)
-        return choose(self._tiles_of(kernel), self.num_tokens, self.num_experts, widths)
+        return choose(self._tiles_of(kernel), self.num_rows, self.num_experts, widths)
 
     def onchip_tile(self) -> Tile | None:
         """The tile for "onchip", or None if D is too large."""
@@ -99,8 +109,8 @@ class Layer:
     def num_blocks(self, block_m: int) -> int:
         """Row blocks, empty ones included: how the rows are dealt may be known on the device only."""
         if self.expert_offsets is not None:
-            return self.num_tokens // block_m + self.num_experts
-        return self.num_experts * ceil_div(ceil_div(self.num_tokens, self.num_experts), block_m)
+            return self.num_rows // block_m + self.num_experts
+        return self.num_experts * ceil_div(ceil_div(self.num_rows, self.num_experts), block_m)
 
     def grid(self, num_tickets: int) -> tuple[int]:
         return (max(1, min(num_tickets, self.num_programs or _programs(self.device))),)
@@ -111,16 +121,18 @@ class Layer:
         seed, seed_low, seed_high = seed_arguments(self.seed)
         return {
             "expert_offsets": self.expert_offsets,
+            "routing_weights": self.routing_weights,
             "seed": seed,
             "seed_low": seed_low,
             "seed_high": seed_high,
             "threshold": int32_bits(min(round(self.dropout_p * 2**32), 2**32 - 1)),
             "scale": 1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0,
-            "num_tokens": self.num_tokens,
+            "num_rows": self.num_rows,
             "num_experts": self.num_experts,
             "d_model": self.d_model,
             "d_ff": self.d_ff,
             "ACTIVATION": "gelu_16bit" if self.activation == "gelu" and self.dtype.itemsize == 2 else self.activation,
+            "TOP_K": self.top_k,
             "GATED": self.gated,
             "DROPOUT": self.dropout_p > 0,
             "PRECISION": precision(),

@@ -37,7 +37,7 @@ def _up(
 
 
 @triton.jit(do_not_specialize=[
-    "num_tokens", "num_experts", "num_blocks", "radix_a", "radix_b", "rounds", "seed_low", "seed_high", "threshold",
+    "num_rows", "num_experts", "num_blocks", "radix_a", "radix_b", "rounds", "seed_low", "seed_high", "threshold",
     "scale",
 ])  # fmt: skip
 def onchip_kernel(
@@ -46,10 +46,11 @@ def onchip_kernel(
     up_bias,  # [E, F or 2F] or None
     down_weight,  # [E, D, F]
     down_bias,  # [E, D] or None
-    y,  # [T, D]
-    pre_activation,  # [T, F or 2F], by grouped row, or None
-    permutation,  # int32 [T]; written if DEAL, else read
+    y,  # [R, D]
+    pre_activation,  # [R, F or 2F], by grouped row, or None
+    permutation,  # int32 [R]; written if DEAL, else read
     expert_offsets,  # int32 [E + 1], or None: equal groups
+    routing_weights,  # [R], by choice, or None
     seed,  # int64 [1] or None: the halves
     seed_low,
     seed_high,
@@ -58,12 +59,13 @@ def onchip_kernel(
     rounds,
     threshold,  # uint32 bits: dropped below it
     scale,
-    num_tokens,
+    num_rows,
     num_experts,
     num_blocks,
     d_model,
     d_ff,
     DEAL: tl.constexpr,
+    TOP_K: tl.constexpr,  # R = T · TOP_K
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -87,17 +89,19 @@ def onchip_kernel(
     key = load_seed(seed, seed_low, seed_high) if DEAL or DROPOUT else 0
     d = tl.arange(0, BLOCK_K)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-        expert, first_row, end = rows_of_block(block, expert_offsets, num_tokens, num_experts, BLOCK_M, MAX_EXPERTS)
+        expert, first_row, end = rows_of_block(block, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
         if first_row < end:
             row = first_row + tl.arange(0, BLOCK_M)
             source = tl.minimum(row, end - 1)  # past the end, work on the last row again
             if DEAL:
-                token = tokens_of_rows(source, num_tokens, radix_a, radix_b, rounds, key)
-                tl.store(permutation + row, token, mask=row < end)
+                choice = tokens_of_rows(source, num_rows, radix_a, radix_b, rounds, key)
+                tl.store(permutation + row, choice, mask=row < end)
             else:
-                token = tl.load(permutation + source)
+                choice = tl.load(permutation + source)
             x_tile = tl.load(
-                x + token.to(tl.int64)[:, None] * d_model + d[None, :], mask=(d < d_model)[None, :], other=0.0
+                x + (choice // TOP_K).to(tl.int64)[:, None] * d_model + d[None, :],
+                mask=(d < d_model)[None, :],
+                other=0.0,
             )
             up_row = expert.to(tl.int64) * num_up
             down_row = expert.to(tl.int64) * d_model + tl.minimum(d, d_model - 1)
@@ -127,7 +131,10 @@ def onchip_kernel(
             bias = None
             if down_bias is not None:
                 bias = down_bias + expert.to(tl.int64) * d_model
-            store_rows(acc, row, end, token, 0, bias, y, d_model, BLOCK_M, BLOCK_K, PARTS)
+            factor = None
+            if routing_weights is not None:
+                factor = tl.load(routing_weights + choice).to(tl.float32)
+            store_rows(acc, row, end, choice, 0, bias, factor, y, d_model, BLOCK_M, BLOCK_K, PARTS)
 
 
 def launch_onchip(
@@ -143,11 +150,11 @@ def launch_onchip(
     *,
     deal: bool,
 ) -> None:
-    """Fills y, pre_activation and, if `deal`, the permutation; see `onchip_kernel`."""
+    """Fills y, by choice, pre_activation and, if `deal`, the permutation; see `onchip_kernel`."""
     tile = layer.onchip_tile()
     assert tile is not None
     num_blocks = layer.num_blocks(tile.block_m)
-    radix_a, radix_b, rounds = radices(layer.num_tokens)
+    radix_a, radix_b, rounds = radices(layer.num_rows)
     onchip_kernel[layer.grid(num_blocks)](
         x,
         up_weight,

@@ -53,13 +53,13 @@ def leave_clean(counters, num_counters):
 
 
 @triton.jit
-def rows_of_expert(expert, expert_offsets, num_tokens, num_experts):
+def rows_of_expert(expert, expert_offsets, num_rows, num_experts):
     """First grouped row of an expert, and the end of its rows."""
     if expert_offsets is not None:
         return tl.load(expert_offsets + expert), tl.load(expert_offsets + expert + 1)
     # ⌊e·T/E⌋ without 64-bit divisions, which cost more than all the rest here.
-    quotient = num_tokens // num_experts
-    remainder = num_tokens - quotient * num_experts
+    quotient = num_rows // num_experts
+    remainder = num_rows - quotient * num_experts
     start = expert * quotient + expert * remainder // num_experts
     end = (expert + 1) * quotient + (expert + 1) * remainder // num_experts
     return start, end
@@ -77,7 +77,7 @@ def _last_blocks(expert_offsets, num_experts, BLOCK_M: tl.constexpr, MAX_EXPERTS
 
 @triton.jit
 def rows_of_block(
-    block, expert_offsets, num_tokens, num_experts, BLOCK_M: tl.constexpr, MAX_EXPERTS: tl.constexpr
+    block, expert_offsets, num_rows, num_experts, BLOCK_M: tl.constexpr, MAX_EXPERTS: tl.constexpr
 ):  # fmt: skip
     """(expert, first row, end of the expert's rows) of a row block; a block without rows has first row ≥ end."""
     if expert_offsets is not None:
@@ -87,22 +87,22 @@ def rows_of_block(
         # There may be fewer blocks than numbers for them: those past the end have no expert.
         exists = expert < num_experts
         expert = tl.minimum(expert, num_experts - 1)
-        start, end = rows_of_expert(expert, expert_offsets, num_tokens, num_experts)
+        start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
         return expert, tl.where(exists, start + (block - before) * BLOCK_M, end), end
-    blocks_per_expert = tl.cdiv(tl.cdiv(num_tokens, num_experts), BLOCK_M)
+    blocks_per_expert = tl.cdiv(tl.cdiv(num_rows, num_experts), BLOCK_M)
     expert = block // blocks_per_expert
-    start, end = rows_of_expert(expert, expert_offsets, num_tokens, num_experts)
+    start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
     return expert, start + (block - expert * blocks_per_expert) * BLOCK_M, end
 
 
 @triton.jit
 def first_block_of_expert(
-    expert, expert_offsets, num_tokens, num_experts, BLOCK_M: tl.constexpr, MAX_EXPERTS: tl.constexpr
+    expert, expert_offsets, num_rows, num_experts, BLOCK_M: tl.constexpr, MAX_EXPERTS: tl.constexpr
 ):  # fmt: skip
     if expert_offsets is not None:
         last = _last_blocks(expert_offsets, num_experts, BLOCK_M, MAX_EXPERTS)
         return tl.max(tl.where(tl.arange(0, MAX_EXPERTS) < expert, last, 0), 0)
-    return expert * tl.cdiv(tl.cdiv(num_tokens, num_experts), BLOCK_M)
+    return expert * tl.cdiv(tl.cdiv(num_rows, num_experts), BLOCK_M)
 
 
 # --- matrix products ---

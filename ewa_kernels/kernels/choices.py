@@ -1,0 +1,21 @@
+"""What a token's k choices of experts add up to: y, and gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sum_of_choices(rows: Tensor, top_k: int) -> Tensor:
+    """Σ_j rows[t·k + j] in the order of j, whoever computed them: `[T·k, D]` → `[T, D]`."""
+    return rows if top_k == 1 else rows.view(-1, top_k, rows.shape[1]).sum(1)
+
+
+def grad_of_bias_factor(
+    grad_y: Tensor, down_bias: Tensor, permutation: Tensor, expert_offsets: Tensor, top_k: int
+) -> Tensor:
+    """grad_y[t] · down_bias[e], what the down bias adds to the gradient of a routing weight; by grouped row `[T·k]`."""
+    row = torch.arange(len(permutation), dtype=expert_offsets.dtype, device=permutation.device)
+    expert = torch.bucketize(row, expert_offsets[1:], right=True)
+    products = grad_y @ down_bias.to(grad_y.dtype).T
+    return products[permutation.long() // top_k, expert]
