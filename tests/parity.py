@@ -65,7 +65,7 @@ def output_and_grads(
     function: Callable[..., Tensor], operands: tuple[Tensor | None, ...], grad_y: Tensor, **options: object
 ) -> dict[str, Tensor]:
     """`function`'s output, and the gradient of each operand for the upstream gradient `grad_y`."""
-    names = ("x", "up_weight", "up_bias", "down_weight", "down_bias")
+    names = ("x", "up_weight", "up_bias", "down_weight", "down_bias", "routing_weights")[: len(operands)]
     leaves = [t.detach().clone(memory_format=torch.preserve_format) if t is not None else None for t in operands]
     given = {name: leaf.requires_grad_() for name, leaf in zip(names, leaves, strict=True) if leaf is not None}
     y = function(*leaves, **options)
