@@ -116,12 +116,10 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
             for tile in tiles[kernel]:
                 plain = Case(kernel, tile, architecture, dtype)
                 yield from (plain, replace(plain, gated=True))
-            for tile in tiles.get(f"{kernel} dropout", tiles[kernel]):
-                plain = Case(kernel, tile, architecture, dtype, dropout=True)
-                yield from (plain, replace(plain, gated=True))
-            for tile in tiles[kernel][:1]:
-                plain = Case(kernel, tile, architecture, dtype, routed=True)
-                yield from (plain, replace(plain, gated=True))
+            for tile in tiles.get(f"{kernel} tight", tiles[kernel]):
+                for options in ({"dropout": True}, {"routed": True}):
+                    plain = Case(kernel, tile, architecture, dtype, **options)
+                    yield from (plain, replace(plain, gated=True))
         for kernel in ("forward up", "forward down", "backward split"):
             yield Case(kernel, tiles[kernel.split()[0]][0], architecture, dtype)
         for kernel in ("forward", "backward"):  # sizes that 64 does not divide, nor 16, nor 8

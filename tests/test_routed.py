@@ -15,6 +15,11 @@ FORMS = ["triton-single", "triton-split", "triton-onchip"]
 BACKENDS = ["cpp", "torch", "reference", *FORMS]
 
 
+def device_of(backend):
+    """Triton's kernels run where there is a GPU, else in its interpreter."""
+    return "cuda" if backend.startswith("triton") and torch.cuda.is_available() else "cpu"
+
+
 def tokens(*shape, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype)
 
@@ -41,7 +46,7 @@ def make(num_experts, top_k, *, dtype=torch.float64, **options):
     torch.manual_seed(3)
     layer = ewa.RoutedMoE(12, 20, num_experts, top_k, dtype=torch.float64, **options)
     nn.init.normal_(layer.router.weight)
-    return layer.to(dtype)
+    return layer.to(device_of(layer.backend), dtype)
 
 
 def grads_of(layer, x, grad_y, **options):
@@ -83,8 +88,10 @@ def test_is_the_loop_in_float32_by_cpp():
 @pytest.mark.parametrize("form", FORMS)
 def test_kernels_are_the_specification(form, top_k, dtype):
     """Triton's interpreter: choices into groups of any size, one of them empty; the gradient of each operand."""
-    x, weights = tokens(41, 16, dtype=dtype), random_ffn(5, 16, 24, gated=True, dtype=dtype)
-    logits = tokens(41, 5)
+    device = device_of(form)
+    x = tokens(41, 16, dtype=dtype).to(device)
+    weights = [t.to(device) for t in random_ffn(5, 16, 24, gated=True, dtype=dtype)]
+    logits = tokens(41, 5).to(device)
     logits[:, 3] = -9
     routing_weights, choices = ewa.functional.route(logits[:, [0, 1, 2, 4, 3]], top_k)
     permutation, offsets = ewa.functional.partition_by_expert(choices, 5)
@@ -108,7 +115,7 @@ class TestCorners:
         """With equal logits, the first experts; all weights 1/E."""
         layer = make(4, 2, dtype=torch.float32, backend=backend)
         nn.init.zeros_(layer.router.weight)
-        x = tokens(11, 12, dtype=torch.float32)
+        x = tokens(11, 12, dtype=torch.float32).to(device_of(backend))
         expected = loop(x, *layer.experts, layer.router.weight, top_k=2, activation="gelu", gated=False)
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -117,7 +124,7 @@ class TestCorners:
         layer = make(4, 1, dtype=torch.float32, backend=backend)
         with torch.no_grad():
             layer.router.weight.zero_()[2, 0] = 9
-        x = tokens(11, 12, dtype=torch.float32)
+        x = tokens(11, 12, dtype=torch.float32).to(device_of(backend))
         x[:, 0] = 5
         expected = loop(x, *layer.experts, layer.router.weight, top_k=1, activation="gelu", gated=False)
         y = layer(x)
@@ -130,7 +137,7 @@ class TestCorners:
     @pytest.mark.parametrize("top_k", [1, 3])
     def test_no_tokens(self, backend, top_k):
         layer = make(4, top_k, dtype=torch.float32, backend=backend)
-        x = torch.zeros(2, 0, 12, requires_grad=True)
+        x = torch.zeros(2, 0, 12, device=device_of(backend), requires_grad=True)
         y = layer(x)
         assert y.shape == (2, 0, 12)
         (y.sum() + layer.load_balance_loss + layer.z_loss).backward()
@@ -139,7 +146,7 @@ class TestCorners:
 
     def test_same_bits_every_time(self, backend):
         layer = make(4, 2, dtype=torch.float32, backend=backend)
-        x, grad_y = tokens(60, 12, dtype=torch.float32), tokens(60, 12)
+        x, grad_y = tokens(60, 12, dtype=torch.float32).to(device_of(backend)), tokens(60, 12).to(device_of(backend))
         first = grads_of(layer, x, grad_y)
         for _ in range(5):
             again = grads_of(layer, x, grad_y)
@@ -147,7 +154,7 @@ class TestCorners:
 
     def test_nan_stays_in_its_row(self, backend):
         layer = make(4, 2, dtype=torch.float32, backend=backend)
-        x = tokens(23, 12, dtype=torch.float32)
+        x = tokens(23, 12, dtype=torch.float32).to(device_of(backend))
         clean = layer(x)
         x[5, 3] = torch.nan
         y = layer(x)
@@ -157,7 +164,7 @@ class TestCorners:
 
     def test_frozen_router_or_experts(self, backend):
         """Each gets the gradient that it gets with all."""
-        x = tokens(23, 12, dtype=torch.float32)
+        x = tokens(23, 12, dtype=torch.float32).to(device_of(backend))
         everything = grads_of(make(4, 2, dtype=torch.float32, backend=backend), x, x)
         for trained in ("router.weight", "down.bias", "up.weight"):
             layer = make(4, 2, dtype=torch.float32, backend=backend)
@@ -169,7 +176,7 @@ class TestCorners:
             assert all(p.grad is None for p in parameters.values())
 
     def test_recompute(self, backend):
-        x = tokens(23, 12, dtype=torch.float32)
+        x = tokens(23, 12, dtype=torch.float32).to(device_of(backend))
         saved, recomputed = (
             grads_of(make(4, 2, dtype=torch.float32, backend=backend, recompute=r), x, x) for r in (False, True)
         )

@@ -33,6 +33,7 @@ def sections(output: Path) -> dict[str, tuple[list[str], int]]:
         "report": ([sys.executable, "-m", "ewa_kernels"], 15),
         "parity": ([*PYTEST, "tests/test_fused.py"], 100),
         "gpu": ([*PYTEST, "tests/gpu/test_gpu.py"], 130),
+        "routed": ([*PYTEST, "tests/test_routed.py", "tests/gpu/test_gpu_routed.py"], 100),
         "experts": ([*PYTEST, "tests/gpu/test_gpu_experts.py"], 45),
         "memcheck": ([*sanitizer, "memcheck", *SMALL], 50),
         # Of shared memory alone: that programs hand results over in order is for repetition to show (section "gpu").

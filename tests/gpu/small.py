@@ -20,6 +20,9 @@ for form in ("triton-single", "triton-split", "triton-onchip"):
     weights = (layer.up.weight, layer.up.bias, layer.down.weight, layer.down.bias)
     partition = {"permutation": permutation, "expert_offsets": offsets}
     ewa.functional.grouped_ffn(x, *weights, backend=form, **partition).sum().backward()
+    routed = ewa.RoutedMoE(d_model, d_ff, 3, 2, dropout=0.1, device="cuda", dtype=torch.bfloat16, backend=form)
+    (routed(x).sum() + routed.load_balance_loss).backward()
+    assert routed.router.weight.grad.isfinite().all()
     print(form, "done", flush=True)
 assert (
     ewa.functional.random_permutation(1000, 3, device="cuda")

@@ -51,9 +51,10 @@ class Tile:
         }
 
 
-# {kernel: its tiles, best first}. If 8 does not divide D and F, those under "… unaligned"; with dropout, which takes
-# registers, those under "… dropout"; if there are any. Of several, `choose` takes the one that leaves fewest of its
-# cells empty. For "onchip", block_n columns of hidden are worked on at a time, and block_k is the largest D.
+# {kernel: its tiles, best first}. If 8 does not divide D and F, those under "… unaligned"; with dropout or routing
+# weights, which take registers, those under "… tight"; if there are any. Of several, `choose` takes the one that leaves
+# fewest of its cells empty. For "onchip", block_n columns of hidden are worked on at a time, and block_k is the
+# largest D.
 Table = dict[str, tuple[Tile, ...]]
 
 _UNALIGNED: Table = {  # each element is loaded by itself, into registers
@@ -63,16 +64,16 @@ _UNALIGNED: Table = {  # each element is loaded by itself, into registers
 }
 _HOPPER: Table = {
     "forward": (Tile(128, 256, 64, 4, 8, 3), Tile(256, 128, 64, 4, 8, 3), Tile(128, 128, 64, 2, 8, 3)),
-    "forward dropout": (Tile(128, 256, 64, 8, 8, 3), Tile(256, 128, 64, 8, 8, 3), Tile(128, 128, 64, 2, 8, 3)),
+    "forward tight": (Tile(128, 256, 64, 8, 8, 3), Tile(256, 128, 64, 8, 8, 3), Tile(128, 128, 64, 2, 8, 3)),
     "backward": (Tile(128, 256, 64, 8, 8, 3), Tile(256, 128, 64, 8, 8, 3), Tile(128, 128, 64, 4, 8, 3)),
-    "backward dropout": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 4, 8, 3)),
+    "backward tight": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 4, 8, 3)),
     "onchip": (Tile(128, 64, 128, 2, 8, 2),),
-    "onchip dropout": (Tile(128, 32, 128, 2, 8, 2),),
+    "onchip tight": (Tile(128, 32, 128, 2, 8, 2),),
     **_UNALIGNED,
 }
 _BLACKWELL: Table = {
     "forward": _HOPPER["forward"],
-    "forward dropout": (Tile(128, 128, 64, 2, 8, 3),),
+    "forward tight": (Tile(128, 128, 64, 2, 8, 3),),
     "backward": (Tile(128, 128, 64, 4, 8, 3),),
     "onchip": (Tile(128, 32, 128, 2, 8, 2),),
     **_UNALIGNED,

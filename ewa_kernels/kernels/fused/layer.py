@@ -90,7 +90,8 @@ class Layer:
             tiles = INTERPRETER if INTERPRETED else table(_capability(self.device), self.dtype, precision())
         if not self.aligned:
             return tiles.get(f"{kernel} unaligned", tiles[kernel])
-        return tiles.get(f"{kernel} dropout", tiles[kernel]) if self.dropout_p > 0 else tiles[kernel]
+        tight = self.dropout_p > 0 or self.routing_weights is not None
+        return tiles.get(f"{kernel} tight", tiles[kernel]) if tight else tiles[kernel]
 
     def tile(self, kernel: str) -> Tile:
         """The tile for "forward" or "backward"."""
