@@ -38,6 +38,8 @@ def sections(output: Path) -> dict[str, tuple[list[str], int]]:
         "memcheck": ([*sanitizer, "memcheck", *SMALL], 50),
         # Of shared memory alone: that programs hand results over in order is for repetition to show (section "gpu").
         "racecheck": ([*sanitizer, "racecheck", *SMALL], 50),
+        "initcheck": ([*sanitizer, "initcheck", *SMALL], 50),
+        "synccheck": ([*sanitizer, "synccheck", *SMALL], 50),
         "benchmarks": ([sys.executable, "-m", "benchmarks", "--device", "cuda", "--output", str(output)], 25),
         "ffn_cuda": ([sys.executable, "-m", "benchmarks.ffn_cuda", "--output", str(output)], 65),
     }

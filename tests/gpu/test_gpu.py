@@ -191,6 +191,24 @@ def test_streams_do_not_disturb_one_another():
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_after_a_launch_that_failed():
+    """Its counters are in an unknown state, and nobody gets them again."""
+    weights = [t.requires_grad_() for t in parameters(4, 384, 1536)]
+    x, grad_y = tokens(9001, 384).requires_grad_(), tokens(9001, 384)
+    expected = step(x, weights, grad_y, 1, "triton-single")
+
+    def fail():
+        with workspace.zeroed_counters(10, torch.device("cuda", torch.cuda.current_device())) as counters:
+            counters.fill_(7)
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            fail()
+        again = step(x, weights, grad_y, 1, "triton-single")
+        assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
 class TestGraphs:
     def test_seed_in_memory(self):
         """A replay reads the seed that is there then."""

@@ -304,7 +304,7 @@ def launch_backward(
     tile = layer.tile("backward")
     num_blocks = layer.num_blocks(tile.block_m)
     num_up = up_weight.shape[1]
-    programs = layer.grid(2**31)[0]
+    programs = layer.grid(2**31, tile)[0]
 
     def tiles(width: int, block: int = tile.block_n) -> int:
         return ceil_div(width, block)
@@ -352,7 +352,7 @@ def launch_backward(
             continue
         num_tickets = end_ticket - first_ticket
         with zeroed_counters(num_counters, x.device) as counters:
-            backward_kernel[layer.grid(num_tickets)](
+            backward_kernel[layer.grid(num_tickets, tile)](
                 grad_y,
                 x,
                 up_weight,

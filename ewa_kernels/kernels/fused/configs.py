@@ -24,6 +24,7 @@ class Tile:
         block_m, block_n, block_k: rows, columns and depth of a tile's matrix product; powers of two, at least 16.
         parts: the accumulator is stored in so many pieces, one after the other, to save registers.
         num_warps, num_stages: as Triton understands them.
+        per_multiprocessor: programs that run on one at once, among which its registers are divided.
     """
 
     block_m: int
@@ -32,6 +33,7 @@ class Tile:
     parts: int
     num_warps: int
     num_stages: int
+    per_multiprocessor: int = 1
 
     def __post_init__(self) -> None:
         sizes = (self.block_m, self.block_n, self.block_k, self.parts, self.num_warps)
@@ -40,7 +42,9 @@ class Tile:
 
     def launch_options(self) -> dict[str, int]:
         """Keyword arguments of a kernel launch."""
+        registers = 2**16 // (32 * self.num_warps * self.per_multiprocessor)
         return {
+            **({"maxnreg": registers} if self.per_multiprocessor > 1 else {}),
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,

@@ -193,6 +193,7 @@ def sum_block(
 ):  # fmt: skip
     """partial = grad_y (times the routing weight, if any) summed over a row block."""
     exists = column < d_model
+    end = tl.minimum(end, first_row + BLOCK_M)
     total = tl.zeros(column.shape, tl.float32)
     for first in range(0, BLOCK_M, _SUM_ROWS):
         row = first_row + first + tl.arange(0, _SUM_ROWS)

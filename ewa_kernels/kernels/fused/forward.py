@@ -216,7 +216,7 @@ def launch_forward(
     up_tiles = ceil_div(layer.d_ff, tile.block_n // 2 if layer.gated else tile.block_n)
     down_tiles = ceil_div(layer.d_model, tile.block_n)
     tiles = {"single": up_tiles + down_tiles, "up": up_tiles, "down": down_tiles}[form]
-    (num_programs,) = grid = layer.grid(num_blocks * tiles)
+    (num_programs,) = grid = layer.grid(num_blocks * tiles, tile)
     # Enough up tiles in a group to keep all programs busy: its down tiles find hidden ready then.
     group = min(num_blocks, ceil_div(num_programs, up_tiles))
     num_counters = FIRST_COUNTER.value + num_blocks

@@ -113,8 +113,9 @@ class Layer:
             return self.num_rows // block_m + self.num_experts
         return self.num_experts * ceil_div(ceil_div(self.num_rows, self.num_experts), block_m)
 
-    def grid(self, num_tickets: int) -> tuple[int]:
-        return (max(1, min(num_tickets, self.num_programs or _programs(self.device))),)
+    def grid(self, num_tickets: int, tile: Tile) -> tuple[int]:
+        programs = self.num_programs or _programs(self.device) * tile.per_multiprocessor
+        return (max(1, min(num_tickets, programs)),)
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def _capability(device: torch.device) -> int:
 
 @functools.cache
 def _programs(device: torch.device) -> int:
-    """One for each multiprocessor: tiles take most of its registers."""
+    """One for each multiprocessor."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count

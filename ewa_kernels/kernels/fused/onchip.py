@@ -155,7 +155,7 @@ def launch_onchip(
     assert tile is not None
     num_blocks = layer.num_blocks(tile.block_m)
     radix_a, radix_b, rounds = radices(layer.num_rows)
-    onchip_kernel[layer.grid(num_blocks)](
+    onchip_kernel[layer.grid(num_blocks, tile)](
         x,
         up_weight,
         up_bias,

@@ -1,0 +1,42 @@
+"""The tuner, with Triton's interpreter in place of a GPU: candidates are held against what ships, and ranked."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from benchmarks import model, tune
+from benchmarks.timing import seconds_on_host
+from ewa_kernels.kernels.fused.configs import Tile
+
+SHAPE = model.Shape("small", 40, 32, 32, num_experts=2)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+def test_ranks_what_is_right(kernel):
+    problem = tune.Problem(SHAPE, DEVICE, torch.float16)
+    others = [Tile(16, 32, 32, 1, 4, 1), Tile(32, 16, 32, 1, 4, 1, per_multiprocessor=2)]
+    ranked = tune.tune(problem, kernel, others, seconds_on_host, rounds=2)
+    assert {tile for tile, _ in ranked} == {problem.shipped(kernel), *others}
+    assert [ms for _, ms in ranked] == sorted(ms for _, ms in ranked)
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch):
+    problem = tune.Problem(SHAPE, DEVICE, torch.float16)
+    bad, run = Tile(16, 16, 16, 1, 4, 1), tune.Problem.run
+
+    def broken(self, kernel, tile):
+        outputs = run(self, kernel, tile)
+        if tile == bad:
+            outputs[0][3] += 1
+        return outputs
+
+    monkeypatch.setattr(tune.Problem, "run", broken)
+    ranked = tune.tune(problem, "forward", [bad], seconds_on_host, rounds=2)
+    assert [tile for tile, _ in ranked] == [problem.shipped("forward")]
+
+
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+def test_candidates_are_many_and_differ(kernel):
+    tiles = list(tune.candidates(kernel))
+    assert len(set(tiles)) == len(tiles) >= 30
