@@ -8,6 +8,10 @@ from ewa_kernels.averaging import ExpertAverager
 from ewa_kernels.backends import BackendError
 from ewa_kernels.decay import weight_decay_groups
 from ewa_kernels.modules import FFN, RandomPartitionMoE, expert_tensors
+from ewa_kernels.moe.adapters import register_experts_adapter
+from ewa_kernels.moe.experts import find_experts
+from ewa_kernels.moe.fold import fold_moe_, restore_moe_
+from ewa_kernels.moe.replace import replace_moe_
 from ewa_kernels.routed import RoutedMoE
 from ewa_kernels.share_rate import ConstantShareRate, CosineShareRate, LinearShareRate
 from ewa_kernels.surgery import (
@@ -34,16 +38,21 @@ __all__ = [
     "RoutedMoE",
     "__version__",
     "expert_tensors",
+    "find_experts",
     "find_ffns",
     "fold_",
+    "fold_moe_",
     "folded_state_dict",
     "functional",
     "integrations",
     "load_unfolded_",
     "optim",
     "reference",
+    "register_experts_adapter",
     "register_ffn_adapter",
     "replace_ffn_",
+    "replace_moe_",
+    "restore_moe_",
     "save_unfolded",
     "weight_decay_groups",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -21,11 +21,12 @@ class Attachment:
     """That something runs after an optimizer's real steps, until `remove()`, or until the optimizer is gone.
 
     Args:
-        run: is called with what GradScaler found, or None; `ExpertAverager.step` is.
+        check: is called before each step, and raises what is wrong, so that nothing has changed then.
+        run: is called after each real step with what GradScaler found, or None.
     """
 
-    def __init__(self, run: Callable[[Any], None], optimizer: Optimizer):
-        self._run = run
+    def __init__(self, check: Callable[[], None], run: Callable[[Any], None], optimizer: Optimizer):
+        self._check, self._run = check, run
         self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
         self._had_state = False
         self._handles: list[RemovableHandle] = []
@@ -56,6 +57,7 @@ class Attachment:
             self.hook(optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._check()
         self._had_state = len(optimizer.state) > 0
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -64,13 +66,41 @@ class Attachment:
             self._run(getattr(optimizer, "found_inf", None))
 
 
+def hooked(optimizer: object) -> Optimizer:
+    """The optimizer itself, whose `step` runs hooks from now on if it did not.
+
+    Raises:
+        TypeError: it is no torch.optim.Optimizer, or has no hooks of its own.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if "_optimizer_step_post_hooks" not in optimizer.__dict__:
+        raise TypeError(
+            f"optimizer must have step hooks, got {type(optimizer).__name__}: attach to the optimizer it wraps"
+        )
+    if not getattr(type(optimizer).step, "hooked", False):
+        # As Optimizer.__init__ does, which not all call (timm's Lookahead), and else the first zero_grad().
+        optimizer._patch_step_function()
+    return optimizer
+
+
+def holds(optimizer: Optimizer, tensors: Iterable[Tensor]) -> bool:
+    """Whether any of them is a parameter of the optimizer, or lies in the memory of one."""
+
+    def memory(tensor: Tensor) -> int:
+        return shards.local(tensor).untyped_storage()._cdata
+
+    held = {memory(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return any(memory(tensor) in held for tensor in tensors)
+
+
 def is_dry_run(optimizer: Optimizer, had_state: bool) -> bool:
     """Whether a step only creates the optimizer's state: a first one, at learning rate 0, with gradients of 0."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [group.get("lr") for group in optimizer.param_groups]
     # That of a dry run is on the CPU, and one on a GPU may not be read here.
     if had_state or any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
         return False
-    if any(float(lr) != 0 for lr in rates):
+    if any(lr is None or float(lr) != 0 for lr in rates):  # None: the optimizer finds its own
         return False
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     has_grad = any(p.grad is not None and bool(shards.local(p.grad).any()) for p in parameters)

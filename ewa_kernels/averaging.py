@@ -14,11 +14,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ewa_kernels import checks, functional, shards
-from ewa_kernels.attachment import Attachment
-from ewa_kernels.modules import expert_tensors
-from ewa_kernels.share_rate import ConstantShareRate, ShareRate
+from ewa_kernels.attachment import Attachment, holds, hooked
+from ewa_kernels.modules import StackedExperts, expert_tensors
+from ewa_kernels.moe.adapters import Paths
+from ewa_kernels.moe.experts import find_experts, resolved
+from ewa_kernels.share_rate import ConstantShareRate, ShareRate, as_schedule
 
 Experts = Tensor | Sequence[Tensor]
+
+_NONE = (
+    "experts must hold something to average, got a model without RandomPartitionMoE layers: "
+    "call replace_ffn_(model) first"
+)
 
 
 class ExpertAverager:
@@ -28,16 +35,21 @@ class ExpertAverager:
         averager.attach(optimizer)      # or call averager.step() after optimizer.step()
 
     Args:
-        experts: a model, whose `RandomPartitionMoE` layers are looked up at each step; or an iterable of stacked
-            tensors `[E, ...]`, of lists of E same-shaped tensors, or of (name, either) pairs.
+        experts: a model, whose experts `ewa_kernels.find_experts` finds, of whatever class they are: which layers
+            have some is found out now (of this package's layers: at each step), which tensors are theirs is looked up
+            at each step. Routers, shared experts and tensors without `requires_grad` are left alone. Or an iterable of
+            stacked tensors `[E, ...]`, of lists of E same-shaped tensors, or of (name, either) pairs.
         share_rate: β, a float in [0, 1] or a schedule.
+        filter_fn: (name, module) → whether this layer of a model is averaged; the name and the module are those of
+            `find_experts`. Asked once, now. None averages all.
         rounding: of 16-bit parameters, "stochastic" or "nearest"; see `ewa_kernels.functional.average_experts_`.
         seed: of stochastic rounding, int in 0…2⁶³−1. With the number of the step it decides every rounding, so that
             ranks which hold the same parameters round them alike, and a resumed run as one that went on.
 
     Raises:
-        TypeError, ValueError: `share_rate` is neither a number in [0, 1] nor a schedule; `experts` holds none;
-            `rounding` or `seed` is none of those above.
+        TypeError, ValueError: `share_rate` is neither a number in [0, 1] nor a schedule that begins with one; `experts`
+            holds none, or `filter_fn` chooses none, or all are frozen; `filter_fn` without a model; `rounding` or
+            `seed` is none of those above.
     """
 
     def __init__(
@@ -45,38 +57,69 @@ class ExpertAverager:
         experts: nn.Module | Iterable[Any],
         share_rate: float | Callable[[int], float],
         *,
+        filter_fn: Callable[[str, nn.Module], bool] | None = None,
         rounding: str = "stochastic",
         seed: int = 0,
     ):
-        if not callable(share_rate):
-            checks.probability("share_rate", share_rate)
-            share_rate = ConstantShareRate(float(share_rate))
+        self.schedule = as_schedule(share_rate)
         checks.choice("rounding", rounding, functional.ROUNDINGS)
         checks.integer("seed", seed, minimum=0, below=2**63)
-        self.schedule = share_rate
         self.rounding, self.seed = rounding, seed
         self.num_steps = 0
         self._attachment: Attachment | None = None
         self._model: nn.Module | None = None
         self._given: Mapping[str, Experts] = {}
+        self._paths: Paths = {}
+        self._ndims: dict[str, int] = {}
+        self._prefixes: tuple[str, ...] = ("",)  # of this package's layers, as far as they are chosen
+        if filter_fn is not None and not callable(filter_fn):
+            raise TypeError(f"filter_fn must be a callable (name, module) -> bool, got {type(filter_fn).__name__}")
         if isinstance(experts, nn.Module) and not isinstance(experts, nn.ParameterList):
             self._model = experts
+            self._find(experts, filter_fn)
         else:
+            if filter_fn is not None:
+                raise TypeError(f"filter_fn needs experts that are a model, got {type(experts).__name__}")
             self._given = _named(experts)
-        self._experts()
+        if not self._experts():
+            raise ValueError("experts must hold something to average, got a model whose experts are all frozen")
+
+    def _find(self, model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None) -> None:
+        sites = find_experts(model)
+        found = [site for site in sites if site.skip_reason is None]
+        if not found:
+            reasons = "".join(f"; its {site.name or 'model'} {site.skip_reason}" for site in sites)
+            advice = "; register_experts_adapter tells where a class has its experts" if sites else ""
+            raise ValueError(f"{_NONE}{reasons}{advice}")
+        if filter_fn is not None:
+            chosen = [site for site in found if filter_fn(site.name, site.module)]
+            if not chosen:
+                raise ValueError(f"filter_fn must choose some of {', '.join(site.name for site in found)}, chose none")
+            found, self._prefixes = chosen, tuple(f"{site.name}." if site.name else "" for site in chosen)
+        for site in found:
+            if not isinstance(site.module, StackedExperts):
+                self._paths.update(site.paths)
+                self._ndims.update((name, _members(group)[0].ndim) for name, group in site.tensors.items())
 
     def _experts(self) -> Mapping[str, Experts]:
         """Looked up at each step: parameters may be replaced (load_state_dict(assign=True), to(), fold_)."""
-        experts = self._given
-        if self._model is not None:
-            experts = dict(expert_tensors(self._model))
-            _check_not_flattened(experts)
+        if self._model is None:
+            if not self._given:
+                raise ValueError("experts must hold something to average, got an empty iterable")
+            return self._given
+        ours = expert_tensors(self._model)
+        experts: dict[str, Experts] = {name: tensor for name, tensor in ours if name.startswith(self._prefixes)}
+        try:
+            experts.update(resolved(self._model, self._paths))
+        except KeyError as error:
+            raise ValueError(
+                f"experts must be the model that the averager was made for, but it has no {error.args[0]} any more: "
+                "make a new one after a change of the architecture"
+            ) from None
         if not experts:
-            found = "an empty iterable"
-            if self._model is not None:
-                found = "a model without RandomPartitionMoE layers: call replace_ffn_(model) first"
-            raise ValueError(f"experts must hold something to average, got {found}")
-        return experts
+            raise ValueError(_NONE + (", or remove() on what attach returned" if self.attached_to is not None else ""))
+        _check_not_flattened(experts, self._ndims)
+        return _without_frozen(experts)
 
     @property
     def share_rate(self) -> float:
@@ -86,13 +129,26 @@ class ExpertAverager:
         return float(beta)
 
     def step(self, found_inf: bool | float | Tensor | None = None) -> None:
-        """Averages the experts once, with the current β, and moves on to the next.
+        """Averages the experts once, with the current β, and moves on to the next. An attached averager does it itself.
 
         Args:
             found_inf: what GradScaler found: where it is true the optimizer skipped its step, and nothing is
                 averaged. A tensor on a GPU is read there, without a host sync, and then the schedule moves on
                 all the same; otherwise a skipped step leaves the schedule where it was.
+
+        Warns if the averager is attached: each step of its optimizer averages already.
         """
+        if self.attached_to is not None and not torch.compiler.is_compiling():
+            warnings.warn(
+                "step() averages once more than the optimizer, which the averager is attached to, does at each of its "
+                "steps: leave it out, or call remove() on what attach returned",
+                stacklevel=2,
+            )
+        self.average(found_inf)
+
+    def average(self, found_inf: bool | float | Tensor | None = None) -> None:
+        """`step`, for the optimizer that the averager is attached to."""
+        checks.found_inf(found_inf)
         if found_inf is not None and (not isinstance(found_inf, Tensor) or found_inf.device.type == "cpu"):
             if bool(found_inf):
                 return
@@ -100,6 +156,11 @@ class ExpertAverager:
         beta, seed = self.next_step()
         functional.average_experts_(self.experts(), beta, rounding=self.rounding, seed=seed, found_inf=found_inf)
         self.num_steps += 1
+
+    def check(self) -> None:
+        """Raises what `average` would, except for what its tensors are: before an optimizer's step, not after it."""
+        self.experts()
+        self.next_step()
 
     def next_step(self) -> tuple[float, int | None]:
         """β of the next step, and the seed of its rounding; no seed in a CUDA graph, which must draw its own.
@@ -119,8 +180,15 @@ class ExpertAverager:
         return beta, None
 
     def experts(self) -> list[Experts]:
-        """What is averaged: stacked tensors, and lists of separate ones."""
-        return list(self._experts().values())
+        """What is averaged: stacked tensors, and lists of separate ones.
+
+        Raises:
+            RuntimeError: FSDP2 has gathered them, so that it would forget what averaging makes of them.
+        """
+        experts = self._experts()
+        if self._model is not None:
+            shards.check_not_gathered(self._model, experts)
+        return list(experts.values())
 
     @property
     def attached_to(self) -> Optimizer | None:
@@ -132,20 +200,23 @@ class ExpertAverager:
 
         A step that GradScaler skipped is no real step, nor is the one that
         torch.distributed.checkpoint.state_dict makes at learning rate 0 to create the optimizer's state. Copied or
-        pickled together with the optimizer, the averager is attached to the copy of it.
+        pickled together with the optimizer, the averager is attached to the copy of it. Of an optimizer that is
+        driven by other methods than `step`, as SAM is, attach to the one which it steps (`sam.base_optimizer`).
 
         Raises:
             TypeError: not a torch.optim.Optimizer, or one without hooks, as wrappers are.
             ValueError: attached already, to this optimizer or another: each step would average twice.
+
+        Warns if the optimizer has none of the experts, as one that was made before them.
         """
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
-            raise TypeError(
-                f"optimizer must have step hooks, got {type(optimizer).__name__}: attach to the optimizer it wraps"
-            )
-        attachment = self.hand_over(optimizer)
+        attachment = self.hand_over(hooked(optimizer))
         attachment.hook(optimizer)
+        if not self.is_trained_by(optimizer):
+            warnings.warn(
+                f"the {type(optimizer).__name__} attached to has none of the experts: make the optimizer after "
+                "replace_ffn_ (and fully_shard)",
+                stacklevel=2,
+            )
         return attachment
 
     def hand_over(self, optimizer: Optimizer) -> Attachment:
@@ -155,8 +226,13 @@ class ExpertAverager:
                 "optimizer must be the only one attached to, but the averager is attached already: "
                 "call remove() on what attach returned, or delete the optimizer that has it"
             )
-        self._attachment = Attachment(self.step, optimizer)
+        self._attachment = Attachment(self.check, self.average, optimizer)
         return self._attachment
+
+    def is_trained_by(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer has any of the experts."""
+        groups = self.experts()
+        return holds(optimizer, [tensor for group in groups for tensor in _members(group)])
 
     @torch.no_grad()
     def spread(self) -> dict[str, float]:
@@ -167,18 +243,22 @@ class ExpertAverager:
         return {name: _rms_distance(experts) for name, experts in self._experts().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps taken, and the schedule in words, to tell a resumed run from another."""
+        """The number of steps taken, the seed, and the schedule in words, to tell a resumed run from another."""
         # The words of any other function hold its address, which is new in every run.
         words = repr(self.schedule) if isinstance(self.schedule, ShareRate) else None
-        return {"num_steps": self.num_steps, "schedule": words}
+        return {"num_steps": self.num_steps, "seed": self.seed, "schedule": words}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes the schedule; warns if it is not the one that was saved. The experts are the model's."""
+        """Resumes the schedule and its seed; warns if it is not the one that was saved. The experts are the model's."""
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be what state_dict() returned, got {type(state_dict).__name__}")
         missing = {"num_steps", "schedule"} - set(state_dict)
         if missing:
             raise ValueError(f"state_dict must have num_steps and schedule, lacks {', '.join(sorted(missing))}")
         checks.integer("state_dict['num_steps']", state_dict["num_steps"], minimum=0)
-        self.num_steps = state_dict["num_steps"]
+        seed = state_dict.get("seed", self.seed)
+        checks.integer("state_dict['seed']", seed, minimum=0, below=2**63)
+        self.num_steps, self.seed = state_dict["num_steps"], seed
         if state_dict["schedule"] != self.state_dict()["schedule"]:
             warnings.warn(
                 f"resuming with {self.schedule!r}, but {state_dict['schedule'] or 'another function'} was saved",
@@ -193,7 +273,7 @@ def _named(experts: Any) -> dict[str, Experts]:
             f"got {type(experts).__name__}"
         )
     named: dict[str, Experts] = {}
-    for i, item in enumerate(experts):
+    for i, item in enumerate(experts.items() if isinstance(experts, Mapping) else experts):
         is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
         name, group = item if is_pair else (str(i), item)
         if name in named:
@@ -204,19 +284,41 @@ def _named(experts: Any) -> dict[str, Experts]:
                 f"tensors, got {type(group).__name__}"
             )
         named[name] = group if isinstance(group, Tensor) else list(group)
-    checks.experts(shards.Experts(named.values(), exchange=False).local)
+    checks.experts(shards.Experts(named.values(), exchange=False).local, "experts")
     return named
 
 
-def _check_not_flattened(experts: Mapping[str, Experts]) -> None:
-    """A flat piece of experts would pass for experts of one number each."""
-    for name, tensor in experts.items():
-        ndim = {"weight": 3, "bias": 2}.get(name.rpartition(".")[2])
-        if ndim is not None and isinstance(tensor, Tensor) and tensor.ndim != ndim:
+def _without_frozen(experts: Mapping[str, Experts]) -> dict[str, Experts]:
+    """Each tensor once, and none of a group of which a part is frozen."""
+    trained: dict[str, Experts] = {}
+    seen: set[Tensor] = set()
+    for name, group in experts.items():
+        members = _members(group)
+        if all(tensor.requires_grad and tensor not in seen for tensor in members):
+            trained[name] = group
+            seen.update(members)
+    return trained
+
+
+def _check_not_flattened(experts: Mapping[str, Experts], ndims: Mapping[str, int]) -> None:
+    """A flat piece of experts would pass for experts of one number each.
+
+    Args:
+        ndims: of the tensors that are not of this package's layers.
+    """
+    for name, group in experts.items():
+        ndim = ndims.get(name, {"weight": 3, "bias": 2}.get(name.rpartition(".")[2]))
+        tensor = _members(group)[0]
+        if ndim is not None and tensor.ndim != ndim:
+            stacked = ", the first for the experts" if tensor is group else ""
             raise ValueError(
-                f"{name} must have {ndim} dimensions, the first for the experts, got shape {list(tensor.shape)}: "
+                f"{name} must have {ndim} dimensions{stacked}, got shape {list(tensor.shape)}: "
                 "FullyShardedDataParallel and ZeRO-3 flatten parameters; use torch.distributed.fsdp.fully_shard"
             )
+
+
+def _members(group: Experts) -> Sequence[Tensor]:
+    return [group] if isinstance(group, Tensor) else group
 
 
 def _rms_distance(experts: Experts) -> float:
@@ -230,4 +332,4 @@ def _rms_distance(experts: Experts) -> float:
     total = (wide - wide.mean(dim=0)).square().sum()
     if shards.is_sharded(whole):
         total = shards.sum_over_shards(total, whole)
-    return (total / numel).sqrt().item()
+    return (total / max(numel, 1)).sqrt().item()

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ewa_kernels import memory
 from ewa_kernels.reference import ACTIVATIONS
@@ -41,6 +41,12 @@ def seed_tensor(seed: int | Tensor, device: torch.device | None = None) -> Tenso
     return torch.tensor(int(seed), dtype=torch.int64, device="cpu" if device is not None else None)
 
 
+def module(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is an nn.Module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be an nn.Module, got {type(value).__name__}")
+
+
 def choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     choices = list(choices)
@@ -68,6 +74,15 @@ def boolean(name: str, value: Any) -> None:
     """Raises TypeError unless `value` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {_kind(value)}")
+
+
+def found_inf(value: Any) -> None:
+    """Raises TypeError unless `value` is None, a number or a tensor, ValueError unless a tensor has one element."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"found_inf must have one element, got shape {list(value.shape)}")
+    elif value is not None and not isinstance(value, (bool, float, int, numbers.Real)):
+        raise TypeError(f"found_inf must be a bool, a number, a tensor or None, got {_kind(value)}")
 
 
 def size(name: str, value: Any) -> None:
@@ -223,35 +238,35 @@ def choices(tensor: Any, num_experts: int) -> None:
         raise ValueError(f"choices must be in 0…{num_experts - 1}, got {int(low)}…{int(high)}")
 
 
-def experts(tensors: Any) -> tuple[list[Tensor], list[int]]:
-    """Checks the `tensors` of `average_experts_` and flattens them.
+def experts(tensors: Any, given: str = "tensors") -> tuple[list[Tensor], list[int]]:
+    """Checks the `tensors` of `average_experts_`, or what else the argument `given` is called, and flattens them.
 
     Returns:
         All tensors, and for each group 0 if it is one stacked tensor, else how many tensors it has.
     """
     if isinstance(tensors, Tensor):
-        raise TypeError("tensors must be a list of stacked tensors [E, ...], got one Tensor")
+        raise TypeError(f"{given} must be a list of stacked tensors [E, ...], got one Tensor")
     if not isinstance(tensors, Iterable):
-        raise TypeError(f"tensors must be a list of stacked tensors [E, ...], got {type(tensors).__name__}")
+        raise TypeError(f"{given} must be a list of stacked tensors [E, ...], got {type(tensors).__name__}")
     flat: list[Tensor] = []
     group_sizes: list[int] = []
     places: list[memory.Place] = []
     for i, group in enumerate(tensors):
         if isinstance(group, (list, tuple)):
             if not group:
-                raise ValueError(f"tensors[{i}] must hold at least one expert, got an empty list")
-            members = {f"tensors[{i}][{e}]": expert for e, expert in enumerate(group)}
+                raise ValueError(f"{given}[{i}] must hold at least one expert, got an empty list")
+            members = {f"{given}[{i}][{e}]": expert for e, expert in enumerate(group)}
             for name, expert in members.items():
                 floating(name, expert)
                 for what in ("shape", "dtype", "device"):
                     ours, first = getattr(expert, what), getattr(group[0], what)
                     if ours != first:
                         kind = ValueError if what == "shape" else TypeError
-                        raise kind(f"{name} must have the {what} of tensors[{i}][0], {first}, got {ours}")
+                        raise kind(f"{name} must have the {what} of {given}[{i}][0], {first}, got {ours}")
             group_sizes.append(len(members))
         else:
-            stacked(f"tensors[{i}]", group)
-            members = {f"tensors[{i}]": group}
+            stacked(f"{given}[{i}]", group)
+            members = {f"{given}[{i}]": group}
             group_sizes.append(0)
         for name, tensor in members.items():
             if memory.overlaps_itself(tensor):

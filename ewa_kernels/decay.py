@@ -17,7 +17,7 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
 
     A parameter of fewer than two dimensions does not decay, nor does an experts' bias `[E, F]`, which a rule that
     goes by `ndim` alone takes for a weight. (Rules that go by names, as timm's and transformers' do, know it: its name
-    ends in "bias".)
+    ends in "bias".) Nor does what a module's own `no_weight_decay()` names, as timm's models have it.
 
     Args:
         weight_decay: ≥ 0, of the first group; the second has 0.
@@ -26,11 +26,14 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
         TypeError: `model` is not an nn.Module, or `weight_decay` not a number.
         ValueError: `weight_decay` is negative or not finite.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    checks.module("model", model)
     checks.nonnegative("weight_decay", weight_decay)
-    biases = {m.bias for m in model.modules() if isinstance(m, ExpertLinear)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decays = [p for p in trained if p.ndim >= 2 and p not in biases]
-    rest = [p for p in trained if p.ndim < 2 or p in biases]
+    named = dict(model.named_parameters())
+    spared = {m.bias for m in model.modules() if isinstance(m, ExpertLinear)}
+    for prefix, module in model.named_modules():
+        if callable(rule := getattr(module, "no_weight_decay", None)):
+            spared |= {named.get(f"{prefix}.{name}" if prefix else name) for name in rule()}
+    trained = [p for p in named.values() if p.requires_grad]
+    decays = [p for p in trained if p.ndim >= 2 and p not in spared]
+    rest = [p for p in trained if p.ndim < 2 or p in spared]
     return [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

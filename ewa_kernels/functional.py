@@ -295,7 +295,7 @@ def average_experts_(
     if rounding == "nearest" or not low_precision:
         seed = None
     elif seed is None:
-        seed = draw_seed(low_precision[0])
+        seed = rounding_seed(low_precision[0])
     with torch.no_grad():
         # "cpp" and "cuda" are one implementation, which looks at each tensor's device.
         native = chosen and "reference" not in chosen
@@ -337,11 +337,14 @@ def draw_seed(x: Tensor) -> Tensor:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x) or not x.is_cuda:
         return ops.draw_seed(x)
-    if x.is_cuda and not torch.cuda.is_current_stream_capturing():
-        return torch.tensor(ops.draw_seed_on_host(x.device), dtype=torch.int64, device="cpu")
-    return ops.draw_seed(x)
+    return ops.checked_seed(ops.fresh_seed(x))
+
+
+def rounding_seed(tensor: Tensor) -> Tensor:
+    """As `draw_seed`, but not of a deal: in backward too it may be one that was never drawn before."""
+    return ops.draw_seed(tensor) if torch.compiler.is_compiling() else ops.fresh_seed(tensor)
 
 
 def _refuse_transforms(tensors: Iterable[Tensor | None]) -> None:

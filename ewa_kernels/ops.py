@@ -49,7 +49,16 @@ random_permutation = _define(
 )
 
 
-def draw_seed_on_host(device: torch.device) -> int:
+def fresh_seed(like: Tensor) -> Tensor:
+    """A seed from torch's default generator of the tensor's device, on the CPU unless a graph is being captured."""
+    if like.is_cuda and not torch.cuda.is_current_stream_capturing():
+        return torch.tensor(_draw_seed_on_host(like.device), dtype=torch.int64, device="cpu")
+    # In a CUDA graph the seed must be drawn by the graph, in each replay.
+    # `high` is exclusive and at most the largest int64, so 2^63 − 1 alone is never drawn.
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device)
+
+
+def _draw_seed_on_host(device: torch.device) -> int:
     """A seed from torch's default generator of a GPU, drawn without asking the GPU for anything.
 
     The generator's state is on the host: a seed and an offset, which every random kernel advances when it is
@@ -59,7 +68,7 @@ def draw_seed_on_host(device: torch.device) -> int:
     generator = torch.cuda.default_generators[index]
     offset = generator.get_offset()
     generator.set_offset(offset + 4)  # it must be a multiple of four
-    return _checked_seed(seed_from_state(generator.initial_seed(), offset))
+    return seed_from_state(generator.initial_seed(), offset)
 
 
 def seed_from_state(initial_seed: int, offset: int) -> int:
@@ -81,14 +90,17 @@ _drawn: OrderedDict[int, None] = OrderedDict()
 _MAX_DRAWN = 65536
 
 
-def _checked_seed(seed: int) -> int:
-    """The seed, which in backward must be one that forward drew: there a deal is only ever made again."""
+def checked_seed(seed: Tensor) -> Tensor:
+    """The seed of a deal, which in backward must be one that forward drew: there a deal is only ever made again."""
+    if seed.device.type != "cpu":
+        return seed
+    value = int(seed)
     if torch._C._current_graph_task_id() == -1:
-        _drawn[seed] = None
-        _drawn.move_to_end(seed)
+        _drawn[value] = None
+        _drawn.move_to_end(value)
         if len(_drawn) > _MAX_DRAWN:
             _drawn.popitem(last=False)
-    elif seed not in _drawn:
+    elif value not in _drawn:
         raise RuntimeError(
             "RandomPartitionMoE was computed again in backward with another deal of the tokens than in forward, so "
             "that gradients would be wrong: use checkpointing with preserve_rng_state=True, or give the layer its seed"
@@ -97,14 +109,8 @@ def _checked_seed(seed: int) -> int:
 
 
 def _draw_seed(like: Tensor) -> Tensor:
-    if like.is_cuda and not torch.cuda.is_current_stream_capturing():
-        return torch.full((), draw_seed_on_host(like.device), dtype=torch.int64, device=like.device)
-    # In a CUDA graph the seed must be drawn by the graph, in each replay.
-    # `high` is exclusive and at most the largest int64, so 2^63 − 1 alone is never drawn.
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device)
-    if seed.device.type == "cpu":
-        _checked_seed(int(seed))
-    return seed
+    seed = checked_seed(fresh_seed(like))
+    return seed if seed.device == like.device else torch.full_like(seed, int(seed), device=like.device)
 
 
 # An operation of its own, so that a compiled model draws the very seed that the eager model draws.

@@ -131,7 +131,7 @@ class AdamW(torch.optim.AdamW):
             _warn_once_of_slowness(reason)
             self._step_by_torch(states, found_inf)
             if averager is not None:
-                averager.step(found_inf)
+                averager.average(found_inf)
         return loss
 
     def _check_groups(self) -> None:
@@ -255,7 +255,7 @@ class AdamW(torch.optim.AdamW):
             return None
         if seed is not None:
             return shards.seed_of(checks.seed_tensor(seed, torch.device("cpu")), key)
-        return shards.seed_of(functional.draw_seed(next(t for t in experts if t.element_size() == 2)), key)
+        return shards.seed_of(functional.rounding_seed(next(t for t in experts if t.element_size() == 2)), key)
 
     def _copy_of(self, parameter: Tensor) -> Tensor:
         """The copy to be written, which holds the parameter's values already: the step may be skipped."""

@@ -8,8 +8,9 @@ places.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed
@@ -20,7 +21,8 @@ from ewa_kernels import checks
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-# Odd, and far from what tells one step's seed from the next.
+_Seed = TypeVar("_Seed", int, Tensor)
+# Odd, so that no two keys give the same offset, and far from what tells one step's seed from the next.
 _SEED_STRIDE = 0x5851F42D4C957F2D
 
 
@@ -45,6 +47,30 @@ def is_alike(tensor: Tensor, other: Tensor) -> bool:
     if is_sharded(tensor) and is_sharded(other):
         return (tensor.device_mesh, tensor.placements) == (other.device_mesh, other.placements)
     return not is_sharded(tensor) and not is_sharded(other)
+
+
+def unsharded_modules(model: nn.Module) -> list[Any]:
+    """Those to which `fully_shard` was applied, and whose parameters are gathered at present, until `reshard()`."""
+    if "torch.distributed.fsdp" not in sys.modules:  # importing it takes long
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [m for m in modules if any(not group.is_sharded for group in m._get_fsdp_state()._fsdp_param_groups)]
+
+
+def check_not_gathered(model: nn.Module, experts: Mapping[str, Tensor | Sequence[Tensor]]) -> None:
+    """Raises RuntimeError if FSDP2 has gathered any of the experts: it forgets what such copies become."""
+    modules = unsharded_modules(model)
+    if not modules:
+        return
+    gathered = {p for module in modules for p in module.parameters() if not is_sharded(p)}
+    for name, group in experts.items():
+        if not gathered.isdisjoint([group] if isinstance(group, Tensor) else group):
+            raise RuntimeError(
+                f"{name} must be sharded when the optimizer steps, but FSDP2 has gathered it, in a forward after the "
+                "backward or by set_reshard_after_backward(False): call reshard() on each module that was fully_sharded"
+            )
 
 
 def splits_experts(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -122,8 +148,8 @@ class Experts:
             local(tensor).copy_(local(whole.redistribute(placements=tensor.placements)))
 
 
-def seed_of(seed: Tensor, key: int) -> Tensor:
-    """The seed of the shard with this key, of `Experts.keys`; one on a GPU is not read."""
+def seed_of(seed: _Seed, key: int) -> _Seed:
+    """Another seed for each key, as those of `Experts.keys`; the same for key 0. One on a GPU is not read."""
     return seed if key == 0 else seed ^ (key * _SEED_STRIDE % 2**63)
 
 

@@ -6,6 +6,7 @@ That there is a schedule is the paper's; shapes and defaults are choices of this
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ewa_kernels import checks
@@ -27,6 +28,13 @@ class ShareRate:
         checks.integer("start_step", self.start_step, minimum=0)
         if self.stop_step is not None:
             checks.integer("stop_step", self.stop_step, minimum=self.start_step)
+            self._store(int, "stop_step")
+        self._store(int, "start_step")
+
+    def _store(self, kind: type[int] | type[float], *names: str) -> None:
+        """As Python's own numbers, so that schedules which are equal have equal words."""
+        for name in names:
+            object.__setattr__(self, name, kind(getattr(self, name)))
 
     def __call__(self, step: int) -> float:
         if step < self.start_step or (self.stop_step is not None and step >= self.stop_step):
@@ -51,9 +59,10 @@ class ConstantShareRate(ShareRate):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.probability("value", self.value)
+        self._store(float, "value")
 
     def _inside(self, step: int) -> float:
-        return float(self.value)
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -67,10 +76,12 @@ class _Ramp(ShareRate):
         checks.probability("end", self.end)
         checks.probability("start", self.start)
         checks.integer("num_steps", self.num_steps, minimum=1)
+        self._store(float, "end", "start")
+        self._store(int, "num_steps")
 
     def _inside(self, step: int) -> float:
         if step >= self.num_steps:
-            return float(self.end)
+            return self.end
         return self.start + (self.end - self.start) * self._progress(step / self.num_steps)
 
     def _progress(self, fraction: float) -> float:
@@ -89,3 +100,21 @@ class CosineShareRate(_Ramp):
 
     def _progress(self, fraction: float) -> float:
         return (1 - math.cos(math.pi * fraction)) / 2
+
+
+def as_schedule(share_rate: object) -> Callable[[int], float]:
+    """A schedule as it is, a number as one that is constant.
+
+    Raises:
+        TypeError, ValueError: it is neither a number in [0, 1] nor a function of the step whose first value is one.
+    """
+    if isinstance(share_rate, type):
+        raise TypeError(
+            f"share_rate must be a number in [0, 1] or a schedule, got the class {share_rate.__name__}: "
+            f"make one, {share_rate.__name__}(…)"
+        )
+    if not callable(share_rate):
+        checks.probability("share_rate", share_rate)
+        return ConstantShareRate(share_rate)  # type: ignore[arg-type]
+    checks.probability("share_rate", share_rate(0))
+    return share_rate

@@ -134,6 +134,12 @@ def _encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, activation="gelu", batch_first=True), 4)
 
 
+def _after_norm() -> nn.Module:
+    return nn.Sequential(
+        nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 8), nn.Dropout(0.1)
+    )
+
+
 def _sequence(name: str) -> dict[str, Tensor]:
     return {name: torch.randn(6, 7, 32)}
 
@@ -154,6 +160,12 @@ CASES = (
         "research code",
         "Point-MAE's FFN",
         lambda: Transformer(*(PointMlp() for _ in range(4))),
+        lambda: {"x": torch.randn(6, 7, 4)},
+    ),
+    Case(
+        "research code",
+        "LayerNorm and FFN in one nn.Sequential",
+        lambda: Transformer(*(_after_norm() for _ in range(4))),
         lambda: {"x": torch.randn(6, 7, 4)},
     ),
 )

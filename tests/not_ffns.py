@@ -103,6 +103,29 @@ class StraightThrough(Mlp):
         return super().forward(x) + x - x.detach()
 
 
+class DetachesInTraining(Mlp):
+    def forward(self, x):
+        return super().forward(x.detach() if self.training else x)
+
+
+class ResidualInTraining(Mlp):
+    def forward(self, x):
+        y = super().forward(x)
+        return y + x if self.training and torch.is_grad_enabled() else y
+
+
+class ResidualWithGradients(Mlp):
+    def forward(self, x):
+        y = super().forward(x)
+        return y + x.detach() if torch.is_grad_enabled() else y
+
+
+class ResidualUnlessDouble(Mlp):
+    def forward(self, x):
+        y = super().forward(x)
+        return y + x if x.dtype != torch.float64 else y
+
+
 class WritesIntoInput(Mlp):
     def forward(self, x):
         y = super().forward(x)
@@ -201,6 +224,10 @@ SKIPPED = [
     (Detaches(), "its gradient with respect to its input is not that of its output"),
     (NoGradHidden(), "its gradient with respect to its input is not that of its output"),
     (StraightThrough(), "its gradient with respect to its input is not that of its output"),
+    (DetachesInTraining(), "its gradient with respect to its input is not that of its output in training"),
+    (ResidualInTraining(), "its output is another where gradients are recorded"),
+    (ResidualWithGradients(), "its output is another where gradients are recorded"),
+    (ResidualUnlessDouble(), "is another FFN at [16, 8] in torch.float32 than as a small copy"),
     (WritesIntoInput(), "writes into its input"),
     (NoArgument(), "fails on one tensor [2, 3, D]: TypeError"),
     (torch.jit.script(Mlp()), "cannot be examined: "),

@@ -124,6 +124,7 @@ class TestOptimizer:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:step.. averages once more than the optimizer")  # the averagers are attached
 def test_averager_step(dtype):
     """Whole, to the bit, with stochastic rounding, and not compiled again for each share rate."""
     parts, others, counter = make(dtype=dtype), make(dtype=dtype), counting()

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import same_training, state_on_ranks, training_on_ranks
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
 import ewa_kernels as ewa
 from ewa_kernels.integrations import fsdp
+from ewa_kernels.integrations.callbacks import Averaging
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
@@ -205,6 +208,83 @@ class TestFoldRankIntoSeed:
             fsdp.fold_rank_into_seed_(model, -1)
         with pytest.raises(RuntimeError, match="rank must be given where there is no process group"):
             fsdp.fold_rank_into_seed_(model)
+
+
+@pytest.fixture
+def one_process():
+    """A process group in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+class TestGatheredByFSDP2:
+    """Averaging parameters which FSDP2 has gathered would be in vain."""
+
+    def make(self, by_block):
+        model = same_training.make_model()
+        if by_block:
+            same_training.shard(model)
+        else:
+            fully_shard(model, shard_placement_fn=fsdp.expert_shard_placement)
+        return model
+
+    @pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, ewa.optim.AdamW])
+    @pytest.mark.parametrize("why", ["reshard_after_backward", "forward"])
+    def test_raises_before_the_optimizer_steps(self, why, make_optimizer):
+        model = self.make(by_block=why == "reshard_after_backward")
+        averager = same_training.make_averager(model)
+        if make_optimizer is ewa.optim.AdamW:
+            optimizer = make_optimizer(model.parameters(), averager=averager)
+        else:
+            optimizer = make_optimizer(model.parameters())
+            averager.attach(optimizer)
+        x, _ = same_training.micro_batch(0, 0)
+        if why == "reshard_after_backward":
+            model.set_reshard_after_backward(False)
+        model(x).square().mean().backward()
+        if why == "forward":
+            with torch.no_grad():
+                model(x)
+        before = [p.to_local().clone() for p in optimizer.param_groups[0]["params"]]
+        for step in (optimizer.step, averager.check):
+            with pytest.raises(RuntimeError, match=r"must be sharded when the optimizer steps.*call reshard\(\)"):
+                step()
+        after = [p.to_local() for p in optimizer.param_groups[0]["params"]]
+        assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+        assert averager.spread()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        optimizer.step()
+        assert averager.num_steps == 1
+
+    def test_experts_that_fsdp2_ignores_are_not_gathered(self):
+        model = same_training.make_model()
+        ignored = {p for _, p in ewa.expert_tensors(model)}
+        fully_shard(model, ignored_params=ignored)
+        averager = same_training.make_averager(model)
+        averager.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        averager.check()
+
+    def test_callbacks_begin_after_a_validation(self):
+        """Lightning's, which comes before training, gathers the root's parameters."""
+        model = self.make(by_block=False)
+        averaging = Averaging(None, 0.3, fold_at_end=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torch.no_grad():
+            model(same_training.micro_batch(0, 0)[0])
+        averaging.begin(model)
+        averaging.attach([optimizer])
+        assert averaging.averager.attached_to is optimizer
+
+    def test_callbacks_say_at_the_start_that_they_cannot_fold(self):
+        model = self.make(by_block=True)
+        averaging = Averaging(None, 0.3, fold_at_end=True)
+        with pytest.raises(ValueError, match=r"fold_at_end must be False for a sharded model.*folded_state_dict"):
+            averaging.begin(model)
 
 
 class TestWithoutProcesses:

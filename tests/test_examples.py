@@ -1,25 +1,32 @@
 """The example scripts run, for a few steps, and do what they say."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import vision
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
-# `vision` first, for the torchvision that timm and transformers import.
-RUN = "import runpy, sys, vision; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+# For the torchvision that timm and transformers import.
+WITH_VISION = "import runpy, sys, vision; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def start(example, *arguments, cwd):
+    """As users start it, if this torchvision lets them."""
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *([] if vision.FITS else ["-c", WITH_VISION]), str(EXAMPLES / example)]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment)
 
 
 def run(example, *arguments, cwd):
     """Its lines."""
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", RUN, str(EXAMPLES / example), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    result = start(example, *arguments, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
@@ -69,3 +76,35 @@ def test_accelerate_recipe(tmp_path):
     assert straight.keys() == resumed.keys()
     for name, tensor in straight.items():
         assert torch.equal(resumed[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments", "words"),
+    [
+        ("timm_plain_loop.py", ["--steps", 0], "--steps must be at least 1, got 0"),
+        (
+            "accelerate_recipe.py",
+            ["--steps", 2, "--save-at", 9],
+            "--save-at must be in 1…2, the number of steps, got 9",
+        ),
+        ("accelerate_recipe.py", ["--accumulate", 64], "--accumulate must be in 1…56, the batches of an epoch, got 64"),
+        ("fsdp2_torchrun.py", ["--save-every", 0], "--save-every must be at least 1, got 0"),
+    ],
+)
+def test_bad_options(example, arguments, words, tmp_path):
+    result = start(example, *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert words in result.stderr
+
+
+def test_readme_says_what_to_do_if_torchvision_does_not_fit():
+    assert "operator torchvision::nms does not exist" in (TESTS.parent / "README.md").read_text()
+
+
+def test_fsdp2_takes_no_other_folder_for_a_checkpoint(tmp_path):
+    last_step = runpy.run_path(str(EXAMPLES / "fsdp2_torchrun.py"))["last_step"]
+    for name in ("9", "10", "best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".metadata").touch()
+    (tmp_path / "11").mkdir()
+    assert last_step(tmp_path) == 10

@@ -2,6 +2,8 @@
 
 import copy
 import random
+import resource
+import sys
 
 import pytest
 import torch
@@ -85,6 +87,32 @@ class TestFind:
         (site,) = ewa.find_ffns(nn.Sequential(Knows(64, 128)))
         assert (site.skip_reason is None) == wide_only
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_wide_ones_of_every_dtype(self, dtype):
+        for ffn in (Mlp(300, 1200), PackedGLU(256, 700), MLPBlock(256, 1024)):
+            layout_of(ffn.to(dtype))
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is another")
+    def test_wide_ones_take_little_memory(self):
+        """A copy of this one in float64 would take 1.1 GB."""
+        with torch.device("meta"):
+            ffn = PackedGLU(4096, 11008).to(torch.bfloat16)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on Linux
+        layout_of(ffn)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024
+
+    def test_dropout_by_a_function(self):
+        class Functional(Mlp):
+            def __init__(self, rate):
+                super().__init__()
+                self.rate, self.other = rate, 0.7
+
+            def forward(self, x):
+                hidden = nn.functional.dropout(self.act(self.fc1(x)), self.rate, self.training)
+                return self.drop2(self.fc2(hidden))
+
+        assert (layout_of(Functional(0.2)).dropout, layout_of(Functional(0.0)).dropout) == (0.2, 0.0)
+
     def test_in_inference_mode(self):
         model = Transformer(Mlp(), Mlp())
         with torch.inference_mode():
@@ -110,6 +138,12 @@ class TestFind:
         ewa.register_ffn_adapter(SwiGLU, up="typo", down="w_out")
         (site,) = ewa.find_ffns(nn.Sequential(SwiGLU()))
         assert site.skip_reason == "has no module 'typo'"
+
+    def test_another_librarys_linear(self):
+        ffn = Mlp()
+        ffn.fc1.__class__ = type("Linear", (nn.Linear,), {"__module__": "other.layers"})
+        (site,) = ewa.find_ffns(nn.Sequential(ffn))
+        assert site.skip_reason == "fc1 is a other.layers.Linear, not an nn.Linear"
 
     def test_touches_nothing(self):
         model = Transformer(Mlp(drop=0.3), MLPBlock(), PointMlp())
@@ -172,6 +206,39 @@ class TestSkip:
         model.blocks[2].mlp.fc1 = model.blocks[0].mlp.fc1
         for site in ewa.find_ffns(model):
             assert site.skip_reason == "shares with another module: fc1"
+
+    def test_shared_container(self, monkeypatch):
+        class Apart(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.i = nn.ModuleList([nn.Linear(8, 16)])
+                self.o = nn.ModuleList([nn.Linear(16, 8)])
+
+            def forward(self, x):
+                return self.o[0](self.i[0](x).relu())
+
+        monkeypatch.setattr(adapters, "_registered", [])
+        ewa.register_ffn_adapter(Apart, up="i.0", down="o.0")
+        model = Transformer(Apart(), Apart(), Apart())
+        model.blocks[2].mlp.i = model.blocks[0].mlp.i
+        reasons = [site.skip_reason for site in ewa.find_ffns(model)]
+        assert reasons == ["shares with another module: i", None, "shares with another module: i"]
+
+    def test_compiled(self):
+        model = Transformer(Mlp(), Mlp(), Mlp())
+        model.blocks[0].mlp = torch.compile(model.blocks[0].mlp)
+        model.blocks[1].mlp.compile()
+        assert {site.name: site.skip_reason for site in ewa.find_ffns(model)} == {
+            "blocks.0.mlp._orig_mod": "is compiled: call replace_ffn_ before torch.compile",
+            "blocks.1.mlp": "is compiled: call replace_ffn_ before compile()",
+            "blocks.2.mlp": None,
+        }
+
+    @pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+    def test_hooks_of_a_parameter(self, kind):
+        model = Transformer(Mlp())
+        getattr(model.blocks[0].mlp.fc1.weight, kind)(lambda *_: None)
+        assert ewa.find_ffns(model)[0].skip_reason == "has hooks that would be lost, on fc1.weight"
 
     def test_in_training_mode_in_part(self):
         model = Transformer(Mlp(drop=0.1))

@@ -117,20 +117,25 @@ class TestJoined:
         assert torch.equal(block(x()), expected)
         assert [site.skip_reason for site in ewa.find_ffns(block)] == ["is a RandomPartitionMoE already"]
 
+    @pytest.mark.parametrize("method", ["_ff_block", "_sa_block", "forward"])
     @pytest.mark.parametrize("where", ["class", "instance"])
-    def test_an_ff_block_of_its_own(self, where):
-        class Other(nn.TransformerEncoderLayer):
-            def _ff_block(self, x):
-                return 2 * super()._ff_block(x)
-
+    def test_a_method_of_its_own(self, where, method):
+        """Which may use the FFN's parts for something else."""
         model = encoder()
         if where == "class":
-            model.layers[1].__class__ = Other
+            model.layers[1].__class__ = type("Other", (nn.TransformerEncoderLayer,), {method: lambda self, x, *_: x})
         else:
-            model.layers[1]._ff_block = lambda x: x
+            setattr(model.layers[1], method, lambda x, *_: x)
         report = ewa.replace_ffn_(model, **EVERY)
         assert report.replaced == ("layers.0",)
-        assert report.skipped == {"layers.1": "its _ff_block is not that of torch.nn.TransformerEncoderLayer"}
+        assert report.skipped == {"layers.1": f"its {method} is not that of torch.nn.TransformerEncoderLayer"}
+
+    def test_fuse_of_a_part(self):
+        """A library that fuses what it can would leave a block of stand-ins."""
+        model = encoder()
+        ewa.replace_ffn_(model)
+        with pytest.raises(ValueError, match=r"parts of a block: use ewa_kernels\.fold_\(model\)"):
+            model.layers[1].linear1.fuse()
 
     @pytest.mark.parametrize("make", [lambda: encoder(4), lambda: nn.Sequential(BertLike(), BertLike())])
     def test_copies_fold_too(self, make):
@@ -187,20 +192,130 @@ class AddsHidden(Output):
         return super().forward(hidden, residual) + hidden[..., :16]
 
 
+class ScalesBetween(BertLike):
+    def forward(self, x):
+        return self.output(self.intermediate(x) * 3.0, x)
+
+
+class DetachesBetween(BertLike):
+    def forward(self, x):
+        return self.output(self.intermediate(x).detach(), x)
+
+
+class Twice(BertLike):
+    def forward(self, x):
+        return self.output(self.intermediate(x) + self.intermediate(x.cos()), x)
+
+
+class BetweenInTraining(BertLike):
+    def forward(self, x):
+        return self.output(self.intermediate(x) * (2 if self.training else 1), x)
+
+
+class NeedsMore(BertLike):
+    def forward(self, x, scale):
+        return self.output(self.intermediate(x * scale), x)
+
+
+def instance_forward():
+    block = BertLike()
+    block.forward = lambda x: block.output(block.intermediate(x), x)
+    return block
+
+
+class Attends(BertLike):
+    """Attention that does not run on tokens alone."""
+
+    def __init__(self, pair):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2)
+        self.pair = pair
+
+    def forward(self, x, mask, height=None):
+        y = self.attention(x, mask, mask)
+        y = y[0] if self.pair else y.view(x.shape)
+        return self.output(self.intermediate(y), y)
+
+
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
         (BertLike(Scales()), "does more with its projections"),
         (BertLike(None, NormsHidden()), "does more with its projections"),
         (BertLike(None, AddsHidden()), "does more with its projections"),
+        (ScalesBetween(), "its block does more with its projections"),
+        (DetachesBetween(), "its block does more with its projections"),
+        (Twice(), "its block does more with its projections"),
+        (BetweenInTraining(), "its block does more with its projections"),
+        (NeedsMore(), r"its block fails on \[2, 16, D\]: TypeError"),
+        (instance_forward(), "the forward of its block is not that of the block's class"),
         (BertLike(Intermediate(nn.Mish())), r"its output is not down\(act\(up\(x\)\)\)"),
         (BertLike(Intermediate(nn.PReLU())), "has other parameters or buffers: act.weight"),
     ],
     ids=lambda value: (
-        None if isinstance(value, str) else type(value.intermediate).__name__ + type(value.output).__name__
+        None if isinstance(value, str) else "".join(type(m).__name__ for m in (value, value.intermediate, value.output))
     ),
 )
 def test_what_is_no_plain_ffn_is_skipped(block, reason):
     (site,) = ewa.find_ffns(nn.Sequential(block))
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(site.skip_reason)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_block_whose_attention_needs_more(pair):
+    (site,) = ewa.find_ffns(nn.Sequential(Attends(pair)))
+    assert site.skip_reason is None
+
+
+def test_shared_parts_of_two_blocks():
+    model = nn.Sequential(BertLike(), BertLike(), BertLike())
+    model[1].intermediate = model[0].intermediate
+    report = ewa.replace_ffn_(model, **EVERY)
+    assert report.replaced == ("2",)
+    assert report.skipped == dict.fromkeys("01", "shares with another module: intermediate")
+
+
+class ByKeyword(BertLike):
+    def forward(self, x):
+        dense, act = self.intermediate.dense, self.intermediate.intermediate_act_fn
+        return self.output.LayerNorm(self.output.dense(input=act(input=dense(input=x))) + x)
+
+
+def test_parts_called_by_keyword():
+    model = nn.Sequential(ByKeyword()).eval()
+    expected = model(x())
+    ewa.replace_ffn_(model, **EVERY)
+    assert torch.equal(model(x()), expected)
+
+
+class TestSequentialAfterNorm:
+    """As research code has it: LayerNorm, FFN and dropouts in one Sequential."""
+
+    def make(self, *more, dropout=0.1):
+        first = (nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU())
+        dropouts = (nn.Dropout(dropout),) if dropout else ()
+        return nn.Sequential(nn.Sequential(*first, *dropouts, nn.Linear(32, 16), *dropouts, *more))
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.1])
+    def test_replaced_and_folded(self, dropout):
+        model = self.make(dropout=dropout).eval()
+        original, expected = copy.deepcopy(model), model(x())
+        (site,) = ewa.find_ffns(model)
+        assert (site.name, site.kind, site.layout.dropout) == ("0", "norm_sequential", dropout)
+        ewa.replace_ffn_(model, **EVERY)
+        assert isinstance(model[0][1], ewa.RandomPartitionMoE)
+        assert torch.equal(model(x()), expected)
+        model.train()(x()).sum().backward()
+        assert repr(ewa.fold_(model).eval()) == repr(original)
+        assert torch.equal(model(x()), expected)
+
+    def test_with_something_after_it(self):
+        model = self.make(nn.LayerNorm(16)).eval()
+        expected = model(x())
+        ewa.replace_ffn_(model, **EVERY)
+        assert torch.equal(model(x()), expected)
+
+    def test_head(self):
+        model = nn.Sequential(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 5)))
+        assert [site.skip_reason for site in ewa.find_ffns(model)] == ["maps 16 to 5 features, not to as many"]

@@ -63,6 +63,22 @@ class TestWeightDecay:
         by_ndim = [p for p in model.parameters() if p.ndim < 2]
         assert names_of(model, rest["params"]) - names_of(model, by_ndim) == {f"{name}.bias" for name in EXPERTS}
 
+    def test_names_of_the_model(self):
+        """Of a part, too."""
+
+        class Spares(Transformer):
+            def no_weight_decay(self):
+                return {"embed.weight", "gone"}
+
+        part = Spares(Mlp(), Mlp())
+        ewa.replace_ffn_(part)
+        model = nn.ModuleList([part, nn.Linear(2, 2)])
+        decays, rest = ewa.weight_decay_groups(model, 0.1)
+        assert "0.embed.weight" in names_of(model, rest["params"])
+        assert {"0.head.weight", "1.weight"} <= names_of(model, decays["params"])
+        vit = timm.create_model("vit_tiny_patch16_224", embed_dim=32, depth=1, num_heads=2, img_size=32, patch_size=8)
+        assert {"pos_embed", "cls_token"} <= names_of(vit, ewa.weight_decay_groups(vit, 0.1)[1]["params"])
+
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
@@ -91,6 +107,20 @@ def test_timm_reparameterizes():
     assert isinstance(model.blocks[1].mlp, ewa.RandomPartitionMoE)  # it made a copy
 
 
+def test_token_mixing_of_patchtsmixer():
+    config = transformers.PatchTSMixerConfig(
+        d_model=16, num_layers=1, context_length=32, patch_length=8, num_input_channels=3, mode="mix_channel"
+    )
+    reasons = {site.name: site.skip_reason for site in ewa.find_ffns(transformers.PatchTSMixerModel(config))}
+    mixer = "encoder.mlp_mixer_encoder.mixers.0"
+    mixes = "mixes tokens: its features are the places of a sequence"
+    assert reasons == {
+        f"{mixer}.patch_mixer.mlp": mixes,
+        f"{mixer}.feature_mixer.mlp": None,
+        f"{mixer}.channel_feature_mixer.mlp": mixes,
+    }
+
+
 def test_integrations_need_no_import():
     code = """
 import sys, ewa_kernels as ewa
@@ -117,6 +147,7 @@ ewa.replace_ffn_(model)
 model(tokens(2, 3, 4)).sum().backward()
 ewa.fold_(model)
 for name in ("transformers", "lightning"):
+    assert not hasattr(ewa.integrations, name)
     try:
         __import__(f"ewa_kernels.integrations.{{name}}")
     except ImportError as error:

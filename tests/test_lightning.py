@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from models import Mlp, Transformer
+from timm.optim import Lookahead
 from torch import nn
 
 import ewa_kernels as ewa
@@ -133,6 +134,14 @@ class TestTraining:
         assert averagings == pytest.approx([0, 0.05, 0.1])
         assert callback.averager.num_steps == 3
 
+    def test_an_optimizer_that_does_not_call_its_base_class(self, averagings):
+        class WithLookahead(Module):
+            def configure_optimizers(self):
+                return Lookahead(super().configure_optimizers())
+
+        make_trainer(EWACallback(share_rate=SHARE_RATE)).fit(WithLookahead(), data())
+        assert averagings == pytest.approx([0.05 * step for step in range(10)])
+
     def test_is_the_plain_loop(self):
         module = Module()
         loader = data(shuffle=False)
@@ -246,6 +255,26 @@ class TestFolding:
         make_trainer(EWACallback(share_rate=0.3, fold_at_end=False)).fit(module := Module(), data())
         assert list(ewa.expert_tensors(module))
 
+    @pytest.mark.parametrize(
+        "options", [{"fast_dev_run": True}, {"max_epochs": 0}, {"limit_train_batches": 0}], ids=["fast", "0", "no data"]
+    )
+    def test_not_without_training(self, options):
+        """And training is possible afterwards."""
+        module, callback = Module(), EWACallback(share_rate=0.3)
+        make_trainer(callback, **options).fit(module, data())
+        assert list(ewa.expert_tensors(module))
+        make_trainer(callback).fit(module, data())
+        assert not list(ewa.expert_tensors(module))
+
+    def test_happens_after_a_run_that_was_resumed_at_its_end(self, tmp_path):
+        module, other = Module(), Module(1)
+        for trained, path in ((module, None), (other, tmp_path / "last.ckpt")):
+            trainer = make_trainer(EWACallback(share_rate=0.3), ModelCheckpoint(tmp_path, save_last=True))
+            trainer.fit(trained, data(), ckpt_path=path)
+        assert not list(ewa.expert_tensors(other))
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(other.state_dict()[name], tensor), name
+
     def test_happens_after_all_checkpoints(self, tmp_path):
         class Last(ModelCheckpoint):
             def on_train_end(self, trainer, pl_module):
@@ -290,6 +319,15 @@ class TestBadInput:
 
         with pytest.raises(ValueError, match="one optimizer must have the experts, got 0 of 1"):
             make_trainer(EWACallback(share_rate=0.3)).fit(Head(), data())
+
+    def test_an_averager_of_another_model(self):
+        """Nothing of this one would be averaged, and nobody told."""
+        with pytest.raises(ValueError, match=r"got 0 of 1: .*the averager of the model that is trained"):
+            make_trainer(EWACallback(ewa.ExpertAverager(Module(), 0.3))).fit(Module(), data())
+
+    def test_fold_at_end(self):
+        with pytest.raises(TypeError, match="fold_at_end must be a bool, got str 'no'"):
+            EWACallback(share_rate=0.3, fold_at_end="no")
 
     def test_averager_and_share_rate(self):
         with pytest.raises(ValueError, match="averager or share_rate must be given, got neither"):

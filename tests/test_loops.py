@@ -3,11 +3,15 @@
 import copy
 import functools
 import gc
+import re
+from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import vision  # noqa: F401
 from models import Mlp, Transformer, tokens
+from timm.optim import Lookahead
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -106,6 +110,86 @@ class TestSkippedSteps:
         assert not attachment.is_dry_run(optimizer, had_state=False)
 
 
+class TestArgumentsOfTheAverager:
+    @pytest.mark.parametrize(
+        ("found_inf", "error", "words"),
+        [
+            ("no", TypeError, "found_inf must be a bool, a number, a tensor or None, got str 'no'"),
+            ([], TypeError, "found_inf must be a bool, a number, a tensor or None, got list []"),
+            (torch.tensor([0.0, 1.0]), ValueError, "found_inf must have one element, got shape [2]"),
+        ],
+    )
+    def test_found_inf(self, found_inf, error, words):
+        averager = ewa.ExpertAverager(make_model(), 0.3)
+        with pytest.raises(error, match=re.escape(words)):
+            averager.step(found_inf)
+        assert averager.num_steps == 0
+
+    def test_experts_by_name(self):
+        first, second = torch.randn(3, 4), [torch.randn(2), torch.randn(2)]
+        averager = ewa.ExpertAverager({"a": first, "b": second}, 0.3)
+        assert list(averager.spread()) == ["a", "b"]
+
+    @pytest.mark.parametrize(
+        ("experts", "words"),
+        [
+            ("abc", "experts[0][0] must be a Tensor, got str"),
+            ([nn.Sequential(nn.Linear(2, 2))], "experts[0][0] must be a Tensor, got Linear"),
+            ({"a": [torch.zeros(2), torch.zeros(3)]}, "experts[0][1] must have the shape of experts[0][0]"),
+        ],
+    )
+    def test_messages_speak_of_experts(self, experts, words):
+        with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+            ewa.ExpertAverager(experts, 0.3)
+
+    def test_spread_of_nothing(self):
+        assert ewa.ExpertAverager([torch.randn(4, 0, 3)], 0.3).spread() == {"0": 0.0}
+
+    def test_state_dict(self):
+        with pytest.raises(TypeError, match=r"state_dict must be what state_dict\(\) returned, got NoneType"):
+            ewa.ExpertAverager(make_model(), 0.3).load_state_dict(None)
+
+    def test_folded_while_attached(self):
+        model, optimizer, _ = make()
+        ewa.fold_(model)
+        backward(model)
+        with pytest.raises(ValueError, match=r"call replace_ffn_.*or remove\(\) on what attach returned"):
+            optimizer.step()
+
+
+class TestShareRate:
+    @pytest.mark.parametrize(
+        ("share_rate", "error", "words"),
+        [
+            (lambda step: 1.5, ValueError, "share_rate must be in [0, 1], got 1.5"),
+            (lambda step: torch.tensor(0.1), TypeError, "share_rate must be a number in [0, 1], got Tensor"),
+            (ewa.LinearShareRate, TypeError, "got the class LinearShareRate: make one, LinearShareRate(…)"),
+            ("0.3", TypeError, "share_rate must be a number in [0, 1], got str '0.3'"),
+        ],
+    )
+    def test_is_checked_when_the_averager_is_made(self, share_rate, error, words):
+        with pytest.raises(error, match=re.escape(words)):
+            ewa.ExpertAverager(make_model(), share_rate)
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            (ewa.LinearShareRate(np.float64(0.3), np.int64(10)), ewa.LinearShareRate(0.3, 10)),
+            (
+                ewa.CosineShareRate(1, 10, start_step=np.int32(2), stop_step=np.int8(9)),
+                ewa.CosineShareRate(1.0, 10, start=0, start_step=2, stop_step=9),
+            ),
+            (ewa.ConstantShareRate(1), 1),
+            (ewa.ConstantShareRate(1), 1.0),
+        ],
+    )
+    def test_equal_schedules_are_saved_in_equal_words(self, one, other):
+        """Resuming with one instead of the other warns of nothing."""
+        averagers = [ewa.ExpertAverager(make_model(), share_rate) for share_rate in (one, other)]
+        assert averagers[0].state_dict() == averagers[1].state_dict()
+        averagers[0].load_state_dict(averagers[1].state_dict())
+
+
 class TestAttach:
     def test_accumulated_gradients(self):
         """Once per step of the optimizer, whatever the number of backward passes."""
@@ -195,6 +279,118 @@ class TestAttach:
             train(model, optimizer, 1)
             scheduler.step()
             assert averager.num_steps == step + 1
+
+    @pytest.mark.parametrize("zero_grad_first", [True, False])
+    def test_an_optimizer_that_does_not_call_its_base_class(self, zero_grad_first):
+        """timm's Lookahead has a dict for hooks, but torch has not wrapped the step that would run them."""
+
+        class Silent(torch.optim.Optimizer):
+            def __init__(self, base):
+                self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+                self.base, self.param_groups, self.state = base, base.param_groups, {}
+                self.defaults = base.defaults
+
+            def step(self, closure=None):
+                return self.base.step(closure)
+
+        for make_optimizer in (Silent, Lookahead):
+            model = make_model()
+            optimizer, averager = make_optimizer(torch.optim.AdamW(model.parameters())), ewa.ExpertAverager(model, 0.3)
+            if zero_grad_first:
+                optimizer.zero_grad()
+            averager.attach(optimizer)
+            for step in range(6):
+                backward(model)
+                optimizer.step()
+                assert averager.num_steps == step + 1
+
+    def test_an_optimizer_that_is_driven_by_other_methods(self):
+        """SAM: attached to the optimizer which it steps."""
+
+        class SAM(torch.optim.Optimizer):
+            def __init__(self, params, base):
+                super().__init__(params, {})
+                self.base_optimizer = base(self.param_groups, lr=0.1)
+
+            @torch.no_grad()
+            def first_step(self):
+                for p in self.param_groups[0]["params"]:
+                    self.state[p]["old"] = p.clone()
+                    p.add_(p.grad, alpha=0.01)
+
+            @torch.no_grad()
+            def second_step(self):
+                for p in self.param_groups[0]["params"]:
+                    p.copy_(self.state[p]["old"])
+                self.base_optimizer.step()
+
+            def step(self, closure=None):
+                raise NotImplementedError
+
+        model = make_model()
+        optimizer, averager = SAM(model.parameters(), torch.optim.SGD), ewa.ExpertAverager(model, 0.3)
+        averager.attach(optimizer.base_optimizer)
+        for step in range(3):
+            backward(model)
+            optimizer.first_step()
+            backward(model)
+            optimizer.second_step()
+            assert averager.num_steps == step + 1
+
+    @pytest.mark.parametrize("options", [{"lr": None}, {}], ids=["None", "missing"])
+    def test_an_optimizer_that_finds_its_own_learning_rate(self, options):
+        """As transformers' Adafactor does; a step of it is a real one."""
+
+        class Own(torch.optim.Optimizer):
+            @torch.no_grad()
+            def step(self, closure=None):
+                for p in self.param_groups[0]["params"]:
+                    p.sub_(p.grad, alpha=0.01)
+
+        model = make_model()
+        optimizer, averager = Own(model.parameters(), options), ewa.ExpertAverager(model, 0.3)
+        averager.attach(optimizer)
+        train(model, optimizer, 2)
+        assert averager.num_steps == 2
+
+    def test_an_optimizer_without_the_experts_is_warned_of(self):
+        """Made before replace_ffn_, it goes on with the parameters that were exchanged."""
+        dense = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)), nn.Linear(6, 2))
+        optimizer = torch.optim.SGD(dense.parameters(), lr=0.1)
+        ewa.replace_ffn_(dense, 3, filter_fn=lambda name, module: True)
+        with pytest.warns(UserWarning, match=r"the SGD attached to has none of the experts.*after replace_ffn_"):
+            ewa.ExpertAverager(dense, 0.3).attach(optimizer)
+
+    def test_experts_in_the_memory_of_a_parameter(self):
+        """Views of one that the optimizer has: no warning."""
+        packed = nn.Parameter(torch.randn(2, 4, 3))
+        averager = ewa.ExpertAverager([packed.detach()[0], packed.data[1]], 0.3)
+        averager.attach(torch.optim.SGD([packed], lr=0.1))
+
+    @pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, ewa.optim.AdamW])
+    @pytest.mark.parametrize("wrong", ["share rate", "folded"])
+    def test_what_is_wrong_is_found_before_the_optimizer_steps(self, make_optimizer, wrong):
+        model, optimizer, averager = make(make_optimizer)
+        backward(model)
+        if wrong == "folded":
+            ewa.fold_(model)
+        else:
+            averager.schedule = lambda step: 1.5
+        before = [p.clone() for p in optimizer.param_groups[0]["params"]]
+        with pytest.raises(ValueError, match=r"got 1\.5" if wrong == "share rate" else "experts must hold something"):
+            optimizer.step()
+        assert same(before, optimizer.param_groups[0]["params"])
+        assert not optimizer.state
+        assert averager.num_steps == 0
+
+    @pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, ewa.optim.AdamW])
+    def test_a_step_by_hand_as_well_is_warned_of(self, make_optimizer):
+        model, optimizer, averager = make(make_optimizer)
+        train(model, optimizer, 1)
+        with pytest.warns(UserWarning, match=r"step\(\) averages once more than the optimizer"):
+            averager.step()
+        averager._attachment.remove()
+        averager.step()
 
     def test_a_wrapper_without_hooks_is_refused_and_claims_nothing(self):
         class Wrapper(torch.optim.Optimizer):

@@ -410,7 +410,9 @@ class TestBadInput:
 
     def test_a_bad_share_rate_changes_nothing(self):
         params = parameters()
-        optimizer = ewa.optim.AdamW(params, averager=averager_of(params, lambda step: 1.5))
+        averager = averager_of(params)
+        averager.schedule = lambda step: 1.5
+        optimizer = ewa.optim.AdamW(params, averager=averager)
         set_grads(params, 0)
         with pytest.raises(ValueError, match=r"share_rate must be in \[0, 1\], got 1.5"):
             optimizer.step()

@@ -3,13 +3,19 @@
 import copy
 import inspect
 import json
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import vision  # noqa: F401
+from huggingface_hub import PyTorchModelHubMixin
 from models import Mlp, Transformer, tokens
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -17,10 +23,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertLMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
+    VisionEncoderDecoderModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTModel,
 )
 
 import ewa_kernels as ewa
@@ -103,7 +113,7 @@ class TestSavesFolded:
 
     def test_without_the_guard_ffns_would_be_random(self, model_class, config, x, tmp_path):
         model = with_experts(model_class(config))
-        model_class.save_pretrained(model, tmp_path)
+        model_class.save_pretrained.__wrapped__(model, tmp_path)
         _, report = model_class.from_pretrained(tmp_path, output_loading_info=True)
         assert report["missing_keys"]
 
@@ -205,13 +215,6 @@ class TestOtherMethods:
         model.save_pretrained(saved, state_dict=None)
         assert all(content.keys() == ewa.folded_state_dict(model).keys() for content in saved)
 
-    def test_set_on_the_instance(self):
-        model, saved = self.Hub(), []
-        model.save_pretrained = mine = lambda folder: folder.append("mine")
-        with_experts(model).save_pretrained(saved)
-        assert saved == ["mine"]
-        assert ewa.fold_(model).save_pretrained is mine
-
     def test_that_fails(self):
         model = with_experts(self.Hub())
         names = list(model.state_dict())
@@ -220,13 +223,75 @@ class TestOtherMethods:
         assert list(model.state_dict()) == names
 
 
+class TestHolders:
+    """A model that was not the argument of `replace_ffn_`, but holds it, or a part of it."""
+
+    def test_made_before(self, tmp_path):
+        model = ViTForImageClassification(VIT)
+        with_experts(model.vit)
+        model.save_pretrained(tmp_path)
+        assert_saved_folded(tmp_path, model)
+
+    def test_made_afterwards(self, tmp_path):
+        class Classifier(PreTrainedModel):
+            config_class = ViTConfig
+            _supports_sdpa = True
+
+            def __init__(self, config, vit=None):
+                super().__init__(config)
+                self.vit = vit or ViTModel(config)
+                self.post_init()
+
+        model = Classifier(VIT, with_experts(ViTModel(VIT)))
+        model.save_pretrained(tmp_path)
+        assert_saved_folded(tmp_path, model)
+
+    def test_encoder_of_a_pair(self, tmp_path):
+        decoder = BertLMHeadModel(BertConfig(**{**BERT.to_dict(), "is_decoder": True, "add_cross_attention": True}))
+        model = VisionEncoderDecoderModel(encoder=with_experts(ViTModel(VIT)), decoder=decoder)
+        model.save_pretrained(tmp_path)
+        assert not any(".up." in name for name in load_file(tmp_path / "model.safetensors"))
+        load(VisionEncoderDecoderModel, tmp_path)
+
+    def test_of_the_hub(self, tmp_path):
+        class Mine(nn.Module, PyTorchModelHubMixin):
+            def __init__(self):
+                super().__init__()
+                self.model = Transformer(Mlp(), Mlp())
+
+        model = Mine()
+        with_experts(model.model)
+        model.save_pretrained(tmp_path)
+        saved = load_file(tmp_path / "model.safetensors")
+        assert saved.keys() == ewa.folded_state_dict(model).keys()
+
+    def test_a_shallow_copy(self, vit, tmp_path):
+        twin = copy.copy(vit)
+        twin.vit = copy.deepcopy(vit.vit)
+        with torch.no_grad():
+            for parameter in twin.vit.parameters():
+                parameter.add_(1)
+        twin.save_pretrained(tmp_path)
+        assert_saved_folded(tmp_path, twin)
+
+    def test_in_another_process(self, vit, tmp_path):
+        torch.save(vit, tmp_path / "model.pt")
+        code = f"""
+import sys, vision, torch
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+model.save_pretrained({str(tmp_path)!r})
+"""
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        assert_saved_folded(tmp_path, vit)
+
+
 class TestAfterFolding:
-    def test_the_own_method_is_back(self, vit, tmp_path):
-        for module in (vit, vit.vit):
-            assert "save_pretrained" in vars(module)
-        ewa.fold_(vit)
-        assert not any("save_pretrained" in vars(module) for module in vit.modules())
-        vit.save_pretrained(tmp_path)
+    def test_is_as_it_was(self, vit, tmp_path):
+        assert inspect.signature(vit.save_pretrained) == inspect.signature(
+            inspect.unwrap(type(vit).save_pretrained).__get__(vit)
+        )
+        ewa.fold_(vit).save_pretrained(tmp_path)
         load(ViTForImageClassification, tmp_path)
 
     def test_and_replacing_again(self, vit, tmp_path):
@@ -238,8 +303,6 @@ class TestAfterFolding:
         ewa.fold_(vit.vit)
         vit.save_pretrained(tmp_path)
         load(ViTForImageClassification, tmp_path)
-        ewa.fold_(vit)
-        assert "save_pretrained" not in vars(vit)
 
 
 def test_submodule_with_a_method_of_its_own(vit, tmp_path):

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from training import bits, make, same, train
+from training import SCHEDULE, bits, make, same, train
 
 import ewa_kernels as ewa
 
@@ -77,7 +77,8 @@ class TestCopies:
         model, optimizer, averager = make(make_optimizer, **options)
         copied = copy.deepcopy(averager)
         gc.collect()
-        copied.attach(optimizer)
+        with pytest.warns(UserWarning, match="has none of the experts"):  # but the original's
+            copied.attach(optimizer)
         train(model, optimizer, 1)
         assert (averager.num_steps, copied.num_steps) == (1, 1)
 
@@ -104,6 +105,14 @@ class TestResume:
             torch.set_rng_state(saved[3])
         train(*resumed[:2], 5)
         return bits(parts[0]), bits(resumed[0])
+
+    def test_a_seed_of_rounding_is_resumed_too(self, make_optimizer, options, dtype):
+        averager = ewa.ExpertAverager(make(make_optimizer, dtype, **options)[0], SCHEDULE, seed=3)
+        other = ewa.ExpertAverager(make(make_optimizer, dtype, **options)[0], SCHEDULE)
+        other.load_state_dict(averager.state_dict())
+        assert other.next_step() == averager.next_step()
+        other.load_state_dict({"num_steps": 1, "schedule": repr(SCHEDULE)})  # of a version that did not save it
+        assert other.seed == 3
 
     def test_bit_exact(self, make_optimizer, options, dtype):
         assert same(*self.run((make_optimizer, options, dtype)))

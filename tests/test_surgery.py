@@ -46,29 +46,6 @@ class TestReplace:
         # In training mode all experts are alike, so every deal gives the dense output too.
         torch.testing.assert_close(model.train()(tokens()), expected) if make is not PointMlp else None
 
-    def test_independent_experts(self):
-        torch.manual_seed(0)
-        model = Transformer(Mlp(), Mlp(d_ff=32))
-        dense = copy.deepcopy(model.blocks[1].mlp)
-        ewa.replace_ffn_(model, 3, init="independent")
-        up = model.blocks[1].mlp.up
-        assert torch.equal(up.weight[0], dense.fc1.weight)
-        assert torch.equal(up.bias[0], dense.fc1.bias)
-        assert len({expert.sum().item() for expert in up.weight}) == 3
-        assert 0.8 < up.weight[1:].abs().max() * 8**0.5 <= 1
-
-    def test_independent_experts_by_the_modules_own_initialiser(self):
-        class Sevens(Mlp):
-            def reset_parameters(self):
-                for parameter in self.parameters():
-                    nn.init.constant_(parameter, 7)
-
-        model = Transformer(Sevens())
-        ewa.replace_ffn_(model, 2, init="independent", filter_fn=lambda *_: True)
-        stacked = model.blocks[0].mlp.down.weight
-        assert (stacked[1] == 7).all()
-        assert not (stacked[0] == 7).any()
-
     def test_copies_mode_dtype_and_frozen_flags(self):
         model = Transformer(Mlp(), Mlp()).double()
         model.blocks[1].mlp.eval()
@@ -83,6 +60,40 @@ class TestReplace:
         assert not model.blocks[1].mlp.training
         assert not model.blocks[1].mlp.drop1.training
         assert not model.blocks[1].mlp.fc2.bias.requires_grad
+
+    def test_attributes_of_parameters(self):
+        """The experts get them, and the FFN has them again after folding."""
+        model = Transformer(Mlp())
+        model.blocks[0].mlp.fc2.weight.lr_scale = 0.3
+        ewa.replace_ffn_(model, filter_fn=lambda *_: True)
+        assert model.blocks[0].mlp.down.weight.lr_scale == 0.3
+        weight = ewa.fold_(model).blocks[0].mlp.fc2.weight
+        assert weight.lr_scale == 0.3
+        assert not hasattr(model.blocks[0].mlp.fc1.weight, "lr_scale")
+
+    def test_called_by_keyword(self):
+        class HiddenStates(Mlp):
+            def forward(self, hidden_states):
+                return super().forward(hidden_states)
+
+        class ByKeyword(Transformer):
+            def forward(self, x):
+                return self.blocks[0].mlp(hidden_states=x)
+
+        model, x = ByKeyword(HiddenStates()).eval(), tokens(2, 5, 8)
+        expected = model(x)
+        ewa.replace_ffn_(model, filter_fn=lambda *_: True)
+        assert torch.equal(model(x), expected)
+        model.train()(x).sum().backward()
+        layer = model.blocks[0].mlp
+        torch.manual_seed(0)
+        by_name = layer(hidden_states=x, seed=3)
+        assert torch.equal(layer(x=x, seed=3), by_name)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled.eval()(x), expected)
+        for bad in ({"y": x}, {"hidden_states": x, "scale": 1}, {}):
+            with pytest.raises(TypeError, match="x must be given, or hidden_states"):
+                layer(**bad)
 
     def test_shared_modules_stay_shared(self):
         shared = Mlp()
@@ -282,7 +293,7 @@ class TestFoldOthers:
         ewa.replace_ffn_(model, filter_fn=lambda *_: True)
         modules = list(model.modules())
         kind = type(model.blocks[1].mlp)
-        fuse = kind.fuse
+        fuse = kind.dense
         calls = []
 
         def fail(self):
@@ -291,7 +302,7 @@ class TestFoldOthers:
                 raise MemoryError("no more")
             return fuse(self)
 
-        monkeypatch.setattr(kind, "fuse", fail)
+        monkeypatch.setattr(kind, "dense", fail)
         for function in (ewa.fold_, ewa.folded_state_dict):
             calls.clear()
             with pytest.raises(MemoryError):

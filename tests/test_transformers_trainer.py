@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import vision  # noqa: F401
+from timm.optim import Lookahead
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import ewa_kernels as ewa
@@ -126,6 +127,19 @@ class TestTraining:
         make_trainer(with_experts(), tmp_path, callback, max_steps=4, gradient_accumulation_steps=3).train()
         assert averagings == pytest.approx([0, 0.05, 0.1, 0.15])
         assert callback.averager.num_steps == 4
+
+    def test_an_optimizer_that_does_not_call_its_base_class(self, averagings, tmp_path):
+        model = with_experts()
+        optimizer = Lookahead(torch.optim.AdamW(model.parameters()))
+        make_trainer(model, tmp_path, EWACallback(share_rate=0.3), optimizer=optimizer, max_steps=4).train()
+        assert averagings == [0.3] * 4
+
+    def test_not_folded_without_training(self, tmp_path):
+        trainer = make_trainer(
+            model := with_experts(), tmp_path, EWACallback(share_rate=0.3), max_steps=-1, num_train_epochs=0
+        )
+        trainer.train()
+        assert list(ewa.expert_tensors(model))
 
     def test_is_the_plain_loop(self, tmp_path):
         """The weights are those of a loop with an explicit averager.step(), to the bit."""
@@ -329,6 +343,21 @@ class TestBadInput:
             EWACallback(0.3)
         with pytest.raises(ValueError, match=r"share_rate must be in \[0, 1\], got 2"):
             EWACallback(share_rate=2)
+        with pytest.raises(ValueError, match=r"share_rate must be in \[0, 1\], got 1.5"):
+            EWACallback(share_rate=lambda step: 1.5)
+        with pytest.raises(TypeError, match="got the class LinearShareRate"):
+            EWACallback(share_rate=ewa.LinearShareRate)
+
+    def test_options(self):
+        with pytest.raises(TypeError, match="fold_at_end must be a bool, got str 'no'"):
+            EWACallback(share_rate=0.3, fold_at_end="no")
+        with pytest.raises(TypeError, match="resume_from_checkpoint must be the checkpoint's folder or None, got bool"):
+            EWACallback(share_rate=0.3, resume_from_checkpoint=True)
+
+    def test_an_averager_of_another_model(self, tmp_path):
+        trainer = make_trainer(with_experts(), tmp_path, EWACallback(ewa.ExpertAverager(with_experts(), 0.3)))
+        with pytest.raises(ValueError, match=r"got 0 of 1: .*the averager of the model that is trained"):
+            trainer.train()
 
     def test_a_model_without_experts(self, tmp_path):
         trainer = make_trainer(make_model(), tmp_path, EWACallback(share_rate=0.3))

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks import model, tune
-from benchmarks.timing import seconds_on_host
+from benchmarks import tune
+from benchmarks.cases import Case
+from benchmarks.timing import Stopwatch
 from ewa_kernels.kernels.fused.configs import Tile
 
-SHAPE = model.Shape("small", 40, 32, 32, num_experts=2)
+SHAPE = Case("small", 40, 32, 32, num_experts=2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -16,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_ranks_what_is_right(kernel):
     problem = tune.Problem(SHAPE, DEVICE, torch.float16)
     others = [Tile(16, 32, 32, 1, 4, 1), Tile(32, 16, 32, 1, 4, 1, per_multiprocessor=2)]
-    ranked = tune.tune(problem, kernel, others, seconds_on_host, rounds=2)
+    ranked = tune.tune(problem, kernel, others, Stopwatch("cpu"), rounds=2)
     assert {tile for tile, _ in ranked} == {problem.shipped(kernel), *others}
     assert [ms for _, ms in ranked] == sorted(ms for _, ms in ranked)
 
@@ -32,7 +33,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
         return outputs
 
     monkeypatch.setattr(tune.Problem, "run", broken)
-    ranked = tune.tune(problem, "forward", [bad], seconds_on_host, rounds=2)
+    ranked = tune.tune(problem, "forward", [bad], Stopwatch("cpu"), rounds=2)
     assert [tile for tile, _ in ranked] == [problem.shipped("forward")]
 
 

@@ -173,6 +173,31 @@ class TestFile:
         with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
             ewa.save_unfolded([], "model.pt")
 
+    def test_paths(self, model, tmp_path):
+        for function in (ewa.save_unfolded, ewa.load_unfolded_):
+            with pytest.raises(TypeError, match="path must be a str or a PathLike, got int"):
+                function(model, 3)
+        with pytest.raises(FileNotFoundError, match=r"path must be in a folder that exists, got .*none/model\.pt"):
+            ewa.save_unfolded(model, tmp_path / "none" / "model.pt")
+
+    @pytest.mark.parametrize("plain", [False, True])
+    def test_extra_state(self, model, tmp_path, plain):
+        class Extra(nn.Module):
+            def get_extra_state(self):
+                return {"step": 3} if plain else NotCode()
+
+            def set_extra_state(self, state):
+                pass
+
+        model.extra = Extra()
+        if plain:
+            ewa.save_unfolded(model, tmp_path / "model.pt")
+            ewa.load_unfolded_(model, tmp_path / "model.pt")
+        else:
+            with pytest.raises(ValueError, match=r"extra states of plain types, got NotCode in extra\._extra_state"):
+                ewa.save_unfolded(model, tmp_path / "model.pt")
+            assert list(tmp_path.iterdir()) == []
+
 
 class NotCode:
     """Would be, if unpickling it did not fail."""
@@ -226,6 +251,17 @@ class TestBadFile:
         with pytest.raises(ValueError, match="version 1, got 2"):
             ewa.load_unfolded_(untouched, path)
 
+    def test_incomplete_or_corrupt(self, untouched, tmp_path):
+        path = self.changed(tmp_path, lambda content: content.pop("sites"))
+        with pytest.raises(ValueError, match="path must be a complete file of save_unfolded"):
+            ewa.load_unfolded_(untouched, path)
+        for bad in ("many", -1, None):
+            path = self.changed(
+                tmp_path, lambda content, bad=bad: content["sites"]["blocks.9.mlp"].update(num_experts=bad)
+            )
+            with pytest.raises(ValueError, match=rf"has {bad} experts in blocks\.9\.mlp"):
+                ewa.load_unfolded_(untouched, path)
+
     def test_other_tensors(self, untouched, tmp_path):
         path = self.changed(tmp_path, lambda content: content["state_dict"].pop("head.bias"))
         with pytest.raises(ValueError, match=r"the file lacks head\.bias and has beside them none"):
@@ -270,6 +306,40 @@ class TestAnotherModel:
         with pytest.raises(ValueError, match=r"d_ff = 16 in blocks\.1\.mlp, got 20"):
             ewa.load_unfolded_(other, path)
         assert all(a is b for a, b in zip(other.parameters(), before, strict=True))
+
+    def test_on_the_meta_device(self, path):
+        with torch.device("meta"):
+            other = dense()
+        with pytest.raises(ValueError, match=r"model must have memory to load into, got one on meta"):
+            ewa.load_unfolded_(other, path)
+        assert not any(isinstance(module, ewa.RandomPartitionMoE) for module in other.modules())
+
+    def test_layers_of_ones_own_stay(self, path):
+        other = nn.ModuleDict({"model": dense(), "own": ewa.RandomPartitionMoE(8, 16, 2)})
+        with pytest.raises(ValueError, match=r"has no FFN blocks"):
+            ewa.load_unfolded_(other, path)
+        other = dense()
+        other.own = ewa.RandomPartitionMoE(8, 16, 2)
+        with pytest.raises(ValueError, match=r"the file lacks own\.down\.bias"):
+            ewa.load_unfolded_(other, path)
+        assert [name for name, m in other.named_modules() if isinstance(m, ewa.RandomPartitionMoE)] == ["own"]
+
+    def test_undoing_restores_blocks(self, tmp_path):
+        def encoder(width):
+            layer = nn.TransformerEncoderLayer(8, 2, width, batch_first=True)
+            return nn.TransformerEncoder(layer, 2)
+
+        model, other = encoder(16), encoder(24)
+        ewa.replace_ffn_(model)
+        ewa.save_unfolded(model, tmp_path / "model.pt")
+        before, vars_before = list(other.modules()), dict(vars(other.layers[1]))
+        parameters = list(other.parameters())
+        with pytest.raises(ValueError, match=r"d_ff = 16 in layers\.1\.linear1, got 24"):
+            ewa.load_unfolded_(other, tmp_path / "model.pt")
+        assert all(a is b for a, b in zip(other.modules(), before, strict=True))
+        assert all(a is b for a, b in zip(other.parameters(), parameters, strict=True))
+        assert vars(other.layers[1]) == vars_before
+        assert other.use_nested_tensor
 
     def test_with_experts_elsewhere(self, path):
         other = dense()

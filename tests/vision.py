@@ -6,9 +6,11 @@ and transformers import it too, so this comes first: see conftest.py.
 
 import torch
 
+FITS = True  # to this torch
 try:
     import torchvision
 except RuntimeError:
+    FITS = False
     _LIBRARY = torch.library.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):
         _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -16,4 +18,4 @@ except RuntimeError:
 except ImportError:  # `make gpu` runs with the packages that are there
     torchvision = None
 
-__all__ = ["torchvision"]
+__all__ = ["FITS", "torchvision"]

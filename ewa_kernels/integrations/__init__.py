@@ -1,4 +1,5 @@
-"""Trainer callbacks, and what torch.distributed needs: `fsdp`, `lightning`, `transformers`.
+"""Trainer callbacks, and what torch.distributed needs: `fsdp`, `lightning`, `transformers`;
+`transformers_experts`: the kernels in models that have experts.
 
 Each module imports its own library, when it is first used: `ewa_kernels.integrations.fsdp` needs no import of its own.
 """
@@ -6,10 +7,13 @@ Each module imports its own library, when it is first used: `ewa_kernels.integra
 import importlib
 from types import ModuleType
 
-_MODULES = ("fsdp", "lightning", "transformers")
+_MODULES = ("fsdp", "lightning", "transformers", "transformers_experts")
 
 
 def __getattr__(name: str) -> ModuleType:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ImportError as error:  # what hasattr understands
+        raise AttributeError(str(error)) from error

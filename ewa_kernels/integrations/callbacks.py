@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from ewa_kernels import checks
-from ewa_kernels.attachment import Attachment
+from ewa_kernels import checks, shards
+from ewa_kernels.attachment import Attachment, hooked
 from ewa_kernels.averaging import ExpertAverager
-from ewa_kernels.modules import expert_tensors
+from ewa_kernels.modules import RandomPartitionMoE
+from ewa_kernels.share_rate import as_schedule
+from ewa_kernels.surgery import fold_
 
 
 class Averaging:
@@ -19,20 +21,21 @@ class Averaging:
     Args:
         averager: or None, and `share_rate` instead.
         share_rate: β, as `ewa_kernels.ExpertAverager` takes it.
+        fold_at_end: whether `end` folds the model.
 
     Raises:
-        TypeError, ValueError: not exactly one of the two is given, or it is not what it must be.
+        TypeError, ValueError: not exactly one of the first two is given, or an argument is not what it must be.
     """
 
-    def __init__(self, averager: ExpertAverager | None, share_rate: object):
+    def __init__(self, averager: ExpertAverager | None, share_rate: object, fold_at_end: bool):
         if (averager is None) == (share_rate is None):
             got = "neither" if averager is None else "both"
             raise ValueError(f"averager or share_rate must be given, got {got}")
         if averager is not None and not isinstance(averager, ExpertAverager):
             raise TypeError(f"averager must be an ExpertAverager, got {type(averager).__name__}")
-        if share_rate is not None and not callable(share_rate):
-            checks.probability("share_rate", share_rate)
-        self._share_rate = share_rate
+        checks.boolean("fold_at_end", fold_at_end)
+        self._share_rate = None if share_rate is None else as_schedule(share_rate)
+        self._fold_at_end = fold_at_end
         self._averager = averager
         self._attachment: Attachment | None = None
 
@@ -52,14 +55,21 @@ class Averaging:
         """Makes the averager, of this model, if none was given.
 
         Raises:
-            ValueError: the model has no experts.
+            ValueError: the model has no experts, or it is to be folded in the end but is sharded.
         """
         self.detach()
+        for module in shards.unsharded_modules(model):  # by a validation before training
+            module.reshard()
+        if self._fold_at_end and any(shards.is_sharded(p) for layer in _folding(model) for p in layer.parameters()):
+            raise ValueError(
+                "fold_at_end must be False for a sharded model, got True: after training get the dense weights by "
+                "ewa_kernels.integrations.fsdp.folded_state_dict(model)"
+            )
         if self._share_rate is not None:
-            self._averager = ExpertAverager(model, self._share_rate)  # type: ignore[arg-type]
+            self._averager = ExpertAverager(model, self._share_rate)
 
-    def attach(self, model: nn.Module, optimizers: Sequence[object]) -> None:
-        """To the optimizer that has the model's experts; if the averager is attached already it stays where it is.
+    def attach(self, optimizers: Sequence[object]) -> None:
+        """To the optimizer that has the experts; if the averager is attached already it stays where it is.
 
         Raises:
             ValueError: none, or more than one of them, has experts; or the averager is attached to another.
@@ -71,16 +81,11 @@ class Averaging:
             if not any(other is optimizer for optimizer in plain):
                 raise ValueError(f"averager must be attached to the trainer's optimizer, is to another {_kind(other)}")
             return
-        experts = {id(parameter) for _, parameter in expert_tensors(model)}
-        holding = [
-            optimizer
-            for optimizer in plain
-            if any(id(p) in experts for group in optimizer.param_groups for p in group["params"])
-        ]
+        holding = [optimizer for optimizer in plain if self.averager.is_trained_by(optimizer)]
         if len(holding) != 1:
             raise ValueError(
-                f"one optimizer must have the experts, got {len(holding)} of {len(plain)}: make it after replace_ffn_; "
-                "of several, attach the averager yourself"
+                f"one optimizer must have the experts, got {len(holding)} of {len(plain)}: make it after replace_ffn_, "
+                "and the averager of the model that is trained; of several, attach the averager yourself"
             )
         self._attachment = self.averager.attach(holding[0])
 
@@ -89,14 +94,25 @@ class Averaging:
             self._attachment.remove()
             self._attachment = None
 
+    def end(self, model: nn.Module, *, is_trained: bool) -> None:
+        """Detaches, and folds the model, unless it made no step. Experts among which a router chooses stay."""
+        self.detach()
+        if self._fold_at_end and is_trained and _folding(model):
+            fold_(model)
+
     def metrics(self) -> dict[str, float]:
         """`share_rate`: β of the last step; `expert_spread`: mean over all tensors of `ExpertAverager.spread`."""
         spreads = list(self.averager.spread().values())
         last = max(self.averager.num_steps - 1, 0)
         return {
             "share_rate": float(self.averager.schedule(last)),
-            "expert_spread": sum(spreads) / len(spreads),
+            "expert_spread": sum(spreads) / max(len(spreads), 1),  # none while all experts are frozen
         }
+
+
+def _folding(model: nn.Module) -> list[RandomPartitionMoE]:
+    """The layers that `fold_` replaces."""
+    return [module for module in model.modules() if isinstance(module, RandomPartitionMoE)]
 
 
 def plain_optimizer(optimizer: object) -> Optimizer:
@@ -107,9 +123,7 @@ def plain_optimizer(optimizer: object) -> Optimizer:
     """
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
-    if not isinstance(optimizer, Optimizer) or "_optimizer_step_post_hooks" not in optimizer.__dict__:
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer with step hooks, got {_kind(optimizer)}")
-    return optimizer
+    return hooked(optimizer)
 
 
 def _kind(optimizer: object) -> str:

@@ -25,12 +25,9 @@ from torch.distributed.tensor import Shard
 
 from ewa_kernels import checks, shards
 from ewa_kernels import folded_state_dict as _folded_state_dict
-from ewa_kernels.modules import RandomPartitionMoE, holds_experts
+from ewa_kernels.modules import StackedExperts, holds_experts
 
 __all__ = ["expert_shard_placement", "fold_rank_into_seed_", "folded_state_dict"]
-
-# Odd, so that no two ranks get the same offset, and far from what tells one step's seed from the next.
-_OFFSET_STRIDE = 0x27BB2EE687B0B0FD
 
 
 def expert_shard_placement(param: nn.Parameter, *, num_shards: int | None = None) -> Shard | None:
@@ -107,15 +104,14 @@ def fold_rank_into_seed_(model: nn.Module, rank: int | None = None) -> None:
         TypeError, ValueError: `model` is not an nn.Module with such a layer, or `rank` none of those above.
         RuntimeError: `rank` is None, and there is no process group.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    checks.module("model", model)
     if rank is None:
         if not dist.is_initialized():
             raise RuntimeError("rank must be given where there is no process group: call init_process_group()")
         rank = dist.get_rank()
     checks.integer("rank", rank, minimum=0, below=2**32)
-    layers = [module for module in model.modules() if isinstance(module, RandomPartitionMoE)]
+    layers = [module for module in model.modules() if isinstance(module, StackedExperts)]
     if not layers:
         raise ValueError("model must have RandomPartitionMoE layers: call replace_ffn_(model) first")
     for layer in layers:
-        layer.seed_offset = rank * _OFFSET_STRIDE % 2**63
+        layer.seed_offset = shards.seed_of(0, rank)

@@ -11,8 +11,6 @@ import torch
 
 from ewa_kernels.averaging import ExpertAverager
 from ewa_kernels.integrations.callbacks import Averaging
-from ewa_kernels.modules import expert_tensors
-from ewa_kernels.surgery import fold_
 
 __all__ = ["EWACallback"]
 
@@ -51,8 +49,9 @@ class EWACallback(_callback_class()):  # type: ignore[misc]
     Args:
         averager: may be attached already, or belong to `ewa_kernels.optim.AdamW`; then it is left so. None: give
             `share_rate`.
-        share_rate: β, a float or a schedule, of an averager that is made when training begins.
-        fold_at_end: whether to fold the model at the end of `fit`.
+        share_rate: β, a float or a schedule, of an averager that is made each time training begins: it starts anew.
+        fold_at_end: whether to fold the model at the end of a `fit` that made any step; not after `fast_dev_run`. Must
+            be False for a sharded model, of which `ewa_kernels.integrations.fsdp` gets the dense weights.
 
     Raises:
         TypeError, ValueError: not exactly one of `averager` and `share_rate`, or out of range.
@@ -65,8 +64,7 @@ class EWACallback(_callback_class()):  # type: ignore[misc]
         share_rate: float | Callable[[int], float] | None = None,
         fold_at_end: bool = True,
     ):
-        self._averaging = Averaging(averager, share_rate)
-        self.fold_at_end = fold_at_end
+        self._averaging = Averaging(averager, share_rate, fold_at_end)
         self._loaded: dict[str, Any] | None = None
         self._restorable = False
         self._inside_epoch = False
@@ -90,7 +88,7 @@ class EWACallback(_callback_class()):  # type: ignore[misc]
             self.averager.load_state_dict(self._loaded["averager"])
         self._inside_epoch = False
         self._logged_step = trainer.global_step
-        self._averaging.attach(pl_module, trainer.optimizers)
+        self._averaging.attach(trainer.optimizers)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._restore_generators()
@@ -106,9 +104,7 @@ class EWACallback(_callback_class()):  # type: ignore[misc]
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         # Not in on_train_end, after which a last checkpoint may be saved.
-        self._averaging.detach()
-        if self.fold_at_end and next(expert_tensors(pl_module), None) is not None:
-            fold_(pl_module)
+        self._averaging.end(pl_module, is_trained=trainer.global_step > 0 and not trainer.fast_dev_run)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._averaging.detach()

@@ -22,7 +22,6 @@ except ImportError as error:
 
 from ewa_kernels.averaging import ExpertAverager
 from ewa_kernels.integrations.callbacks import Averaging
-from ewa_kernels.surgery import fold_
 from ewa_kernels.surgery.unfolded import load_unfolded_, save_unfolded
 
 __all__ = ["EWACallback"]
@@ -50,8 +49,9 @@ class EWACallback(TrainerCallback):
     Args:
         averager: may be attached already, or belong to `ewa_kernels.optim.AdamW`; then it is left so. None: give
             `share_rate`.
-        share_rate: β, a float or a schedule, of an averager that is made when training begins.
-        fold_at_end: whether to fold the model at the end of training.
+        share_rate: β, a float or a schedule, of an averager that is made each time training begins: it starts anew.
+        fold_at_end: whether to fold the model at the end of training, if any step was made. Must be False for a sharded
+            model, of which `ewa_kernels.integrations.fsdp` gets the dense weights.
         resume_from_checkpoint: needed only to resume from a checkpoint that is not in the trainer's `output_dir`.
 
     Raises:
@@ -66,8 +66,10 @@ class EWACallback(TrainerCallback):
         fold_at_end: bool = True,
         resume_from_checkpoint: str | os.PathLike[str] | None = None,
     ):
-        self._averaging = Averaging(averager, share_rate)
-        self.fold_at_end = fold_at_end
+        self._averaging = Averaging(averager, share_rate, fold_at_end)
+        if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            kind = type(resume_from_checkpoint).__name__
+            raise TypeError(f"resume_from_checkpoint must be the checkpoint's folder or None, got {kind}")
         self.resume_from_checkpoint = resume_from_checkpoint
         self._run = ""
 
@@ -95,7 +97,7 @@ class EWACallback(TrainerCallback):
         # Saved by the trainer, it tells which of all folders called checkpoint-5 is meant.
         self._run = uuid.uuid4().hex
         _records(state)[_RECORD] = {"run": self._run}
-        self._averaging.attach(model, [kwargs["optimizer"]])
+        self._averaging.attach([kwargs["optimizer"]])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:
@@ -117,12 +119,10 @@ class EWACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
-        self._averaging.detach()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # The trainer has loaded its own file, which has no experts.
             load_unfolded_(model, Path(state.best_model_checkpoint) / EXPERTS_FILE)
-        if self.fold_at_end:
-            fold_(model)
+        self._averaging.end(model, is_trained=state.global_step > 0)
 
     def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         record = _records(state).get(_RECORD)

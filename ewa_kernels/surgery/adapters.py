@@ -96,7 +96,7 @@ def register_ffn_adapter(
         kind: what reports call it; the class's name if None.
 
     Raises:
-        TypeError: `module_class` is no nn.Module class, or a name no str.
+        TypeError: `module_class` is no nn.Module class, or a name or `kind` no str.
         ValueError: `up` does not have one or two names.
     """
     if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
@@ -107,6 +107,8 @@ def register_ffn_adapter(
     for name in (*names, down):
         if not isinstance(name, str):
             raise TypeError(f"up and down must be names of nn.Linear modules, got {type(name).__name__} {name!r}")
+    if kind is not None and not isinstance(kind, str):
+        raise TypeError(f"kind must be a str or None, got {type(kind).__name__} {kind!r}")
     _registered.insert(
         0,
         Adapter(

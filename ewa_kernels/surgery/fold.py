@@ -6,12 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ewa_kernels import shards
-from ewa_kernels.modules import RandomPartitionMoE, expert_tensors
-from ewa_kernels.surgery.joined import forbid_nested_tensors_
-from ewa_kernels.surgery.layout import swap_modules_
-from ewa_kernels.surgery.pretrained import unguard_save_pretrained_
-from ewa_kernels.surgery.replaced import ReplacedFFN, folded, fuse_all
+from ewa_kernels import checks, shards
+from ewa_kernels.modules import RandomPartitionMoE
+from ewa_kernels.surgery.replaced import ReplacedFFN, folded, fuse_all, put_back_
 
 
 def fold_(model: nn.Module) -> nn.Module:
@@ -28,25 +25,20 @@ def fold_(model: nn.Module) -> nn.Module:
         ValueError: `model` itself is a RandomPartitionMoE, or its experts are sharded. After any error the model is
             as it was.
     """
-    _check_model(model)
+    checks.module("model", model)
     if isinstance(model, RandomPartitionMoE):
         raise ValueError("model must hold the RandomPartitionMoE layers, got one itself: use model.fuse()")
-    if any(shards.is_sharded(tensor) for _, tensor in expert_tensors(model)):
+    layers = [module for module in model.modules() if isinstance(module, RandomPartitionMoE)]
+    if any(shards.is_sharded(tensor) for layer in layers for tensor in layer.parameters()):
         raise ValueError(
             "model must not be sharded, whose other layers gather their parameters as they were: use "
             "ewa_kernels.integrations.fsdp.folded_state_dict(model), and load it into the original model"
         )
-    fused = fuse_all(model.modules())  # all that can fail is done here
-    parts: dict[nn.Module, nn.Module] = {}
-    for layer, ffn in fused.items():
-        if isinstance(layer, ReplacedFFN):
-            layer.restore_attributes_(model)
-            parts.update(layer.parts(layer.restore(ffn)))
-        else:
-            parts[layer] = ffn
-    swap_modules_(model, parts)
-    forbid_nested_tensors_(model)
-    unguard_save_pretrained_(model)
+    fused = fuse_all(layers)  # all that can fail is done here
+    put_back_(
+        model,
+        {layer: layer.restore(ffn) if isinstance(layer, ReplacedFFN) else ffn for layer, ffn in fused.items()},
+    )
     return model
 
 
@@ -59,13 +51,8 @@ def folded_state_dict(model: nn.Module) -> dict[str, Any]:
     Raises:
         TypeError: `model` is not an nn.Module.
     """
-    _check_model(model)
+    checks.module("model", model)
     if isinstance(model, RandomPartitionMoE):
         return model.fuse().state_dict()
     with folded(model, model.modules()):
         return model.state_dict()
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

@@ -7,8 +7,10 @@ and nothing stands where the rest was: what else the block does (residual, Layer
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from ewa_kernels.modules import RandomPartitionMoE
 from ewa_kernels.surgery.layout import copy_modules
-from ewa_kernels.surgery.probe import NotReplaceableError, generators_kept
+from ewa_kernels.surgery.probe import NotReplaceableError, close, generators_kept
 
 
 class JoinedFFN(nn.Module):
@@ -26,20 +28,21 @@ class JoinedFFN(nn.Module):
         super().__init__()
         self.up, self.act, self.dropout, self.down = up, act, dropout, down
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.act(self.up(x))
+    def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear, in whose place it stands
+        hidden = self.act(self.up(input))
         return self.down(hidden if self.dropout is None else self.dropout(hidden))
 
 
 class Through(nn.Module):
-    """Gives back its input, where a part of an FFN stood that became experts."""
+    """Gives back its input, by whatever name, where a part of an FFN stood that became experts."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return through(*args, **kwargs)
 
 
-def through(x: Tensor) -> Tensor:
+def through(*args: Tensor, **kwargs: Tensor) -> Tensor:
     """As `Through`, for a function."""
+    (x,) = (*args, *kwargs.values())
     return x
 
 
@@ -61,7 +64,6 @@ class Block:
     """Where the parts of an FFN are inside a block: dotted names, "" for none.
 
     Attributes:
-        region: what the block computes with them, for [N, D].
         flags: attributes of up's holder that tell a fast path of the block to keep off.
     """
 
@@ -70,7 +72,6 @@ class Block:
     act: str
     dropout: str
     down: str
-    region: Callable[[nn.Module, Tensor], Tensor]
     flags: tuple[tuple[str, Any], ...] = ()
 
     def join(self, block: nn.Module) -> JoinedFFN:
@@ -101,32 +102,28 @@ class Block:
         return places
 
     def check(self, block: nn.Module) -> None:
-        """Runs the block's own code, before and after.
+        """Runs the block's own forward, before and after.
 
         Raises:
             NotReplaceableError: the block does something else than what `place_` takes for granted.
         """
-        with torch.device("cpu"), torch.autocast("cpu", enabled=False), generators_kept():
-            torch.manual_seed(0)
-            twin = _random_twin(block, {path.partition(".")[0] for path in (self.up, self.down)})
-            x = torch.randn(3, twin.get_parameter(f"{self.up}.weight").shape[1], dtype=torch.float64)
+        if "forward" in vars(block):
+            raise NotReplaceableError("the forward of its block is not that of the block's class")
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False), generators_kept(), torch.enable_grad():
+            torch.default_generator.manual_seed(0)
+            twin = _random_twin(block)
             joined = self.join(twin)
+            leaves: list[Tensor] = [twin.get_parameter(f"{path}.weight") for path in (self.up, self.down)]
+            leaves.append(torch.randn(2, _SIDE**2, leaves[0].shape[1], dtype=torch.float64, requires_grad=True))
+            run = _way_to_run(twin, leaves[-1], keep={path.partition(".")[0] for path in (self.up, self.down)})
             for training in (False, True):
                 twin.train(training)
                 joined.train(training)
-                before = self._run(twin, x)
-                after_twin = copy_modules(twin)
-                self.place_(after_twin, joined)
-                after = self._run(after_twin, x)
-                if before.shape != after.shape or not torch.allclose(before, after, rtol=1e-10, atol=1e-10):
-                    raise NotReplaceableError("its block does more with its projections than down(act(up(x)))")
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        torch.manual_seed(1)
-        try:
-            return self.region(block, x)
-        except Exception as error:
-            raise NotReplaceableError(f"its block fails on [3, D]: {type(error).__name__}: {error}") from error
+                after = copy_modules(twin)
+                self.place_(after, joined)
+                for ours, its in zip(_results(run, after, leaves), _results(run, twin, leaves), strict=True):
+                    if ours.shape != its.shape or not close(ours, its):
+                        raise NotReplaceableError("its block does more with its projections than down(act(up(x)))")
 
     @staticmethod
     def _holder(block: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -134,15 +131,84 @@ class Block:
         return block.get_submodule(parent), name
 
 
-def _random_twin(block: nn.Module, children: set[str]) -> nn.Module:
-    """A copy of a block with random parameters in float64 in these children; all else is shared with it."""
+# --- running a block ---
+
+# The tokens of a block are those of an image of this many rows and columns.
+_SIDE = 4
+_Run = Callable[[nn.Module, Tensor], Tensor]
+
+
+def _random_twin(block: nn.Module) -> nn.Module:
+    """A copy of a block with random parameters and all tensors in float64, on the CPU."""
     twin = copy_modules(block)
-    for name in children:
-        for module in twin.get_submodule(name).modules():
-            for which, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[which] = nn.Parameter(torch.randn(parameter.shape, dtype=torch.float64))
+    for module in twin.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.randn(parameter.shape, dtype=torch.float64))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                kind = torch.float64 if buffer.is_floating_point() else buffer.dtype
+                on_cpu = torch.zeros(buffer.shape, dtype=kind) if buffer.is_meta else buffer.to("cpu", kind)
+                module._buffers[name] = on_cpu
     return twin
+
+
+class _Pair(nn.Module):
+    """Stands for an attention that gives its weights too."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return x, None
+
+
+class _First(nn.Module):
+    """Stands for an attention that does not."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+
+def _way_to_run(block: nn.Module, x: Tensor, keep: set[str]) -> _Run:
+    """How a block's forward can be called with tokens alone: as it is, or without an attention that needs more.
+
+    Raises:
+        NotReplaceableError: it fails either way.
+    """
+    errors: list[Exception] = []
+    for attention in (None, _Pair(), _First()):
+        run = partial(_run, attention=attention, keep=keep)
+        try:
+            run(block, x)
+        except Exception as error:
+            errors.append(error)
+        else:
+            return run
+    shape = f"[{', '.join(map(str, x.shape[:-1]))}, D]"
+    raise NotReplaceableError(f"its block fails on {shape}: {type(errors[0]).__name__}: {errors[0]}")
+
+
+def _run(block: nn.Module, x: Tensor, *, attention: nn.Module | None, keep: set[str]) -> Tensor:
+    if attention is not None:
+        block = copy_modules(block)
+        block._modules.update(
+            {name: attention for name in block._modules.keys() - keep if re.search("att", name, re.IGNORECASE)}
+        )
+    _, *others = inspect.signature(block.forward).parameters.values()
+    required = [p.name for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    # What the blocks of Swin and of torch's decoder need; a mask may be None where attention is left out.
+    known: dict[str, Any] = {"input_dimensions": (_SIDE, _SIDE), "memory": x}
+    torch.default_generator.manual_seed(1)
+    y: Any = block.forward(x, *(known.get(name) for name in required))
+    while isinstance(y, (tuple, list)):
+        y = y[0]
+    if not isinstance(y, Tensor):
+        raise TypeError(f"it gives {type(y).__name__}")
+    return y
+
+
+def _results(run: _Run, block: nn.Module, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Output and gradients; the last leaf is the input."""
+    y = run(block, leaves[-1])
+    return y, *torch.autograd.grad(y.cos().sum(), leaves, materialize_grads=True)
 
 
 # --- torch ---
@@ -150,20 +216,16 @@ def _random_twin(block: nn.Module, children: set[str]) -> nn.Module:
 _TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
-def _ff_block(block: Any, x: Tensor) -> Tensor:
-    return block._ff_block(x)
-
-
 def _torch_block(module: nn.Module) -> Block | None:
     if not isinstance(module, _TORCH) or not isinstance(module.linear1, nn.Linear):
         return None
     (base,) = (c for c in _TORCH if isinstance(module, c))
-    for name in ("forward", "_ff_block"):
-        if getattr(type(module), name) is not getattr(base, name) or name in module.__dict__:
+    for name in ("forward", "_ff_block", "_sa_block", "_mha_block"):
+        if getattr(type(module), name, None) is not getattr(base, name, None) or name in vars(module):
             raise NotReplaceableError(f"its {name} is not that of torch.nn.{base.__name__}")
     # 0: the fast path of eval mode, which knows weights alone, keeps off.
     flags = (("activation_relu_or_gelu", 0),)
-    return Block("torch", "linear1", "activation", "dropout", "linear2", _ff_block, flags)
+    return Block("torch", "linear1", "activation", "dropout", "linear2", flags)
 
 
 def forbid_nested_tensors_(model: nn.Module) -> None:
@@ -190,17 +252,23 @@ def _intermediate_and_output(block: nn.Module) -> Block | None:
         return None
     if not all(isinstance(m._modules.get("dense"), nn.Linear) for m in (intermediate, output)):
         return None
-    num_arguments = len(inspect.signature(output.forward).parameters)
-    if num_arguments > 2:
-        raise NotReplaceableError("its output takes more than hidden and a residual")
+    return Block("intermediate_output", "intermediate.dense", "intermediate.intermediate_act_fn", "", "output.dense")
 
-    def region(block: nn.Module, x: Tensor) -> Tensor:
-        hidden = block.get_submodule("intermediate")(x)
-        residual = (torch.cos(x),) if num_arguments == 2 else ()
-        return block.get_submodule("output")(hidden, *residual)
 
-    paths = ("intermediate.dense", "intermediate.intermediate_act_fn", "", "output.dense")
-    return Block("intermediate_output", *paths, region)
+# --- research code: Sequential(LayerNorm, Linear, activation, [Dropout], Linear, [Dropout]) ---
+
+
+def _after_norm(block: nn.Module) -> Block | None:
+    if not isinstance(block, nn.Sequential):
+        return None
+    names, children = list(block._modules), list(block)
+    linear = [i for i, child in enumerate(children) if isinstance(child, nn.Linear)]
+    if len(linear) != 2 or linear[0] != 1 or not type(children[0]).__name__.endswith("Norm"):
+        return None
+    between = children[2 : linear[1]]
+    if not (len(between) == 1 or (len(between) == 2 and isinstance(between[1], nn.Dropout))):
+        return None
+    return Block("norm_sequential", names[1], names[2], names[3] if len(between) == 2 else "", names[linear[1]])
 
 
 def block_of(module: nn.Module) -> Block | None:
@@ -209,4 +277,4 @@ def block_of(module: nn.Module) -> Block | None:
     Raises:
         NotReplaceableError: it is one, but does something else with its projections.
     """
-    return _torch_block(module) or _intermediate_and_output(module)
+    return _torch_block(module) or _intermediate_and_output(module) or _after_norm(module)

@@ -85,6 +85,7 @@ def copy_modules(module: nn.Module, copies: dict[nn.Module, nn.Module] | None = 
     if module not in copies:
         twin = copies[module] = module.__class__.__new__(module.__class__)
         twin.__dict__.update(module.__dict__)
+        twin.__dict__.pop("_compiled_call_impl", None)  # which calls the original
         twin.__dict__["_parameters"] = dict(module._parameters)
         twin.__dict__["_buffers"] = dict(module._buffers)
         twin.__dict__["_modules"] = {

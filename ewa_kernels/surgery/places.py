@@ -22,6 +22,7 @@ _NOT_OF_TOKENS = (
     (".*", "cpb_mlp|meta_mlp", _POSITIONS),  # Swin v2; torchvision's too
     (".*", "mlp_tokens|token_mix(er|ing)(_mlp)?", _MIXES),  # MLP-Mixer
     # transformers
+    ("PatchMixerBlock|PatchTSMixerChannelFeatureMixerBlock", "mlp", _MIXES),  # PatchTSMixer
     (".*(AttentionPoolingHead|MultiheadAttentionPoolingHead)", ".*", _POOLED),  # SigLIP, AIMv2
     (".*", "continuous_position_bias_mlp", _POSITIONS),  # Swin v2
 )

@@ -6,8 +6,11 @@ random initialisation, with no more than a warning.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,61 +20,49 @@ from ewa_kernels.surgery.replaced import ReplacedFFN, folded, replaced_ffns
 
 _METHOD = "save_pretrained"
 _TENSORS = ("up.weight", "up.bias", "down.weight", "down.bias")
+# Whose models may come to hold a model with experts, after `replace_ffn_` too.
+_LIBRARIES = (("transformers.modeling_utils", "PreTrainedModel"), ("huggingface_hub.hub_mixin", "ModelHubMixin"))
 # What torch's wrappers put into names, and may leave out of state_dict keys.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
-def guard_save_pretrained_(model: nn.Module) -> None:
-    """Makes each `save_pretrained` inside a model, its own included, save folded weights while it holds experts.
+def guard_save_pretrained(*models: nn.Module) -> None:
+    """Makes `save_pretrained` of each class in these models save folded weights of models with experts.
 
-    A `state_dict` that the caller gives is folded, and may come from a wrapper (DDP, FSDP, torch.compile). Copies and
-    pickles of the model are guarded too.
+    Of transformers' and huggingface_hub's base classes too, if loaded: what holds a model need not be inside it. For a
+    model without experts of `replace_ffn_` the method does what it did. A `state_dict` that the caller gives is folded,
+    and may come from a wrapper (DDP, FSDP, torch.compile).
     """
-    for module in model.modules():
-        if not isinstance(module.__dict__.get(_METHOD), FoldedSave) and _has_method(module) and replaced_ffns(module):
-            module.__dict__[_METHOD] = FoldedSave(module)
+    classes = {type(module) for model in models for module in model.modules()}
+    classes |= {getattr(sys.modules[module], name) for module, name in _LIBRARIES if module in sys.modules}
+    for own in classes:
+        base = next((base for base in own.__mro__ if _METHOD in vars(base)), None)
+        if base is not None and inspect.isfunction(vars(base)[_METHOD]):
+            setattr(base, _METHOD, _guarded(vars(base)[_METHOD]))
 
 
-def unguard_save_pretrained_(model: nn.Module) -> None:
-    """Gives each module without experts its own `save_pretrained` back."""
-    for module in model.modules():
-        guard = module.__dict__.get(_METHOD)
-        if isinstance(guard, FoldedSave) and not replaced_ffns(module):
-            del module.__dict__[_METHOD]
-            if guard.previous is not None:
-                module.__dict__[_METHOD] = guard.previous
+def _guarded(method: Any) -> Any:
+    if hasattr(method, "_saves_folded"):
+        return method
 
-
-class FoldedSave:
-    """Stands in for `module.save_pretrained`. An attribute of the instance, so that copies get one of their own."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.previous: Callable[..., Any] | None = module.__dict__.get(_METHOD)
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:  # where `inspect.signature` looks
-        if self.previous is not None:
-            return self.previous
-        return getattr(type(self.module), _METHOD).__get__(self.module)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own.
-
-        Raises:
-            ValueError: `state_dict` has stacked experts, but not all of a layer's or under names that are not the
-                model's.
-        """
-        call = inspect.signature(self.__wrapped__).bind(*args, **kwargs)
+    @functools.wraps(method)
+    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        layers = replaced_ffns(self) if isinstance(self, nn.Module) else {}
+        if not layers:
+            return method(self, *args, **kwargs)
+        call = inspect.signature(method).bind(self, *args, **kwargs)
         holder = call.arguments
         for parameter in call.signature.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD and "state_dict" not in holder:
                 holder = call.arguments.get(parameter.name, holder)
         if holder.get("state_dict") is not None:
-            holder["state_dict"] = fold_state_dict(self.module, holder["state_dict"])
-            return self.__wrapped__(*call.args, **call.kwargs)
-        with folded(self.module, replaced_ffns(self.module).values()):
-            return self.__wrapped__(*call.args, **call.kwargs)
+            holder["state_dict"] = fold_state_dict(self, holder["state_dict"])
+            return method(*call.args, **call.kwargs)
+        with folded(self, layers.values()):
+            return method(*call.args, **call.kwargs)
+
+    save_pretrained._saves_folded = True  # type: ignore[attr-defined]
+    return save_pretrained
 
 
 def fold_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,18 +77,24 @@ def fold_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str
     """
     layers = replaced_ffns(model)
     plain = {_plain(name): name for name in layers}
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
     folded: dict[str, Any] = {}
     done: set[str] = set()
     for key, value in state_dict.items():
         path, tensor = _split(key)
-        name = plain.get(_plain(path))
+        name = plain.get(_plain(path), "")
         if tensor == "":
             folded[key] = value
-        elif name is not None:
+        elif name in layers:
             if path not in done:
                 done.add(path)
-                for end, mean in _dense(layers[name], path, state_dict).items():
-                    folded[_beside(path, name, end, model, layers[name])] = mean
+                layer = layers[name]
+                which = names[layer].index(name)  # of several places where the layer stands
+                for end, mean in _dense(layer, path, state_dict).items():
+                    holder, end = layer.place_of(end)
+                    folded[f"{_beside(path, name, names[holder][which])}.{end}"] = mean
         elif any(_plain(path).endswith(f".{name}") for name in plain):
             raise ValueError(
                 f"state_dict must have the names of {type(model).__name__}, got stacked experts under {key!r}: "
@@ -121,22 +118,16 @@ def _dense(layer: ReplacedFFN, path: str, state_dict: Mapping[str, Any]) -> dict
             )
         merged[name] = functional.merge_experts(stacked)
     # Safetensors take no views of one another's memory.
-    return {name: tensor.clone() for name, tensor in layer._origin.layout.unstack(merged).items()}
+    return {name: tensor.clone() for name, tensor in layer.layout.unstack(merged).items()}
 
 
-def _beside(path: str, name: str, end: str, model: nn.Module, layer: ReplacedFFN) -> str:
-    """The key of an FFN's tensor `end`; `path`: that of the layer in the same dict; `name`: in the model."""
-    parts = layer._origin.places.modules
-    if not parts:
-        return f"{path}.{end}"
-    part, _, tensor = end.partition(".")
-    aliases = [alias for alias, module in replaced_ffns(model).items() if module is layer]
-    of_part = [alias for alias, m in model.named_modules(remove_duplicate=False) if m is parts[part]]
-    ours, its = name.split("."), of_part[aliases.index(name)].split(".")
+def _beside(path: str, name: str, other: str) -> str:
+    """What `other` is called in a dict where `name` is called `path`; both are names in the model."""
+    ours, its = name.split("."), other.split(".")
     while ours and its and ours[0] == its[0]:  # the names part inside the block, below any wrapper
         ours, its = ours[1:], its[1:]
     root = path.split(".")[: -len(ours)] if ours else path.split(".")
-    return ".".join([*root, *its, tensor])
+    return ".".join([*root, *its])
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -151,8 +142,3 @@ def _plain(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name.removeprefix("module.")
-
-
-def _has_method(module: nn.Module) -> bool:
-    # Not hasattr, which is true of wrappers that forward to what they hold.
-    return _METHOD in module.__dict__ or hasattr(type(module), _METHOD)

@@ -38,25 +38,24 @@ class _FailsError(NotReplaceableError):
 def probe(module: nn.Module, up: tuple[str, ...], down: str) -> FFNLayout:
     """The layout of an FFN whose projections have these names. `module` and the random generators are not touched.
 
-    A large module is examined as a narrow copy, and run once at its own width to confirm what was found; one whose
-    code does not work at another width is examined at its own.
+    A large module is examined as a narrow copy; one whose code does not work at another width, at its own. At its own
+    width and in its own dtype it is run once, to confirm what was found.
 
     Raises:
         NotReplaceableError: the module is not a plain token-wise FFN.
     """
     d_model, d_ff = (module.get_parameter(f"{name}.weight").shape[1] for name in (up[0], down))
+    narrow = min(d_model, _NARROW[0]), min(d_ff, _NARROW[1])
     with torch.device("cpu"), torch.autocast("cpu", enabled=False), generators_kept():
-        torch.manual_seed(0)
-        if d_model > _NARROW[0] or d_ff > _NARROW[1]:
-            narrow = _Twin(module, up, down, min(d_model, _NARROW[0]), min(d_ff, _NARROW[1]))
-            try:
-                layout = _examine(narrow)
-            except NotReplaceableError:
-                pass
-            else:
-                _check_input(_Twin(module, up, down, d_model, d_ff), (2, 3), 1.0, layout)
-                return layout
-        return _examine(_Twin(module, up, down, d_model, d_ff))
+        torch.default_generator.manual_seed(0)
+        try:
+            layout = _examine(_Twin(module, up, down, *narrow))
+        except NotReplaceableError:
+            if narrow == (d_model, d_ff):
+                raise
+            layout = _examine(_Twin(module, up, down, d_model, d_ff))
+        _confirm(module, layout)
+        return layout
 
 
 class _Twin:
@@ -94,10 +93,28 @@ def _examine(twin: _Twin) -> FFNLayout:
     for shape, scale in (((2, 3), 100.0), ((7,), 1.0), ((1, 70), 1.0), ((2, 4, 5), 1.0), ((2, 3), 1.0)):
         _check_input(twin, shape, scale, layout)
     twin.module.train()
-    layout = _find_dropouts(twin, layout)
-    twin.module.eval()
-    _check_gradients(twin, layout)
-    return layout
+    layout, rates = _find_dropouts(twin, layout)
+    for training in (False, True):
+        twin.module.train(training)
+        _check_gradients(twin, layout, training)
+    return replace(layout, dropout=rates[layout.dropout], output_dropout=rates[layout.output_dropout])
+
+
+def _confirm(module: nn.Module, layout: FFNLayout) -> None:
+    """Runs it once at its own width and in its own dtype, whose rounding hides small differences."""
+    parameters = {}
+    for name, parameter in module.named_parameters():
+        # Each row is a window on the same random numbers, so that a wide matrix takes no memory.
+        numbers = torch.randn(sum(parameter.shape), dtype=torch.float64)
+        if parameter.ndim == 2:
+            numbers *= 2 * parameter.shape[1] ** -0.5
+        parameters[name] = numbers.to(parameter.dtype).as_strided(parameter.shape, (1,) * parameter.ndim)
+    weight = module.get_parameter(f"{layout.up[0]}.weight")
+    x = torch.randn(2, 3, weight.shape[1], dtype=torch.float64).to(weight.dtype)
+    y = _run(copy_with_parameters(module, parameters).eval(), x)
+    expected = layout.forward(parameters, x, training=False)
+    if not close(y.double(), expected.double(), max(1e-4, 8 * torch.finfo(weight.dtype).eps)):
+        raise NotReplaceableError(f"is another FFN at {list(weight.shape)} in {weight.dtype} than as a small copy")
 
 
 @contextmanager
@@ -116,7 +133,7 @@ def _find_formula(twin: _Twin) -> FFNLayout:
     gate_places = (False, True) if twin.gated else (False,)
     for activation, gate_last in itertools.product(reference.ACTIVATIONS, gate_places):
         layout = FFNLayout(twin.up, twin.down, twin.gated, gate_last, activation)
-        if _close(layout.forward(twin.parameters, x, training=False), y):
+        if close(layout.forward(twin.parameters, x, training=False), y):
             return layout
     formula = "down(act(gate) * value)" if twin.gated else "down(act(up(x)))"
     raise NotReplaceableError(f"its output is not {formula} with act any of {', '.join(reference.ACTIVATIONS)}")
@@ -130,55 +147,77 @@ def _check_input(twin: _Twin, shape: tuple[int, ...], scale: float, layout: FFNL
         if len(shape) == 2:
             raise
         return
-    if not _close(layout.forward(twin.parameters, x, training=False), y):
+    if not close(layout.forward(twin.parameters, x, training=False), y):
         raise NotReplaceableError(f"is no plain FFN on every input: not on {list(x.shape)}, scale {scale:g}")
 
 
-def _find_dropouts(twin: _Twin, layout: FFNLayout) -> FFNLayout:
-    """Tries each nn.Dropout on hidden and on the output, until every seed gives the same output.
+def _find_dropouts(twin: _Twin, layout: FFNLayout) -> tuple[FFNLayout, dict[float, float]]:
+    """Tries each rate of dropout on hidden and on the output, until every seed gives the same output.
 
     The generator must end in the same state too: whatever else is drawn, though rarely used, is noticed.
+
+    Returns:
+        The layout with the rates that the twin has now, and the module's own rate for each.
     """
     x = twin.tokens(2, 3)
-    # Rate to try → rate it has: large and all different, so that one cannot pass for another, or for none.
+    # Large and all different, so that one cannot pass for another, or for none.
     rates = {0.0: 0.0}
-    dropouts = [m for m in twin.module.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    for i, dropout in enumerate(dropouts):
-        trial = 0.3 + 0.4 / (i + 1)
-        rates[trial], dropout.p = dropout.p, trial
+    for module, name, rate in list(_rates(twin.module)):
+        trial = 0.3 + 0.4 / len(rates)
+        rates[trial] = rate
+        setattr(module, name, trial)
     python_state = random.getstate()
     expected = {}
     for seed in _SEEDS:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         expected[seed] = _run(twin.module, x), torch.get_rng_state()
     if random.getstate() == python_state:
         for on_hidden, on_output in itertools.product(rates, repeat=2):
             trial_layout = replace(layout, dropout=on_hidden, output_dropout=on_output)
             if all(_same_run(trial_layout, twin.parameters, x, seed, *expected[seed]) for seed in _SEEDS):
-                return replace(layout, dropout=rates[on_hidden], output_dropout=rates[on_output])
-    raise NotReplaceableError("in training does something else than dropout of hidden and of the output")
+                return trial_layout, rates
+    raise NotReplaceableError(
+        "in training does something else than dropout of hidden and of the output, by nn.Dropout or at a rate that is "
+        "an attribute"
+    )
+
+
+def _rates(ffn: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """(module, name of the attribute, value) of all that may be the rate of a dropout."""
+    for module in ffn.modules():
+        for name, value in vars(module).items():
+            if (isinstance(module, nn.Dropout) and name == "p" and value > 0) or (
+                isinstance(value, float) and 0 < value < 1
+            ):
+                yield module, name, value
 
 
 def _same_run(
     layout: FFNLayout, parameters: Mapping[str, Tensor], x: Tensor, seed: int, y: Tensor, rng_state: Tensor
 ) -> bool:
-    torch.manual_seed(seed)
-    return _close(layout.forward(parameters, x, training=True), y) and torch.equal(torch.get_rng_state(), rng_state)
+    torch.default_generator.manual_seed(seed)
+    return close(layout.forward(parameters, x, training=True), y) and torch.equal(torch.get_rng_state(), rng_state)
 
 
-def _check_gradients(twin: _Twin, layout: FFNLayout) -> None:
+def _check_gradients(twin: _Twin, layout: FFNLayout, training: bool) -> None:
     x = twin.tokens(2, 3)
     twin.module.requires_grad_(True)
     dense = dict(twin.module.named_parameters())
     names, leaves = ["its input", *dense], [x.requires_grad_(), *dense.values()]
     with torch.enable_grad():
-        y, exact = _run(twin.module, x), layout.forward(dense, x, training=False)
+        torch.default_generator.manual_seed(0)
+        y = _run(twin.module, x)
+        torch.default_generator.manual_seed(0)
+        exact = layout.forward(dense, x, training=training)
+        if not close(y, exact):
+            raise NotReplaceableError("its output is another where gradients are recorded")
         y = y if y.requires_grad else 0 * exact  # no gradient is a gradient of 0
     direction = torch.randn_like(exact)
     ours = torch.autograd.grad(y, leaves, direction, materialize_grads=True)
     for name, grad, expected in zip(names, ours, torch.autograd.grad(exact, leaves, direction), strict=True):
-        if not _close(grad, expected):
-            raise NotReplaceableError(f"its gradient with respect to {name} is not that of its output")
+        if not close(grad, expected):
+            when = " in training" if training else ""
+            raise NotReplaceableError(f"its gradient with respect to {name} is not that of its output{when}")
 
 
 def _run(module: nn.Module, x: Tensor) -> Tensor:
@@ -198,5 +237,5 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).norm() <= _TOLERANCE * b.norm())
+def close(a: Tensor, b: Tensor, tolerance: float = _TOLERANCE) -> bool:
+    return bool((a - b).norm() <= tolerance * b.norm())

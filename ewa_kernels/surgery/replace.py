@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ewa_kernels import backends, checks
 from ewa_kernels.surgery.joined import forbid_nested_tensors_
 from ewa_kernels.surgery.layout import copy_with_parameters, swap_modules_
-from ewa_kernels.surgery.pretrained import guard_save_pretrained_
+from ewa_kernels.surgery.pretrained import guard_save_pretrained
 from ewa_kernels.surgery.replaced import ReplacedFFN
 from ewa_kernels.surgery.sites import FFNSite, find_ffns
 
@@ -55,7 +56,8 @@ def replace_ffn_(
 
     Make the optimizer after this call: the parameters are new ones. A module that stands in several places of
     the model is replaced in all of them by one layer. Only places that PyTorch knows are found: the FFN in a
-    plain Python list of yours stays there, without its parameters, and fails when it is called.
+    plain Python list of yours, or in another model too, stays there, without its parameters, and fails when it is
+    called. What rate its dropouts have is read now: later it is `layer.dropout` that counts.
 
     Args:
         model: any module; `find_ffns` tells what is replaceable.
@@ -85,15 +87,8 @@ def replace_ffn_(
         chosen = replaceable[1::2]
     else:
         chosen = [site for site in replaceable if filter_fn(site.name, site.module)]
-    layers = [_experts_of(site, num_experts, init, backend) for site in chosen]
-    pairs = list(zip(chosen, layers, strict=True))
-    swap_modules_(model, {site.module: layer for site, layer in pairs if site.block is None})
-    for site, layer in pairs:
-        if site.block is not None:
-            layer.place_in_(site)
+    for layer in stand_in_(model, [(site, num_experts) for site in chosen], init, backend):
         layer.release()
-    forbid_nested_tensors_(model)
-    guard_save_pretrained_(model)
     report = ReplacementReport(
         replaced=tuple(site.name for site in chosen),
         kept=tuple(site.name for site in replaceable if site not in chosen),
@@ -104,25 +99,64 @@ def replace_ffn_(
     return report
 
 
+def stand_in_(model: nn.Module, chosen: Sequence[tuple[FFNSite, int]], init: str, backend: str) -> list[ReplacedFFN]:
+    """So many experts each in place of these FFNs, which keep their parameters until `release`."""
+    pairs = [(site, _experts_of(model, site, num_experts, init, backend)) for site, num_experts in chosen]
+    swap_modules_(model, {site.module: layer for site, layer in pairs if site.block is None})
+    for site, layer in pairs:
+        if site.block is not None:
+            layer.place_in_(site)
+    forbid_nested_tensors_(model)
+    guard_save_pretrained(model)
+    return [layer for _, layer in pairs]
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def _experts_of(site: FFNSite, num_experts: int, init: str, backend: str) -> ReplacedFFN:
+def _experts_of(model: nn.Module, site: FFNSite, num_experts: int, init: str, backend: str) -> ReplacedFFN:
     assert site.layout is not None
     ffn = site.ffn
     first = site.layout.stack(dict(ffn.named_parameters()))
     if init == "copy":
         experts = [first] * num_experts
     else:
-        fresh = (dict(_drawn_afresh(ffn).named_parameters()) for _ in range(1, num_experts))
+        initialise = _initialiser_around(model, site.name)
+        fresh = (dict(_drawn_afresh(ffn, initialise).named_parameters()) for _ in range(1, num_experts))
         experts = [first, *(site.layout.stack(parameters) for parameters in fresh)]
     stacked = {name: torch.stack([expert[name] for expert in experts]) for name in first}
     return ReplacedFFN(ffn, site.layout, stacked, backend)
 
 
-def _drawn_afresh(ffn: nn.Module) -> nn.Module:
+def _initialiser_around(model: nn.Module, name: str) -> Callable[[nn.Module], None] | None:
+    """The nearest `_init_weights` that takes a module, as transformers and timm have it."""
+    parts = name.split(".") if name else []
+    for length in range(len(parts), -1, -1):
+        method = getattr(model.get_submodule(".".join(parts[:length])), "_init_weights", None)
+        if inspect.ismethod(method) and list(inspect.signature(method).parameters) in (["module"], ["m"]):
+            return method
+    return None
+
+
+def _drawn_afresh(ffn: nn.Module, initialise: Callable[[nn.Module], None] | None) -> nn.Module:
     twin = copy_with_parameters(ffn, {name: torch.empty_like(p) for name, p in ffn.named_parameters()})
-    for module in [twin] if hasattr(twin, "reset_parameters") else twin.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
+    reset = getattr(twin, "reset_parameters", None)
+    if callable(reset):
+        reset()
+        return twin
+    for name, linear in twin.named_modules():
+        if isinstance(linear, nn.Linear):
+            linear.reset_parameters()
+            for which, parameter in linear.named_parameters():
+                own = ffn.get_submodule(name).get_parameter(which)
+                if not own.is_meta and not _as_linear_draws(own, linear.in_features):
+                    std, mean = torch.std_mean(own.double(), correction=0)
+                    parameter.normal_(mean.item(), std.item())
+    if initialise is not None:
+        twin.apply(initialise)
     return twin
+
+
+def _as_linear_draws(parameter: Tensor, in_features: int) -> bool:
+    """Whether it may be uniform in ±1/√in_features: of a normal tensor some of the numbers would be too large."""
+    bound = in_features**-0.5
+    return bool(parameter.abs().max() <= 1.001 * bound and parameter.double().std(correction=0) >= bound / 3)

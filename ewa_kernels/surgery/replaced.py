@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewa_kernels.modules import RandomPartitionMoE
-from ewa_kernels.surgery.joined import Places
+from ewa_kernels.surgery.joined import JoinedFFN, Places, forbid_nested_tensors_
 from ewa_kernels.surgery.layout import FFNLayout, copy_modules, copy_with_parameters, swap_modules_
 from ewa_kernels.surgery.sites import FFNSite
 
@@ -22,6 +24,7 @@ class _Origin:
 
     ffn: nn.Module
     layout: FFNLayout
+    argument: str  # name of the input, where the layer is called
     places: Places = field(default_factory=Places)  # of a block's parts
 
 
@@ -50,12 +53,30 @@ class ReplacedFFN(RandomPartitionMoE):
             for which in ("weight", "bias"):
                 stacked = experts.get(f"{name}.{which}")
                 if stacked is not None:
-                    stacked = nn.Parameter(stacked, requires_grad=getattr(linear, which).requires_grad)
+                    own = getattr(linear, which)
+                    stacked = nn.Parameter(stacked, requires_grad=own.requires_grad)
+                    vars(stacked).update(vars(own))
                 setattr(getattr(self, name), which, stacked)
-        self._origin = _Origin(ffn, layout)
+        self._origin = _Origin(ffn, layout, next(iter(inspect.signature(ffn.forward).parameters)))
         self.train(ffn.training)
 
-    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, perhaps in another process
+        from ewa_kernels.surgery.pretrained import guard_save_pretrained  # which needs this file
+
+        super().__setstate__(state)
+        guard_save_pretrained()
+
+    @property
+    def layout(self) -> FFNLayout:
+        return self._origin.layout
+
+    def forward(self, x: Tensor | None = None, *, seed: int | Tensor | None = None, **named: Tensor) -> Tensor:
+        """As `RandomPartitionMoE`; x may have the name that it has in the FFN's own forward."""
+        if x is None:
+            x = named.pop(self._origin.argument, None)
+        if x is None or named:
+            got = ", ".join(named) or "none"
+            raise TypeError(f"x must be given, or {self._origin.argument}, and but for seed nothing else, got {got}")
         y = super().forward(x, seed=seed)
         return F.dropout(y, self.output_dropout, self.training) if self.output_dropout else y
 
@@ -77,16 +98,28 @@ class ReplacedFFN(RandomPartitionMoE):
         ffn = copy_modules(self._origin.ffn).eval()
         return torch.func.functional_call(ffn, self._merged(), (x,), strict=True)
 
-    @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """The FFN that was replaced, of its own class, with the experts' mean; a copy that shares no parameter."""
+        """The FFN that was replaced, of its own class, with the experts' mean; a copy that shares no parameter.
+
+        Raises:
+            ValueError: its projections are parts of a block, which would keep what stands in for the others.
+        """
+        if isinstance(self._origin.ffn, JoinedFFN):
+            raise ValueError("this layer stands for parts of a block: use ewa_kernels.fold_(model)")
+        return self.dense()
+
+    @torch.no_grad()
+    def dense(self) -> nn.Module:
+        """As `fuse`; of a block's parts a `JoinedFFN`."""
         layout = self._origin.layout
         ffn = copy_with_parameters(self._origin.ffn, {name: mean.clone() for name, mean in self._merged().items()})
         for experts, projections in ((self.up, layout.up), (self.down, (layout.down,))):
             for which in ("weight", "bias"):
                 stacked = getattr(experts, which)
                 for projection in projections if stacked is not None else ():
-                    getattr(ffn.get_submodule(projection), which).requires_grad_(stacked.requires_grad)
+                    parameter = getattr(ffn.get_submodule(projection), which)
+                    parameter.requires_grad_(stacked.requires_grad)
+                    vars(parameter).update(vars(getattr(self._origin.ffn.get_submodule(projection), which)))
         return ffn.train(self.training)
 
     def release(self) -> None:
@@ -96,6 +129,12 @@ class ReplacedFFN(RandomPartitionMoE):
                 if parameter is not None:
                     empty = torch.empty_like(parameter, device="meta")
                     linear._parameters[which] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                    vars(linear._parameters[which]).update(vars(parameter))
+
+    @property
+    def ffn(self) -> nn.Module:
+        """The module that was replaced."""
+        return self._origin.ffn
 
     def restore(self, fused: nn.Module) -> nn.Module:
         """The very module that was replaced, with the parameters of `fused`."""
@@ -114,6 +153,14 @@ class ReplacedFFN(RandomPartitionMoE):
         if not placed:
             return {self: ffn}
         return {module: ffn.get_submodule(part) for part, module in placed.items()}
+
+    def place_of(self, tensor: str) -> tuple[nn.Module, str]:
+        """The module in whose place a tensor of the FFN is found after folding, and its name there."""
+        placed = self._origin.places.modules
+        if not placed:
+            return self, tensor
+        part, _, name = tensor.partition(".")
+        return placed[part], name
 
     def restore_attributes_(self, model: nn.Module) -> None:
         """Of whatever holds this layer in a block."""
@@ -136,7 +183,24 @@ def replaced_ffns(model: nn.Module) -> dict[str, ReplacedFFN]:
 def fuse_all(layers: Iterable[nn.Module]) -> dict[RandomPartitionMoE, nn.Module]:
     """Each layer of experts among these modules, with the FFN it becomes."""
     with torch.inference_mode(False):
-        return {m: m.fuse() for m in layers if isinstance(m, RandomPartitionMoE)}
+        return {
+            m: m.dense() if isinstance(m, ReplacedFFN) else m.fuse()
+            for m in layers
+            if isinstance(m, RandomPartitionMoE)
+        }
+
+
+def put_back_(model: nn.Module, ffns: Mapping[RandomPartitionMoE, nn.Module]) -> None:
+    """Each FFN takes the place of its layer in the model, and all around it is as it was before the layer came."""
+    parts: dict[nn.Module, nn.Module] = {}
+    for layer, ffn in ffns.items():
+        if isinstance(layer, ReplacedFFN):
+            layer.restore_attributes_(model)
+            parts.update(layer.parts(ffn))
+        else:
+            parts[layer] = ffn
+    swap_modules_(model, parts)
+    forbid_nested_tensors_(model)
 
 
 @contextmanager

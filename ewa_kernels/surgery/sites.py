@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
+from ewa_kernels import checks
 from ewa_kernels.modules import RandomPartitionMoE
 from ewa_kernels.surgery import places
 from ewa_kernels.surgery.adapters import adapter_of
 from ewa_kernels.surgery.joined import Block, block_of
 from ewa_kernels.surgery.layout import FFNLayout
 from ewa_kernels.surgery.probe import NotReplaceableError, probe
+
+# Each tells which modules of a model are parts of something else, and why; `ewa_kernels.moe` adds the experts of lists.
+claims: list[Callable[[nn.Module], Mapping[nn.Module, str]]] = []
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,7 @@ def find_ffns(model: nn.Module) -> list[FFNSite]:
     Raises:
         TypeError: `model` is not an nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    checks.module("model", model)
     # How many modules hold each parameter, and each module.
     holders = Counter(
         id(held)
@@ -58,12 +61,13 @@ def find_ffns(model: nn.Module) -> list[FFNSite]:
         for held in (*module._parameters.values(), *module._modules.values())
         if held is not None
     )
+    claimed = {module: reason for claim in claims for module, reason in claim(model).items()}
     sites: list[FFNSite] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
-        site = _site(name, module, model, holders)
+        site = _site(name, module, model, holders, claimed)
         if site is None:
             continue
         sites.append(site)
@@ -72,7 +76,9 @@ def find_ffns(model: nn.Module) -> list[FFNSite]:
     return sites
 
 
-def _site(name: str, module: nn.Module, model: nn.Module, holders: Counter[int]) -> FFNSite | None:
+def _site(
+    name: str, module: nn.Module, model: nn.Module, holders: Counter[int], claimed: Mapping[nn.Module, str]
+) -> FFNSite | None:
     """None if the module does not look like an FFN."""
     if isinstance(module, RandomPartitionMoE):
         return FFNSite(name, module, "RandomPartitionMoE", None, "is a RandomPartitionMoE already", module)
@@ -81,12 +87,16 @@ def _site(name: str, module: nn.Module, model: nn.Module, holders: Counter[int])
     try:
         block = block_of(module)
         if block is not None:
+            _check_not_shared(module, (block.up, block.down), holders)
             kind, ffn, up, down = block.kind, block.join(module), ("up",), "down"
         elif (found := adapter_of(module)) is not None:
             kind, up, down = found
-            _check_is_root(module, model)
+            _check_place(name)
+            _check_not_shared(module, (*up, down), holders)
         else:
             return None
+        if module in claimed:
+            raise NotReplaceableError(claimed[module])
         places.check(model, name)
         _check_parts(ffn, up, down, holders)
         layout = probe(ffn, up, down)
@@ -99,9 +109,25 @@ def _site(name: str, module: nn.Module, model: nn.Module, holders: Counter[int])
     return FFNSite(name, module, kind, layout, skip_reason, ffn, block)
 
 
-def _check_is_root(module: nn.Module, model: nn.Module) -> None:
-    if module is model:
+def _check_place(name: str) -> None:
+    if name == "":
         raise NotReplaceableError("is the model itself: nothing holds it that could hold another")
+    if name.rpartition(".")[2] == "_orig_mod":
+        raise NotReplaceableError("is compiled: call replace_ffn_ before torch.compile")
+
+
+def _check_not_shared(module: nn.Module, names: tuple[str, ...], holders: Counter[int]) -> None:
+    """Neither the projections of these names nor the modules that hold them, inside of `module`."""
+    for name in names:
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            path = ".".join(parts[:i])
+            try:
+                held = module.get_submodule(path)
+            except AttributeError:
+                break  # `_linear` says so
+            if holders[id(held)] > 1:
+                raise NotReplaceableError(f"shares with another module: {path}")
 
 
 def _check_parts(module: nn.Module, up: tuple[str, ...], down: str, holders: Counter[int]) -> None:
@@ -127,7 +153,6 @@ def _check_parts(module: nn.Module, up: tuple[str, ...], down: str, holders: Cou
     if others:
         raise NotReplaceableError(f"has other parameters or buffers: {', '.join(others)}")
     shared = [name for name, p in parameters.items() if holders[id(p)] > 1]
-    shared += [name for name, linear in zip((*up, down), linears, strict=True) if holders[id(linear)] > 1]
     if shared or len(parameters) != sum(1 + (linear.bias is not None) for linear in linears):
         raise NotReplaceableError(f"shares with another module: {', '.join(shared) or 'its own projections'}")
     for what in ("dtype", "device"):
@@ -143,7 +168,10 @@ def _check_parts(module: nn.Module, up: tuple[str, ...], down: str, holders: Cou
 
     if len({child.training for child in module.modules()}) > 1:
         raise NotReplaceableError("is in training mode in part only")
-    hooked = [name or "it" for name, child in module.named_modules() if _has_hooks(child)]
+    if any(child._compiled_call_impl is not None for child in module.modules()):
+        raise NotReplaceableError("is compiled: call replace_ffn_ before compile()")
+    hooked = [name or "it" for name, child in module.named_modules() if _has_hooks(child, _HOOKS)]
+    hooked += [name for name, p in parameters.items() if _has_hooks(p, _PARAMETER_HOOKS)]
     if hooked:
         raise NotReplaceableError(f"has hooks that would be lost, on {', '.join(hooked)}")
     extra = list(_extra_arguments(module))
@@ -157,7 +185,10 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     except AttributeError:
         raise NotReplaceableError(f"has no module {name!r}") from None
     if type(linear) is not nn.Linear:
-        raise NotReplaceableError(f"{name} is a {type(linear).__name__}, not an nn.Linear")
+        own = type(linear).__name__
+        raise NotReplaceableError(
+            f"{name} is a {f'{type(linear).__module__}.{own}' if own == 'Linear' else own}, not an nn.Linear"
+        )
     if type(linear.weight) is not nn.Parameter:
         kind = type(linear.weight).__name__
         raise NotReplaceableError(f"{name}.weight is a {kind}, not a plain Parameter")
@@ -176,8 +207,11 @@ _HOOKS = (
 )
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, hooks, None) for hooks in _HOOKS)
+_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def _has_hooks(held: nn.Module | nn.Parameter, kinds: tuple[str, ...]) -> bool:
+    return any(getattr(held, hooks, None) for hooks in kinds)
 
 
 def _extra_arguments(module: nn.Module) -> Iterator[str]:

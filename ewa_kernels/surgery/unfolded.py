@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ewa_kernels import backends, checks, shards
-from ewa_kernels.surgery.fold import fold_
-from ewa_kernels.surgery.replace import ReplacementReport, replace_ffn_
-from ewa_kernels.surgery.replaced import ReplacedFFN, replaced_ffns
+from ewa_kernels.surgery.replace import ReplacementReport, stand_in_
+from ewa_kernels.surgery.replaced import ReplacedFFN, put_back_, replaced_ffns
 from ewa_kernels.surgery.sites import FFNSite, find_ffns
 
 _FORMAT = "ewa_kernels.unfolded"
@@ -33,9 +33,11 @@ def save_unfolded(model: nn.Module, path: str | os.PathLike[str], *, is_main_pro
         is_main_process: False writes nothing. Of a sharded model all processes must make the call, for it gathers.
 
     Raises:
-        TypeError: `model` is not an nn.Module.
-        ValueError: it holds no experts that `replace_ffn_` made.
+        TypeError: `model` is not an nn.Module, or `path` not a path.
+        ValueError: it holds no experts that `replace_ffn_` made, or an extra state that could not be loaded.
+        FileNotFoundError: the folder of `path` does not exist.
     """
+    path = _path(path)
     model = _unwrapped(model)
     layers = _layers(model)
     if not layers:
@@ -49,14 +51,18 @@ def save_unfolded(model: nn.Module, path: str | os.PathLike[str], *, is_main_pro
         "sites": {name: _options(layer) for name, layer in layers.items()},
         "state_dict": tensors,
     }
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    for key, value in tensors.items():
+        if not _is_plain(value):
+            raise ValueError(f"model must have extra states of plain types, got {type(value).__name__} in {key}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must be in a folder that exists, got {path}")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with unfinished.open("wb") as file:
             torch.save(content, file)
-        partial.replace(path)
+        unfinished.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def load_unfolded_(model: nn.Module, path: str | os.PathLike[str], *, backend: str = "auto") -> ReplacementReport:
@@ -74,13 +80,16 @@ def load_unfolded_(model: nn.Module, path: str | os.PathLike[str], *, backend: s
         What was replaced, now or before, and what was not.
 
     Raises:
-        TypeError: `model` is not an nn.Module.
-        ValueError: not such a file; or the model is of another architecture, or has experts elsewhere. The model is
-            as it was then.
+        TypeError: `model` is not an nn.Module, or `path` not a path.
+        ValueError: not such a file; or the model is of another architecture, has experts elsewhere, or is on the meta
+            device. The model is as it was then.
         FileNotFoundError: no file.
     """
     checks.choice("backend", backend, backends.BACKENDS)
+    path = _path(path)
     model = _unwrapped(model)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model must have memory to load into, got one on meta: use model.to_empty(device=…) first")
     sites, state_dict = _read(path)
     layers = _layers(model)
     if layers:
@@ -92,46 +101,18 @@ def load_unfolded_(model: nn.Module, path: str | os.PathLike[str], *, backend: s
         _check(model, sites, state_dict)
         _load(model, state_dict)
         return ReplacementReport(replaced=tuple(layers), kept=(), skipped={})
-    parameters = {module: dict(module._parameters) for module in model.modules()}
+    found = _found(model, sites)
+    new = stand_in_(
+        model, [(found[place], options["num_experts"]) for place, options in sites.items()], "copy", backend
+    )
     try:
-        report = _replace(model, sites, backend)
         _check(model, sites, state_dict)
         _load(model, state_dict)
     except BaseException:
-        fold_(model)
-        for module, own in parameters.items():  # fold_ restores modules, but with new parameters
-            module._parameters.update(own)
+        put_back_(model, {layer: layer.ffn for layer in new})
         raise
-    return report
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # of many kinds, for what is not such a file
-        raise ValueError(
-            f"path must be a file that save_unfolded wrote, cannot read {os.fspath(path)}: {error}"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"path must be a file that save_unfolded wrote, got another in {os.fspath(path)}")
-    if content.get("version") != _VERSION:
-        raise ValueError(f"path must be of version {_VERSION}, got {content.get('version')}: {os.fspath(path)}")
-    return content["sites"], content["state_dict"]
-
-
-def _replace(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], backend: str) -> ReplacementReport:
-    found = {_place(site): site for site in find_ffns(model)}
-    for place in sites:
-        if place not in found:
-            raise ValueError(f"model must be of the saved architecture, has no FFN {place}")
-        if (reason := found[place].skip_reason) is not None:
-            raise ValueError(f"model must be of the saved architecture, but its {place} {reason}")
-    for num_experts in sorted({options["num_experts"] for options in sites.values()}):
-        chosen = [place for place, options in sites.items() if options["num_experts"] == num_experts]
-        names = {found[place].name for place in chosen}
-        replace_ffn_(model, num_experts, filter_fn=partial(_is_among, names), backend=backend)
+    for layer in new:
+        layer.release()
     return ReplacementReport(
         replaced=tuple(site.name for place, site in found.items() if place in sites),
         kept=tuple(s.name for place, s in found.items() if place not in sites and s.skip_reason is None),
@@ -139,8 +120,58 @@ def _replace(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], backend: 
     )
 
 
-def _is_among(names: set[str], name: str, module: nn.Module) -> bool:
-    return name in names
+def _path(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or a PathLike, got {type(path).__name__}")
+    return Path(path)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `torch.load` reads it without executing code."""
+    if isinstance(value, Tensor):
+        return True
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of many kinds, for what is not such a file
+        raise ValueError(f"path must be a file that save_unfolded wrote, cannot read {path}: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"path must be a file that save_unfolded wrote, got another in {path}")
+    if content.get("version") != _VERSION:
+        raise ValueError(f"path must be of version {_VERSION}, got {content.get('version')}: {path}")
+    sites, state_dict = content.get("sites"), content.get("state_dict")
+    if not isinstance(sites, dict) or not isinstance(state_dict, dict):
+        raise ValueError(f"path must be a complete file of save_unfolded, got one without sites or tensors: {path}")
+    for place, options in sites.items():
+        num_experts = options.get("num_experts") if isinstance(options, dict) else None
+        if not isinstance(num_experts, int) or num_experts < 1:
+            raise ValueError(
+                f"path must be a file that save_unfolded wrote, has {num_experts} experts in {place}: {path}"
+            )
+    return sites, state_dict
+
+
+def _found(model: nn.Module, sites: Mapping[str, Mapping[str, Any]]) -> dict[str, FFNSite]:
+    """The model's FFNs by the places of their layers. Raises ValueError unless all `sites` are among them."""
+    found = {_place(site): site for site in find_ffns(model)}
+    for place in sites:
+        if place not in found:
+            raise ValueError(f"model must be of the saved architecture, has no FFN {place}")
+        if (reason := found[place].skip_reason) is not None:
+            raise ValueError(f"model must be of the saved architecture, but its {place} {reason}")
+    return found
 
 
 def _place(site: FFNSite) -> str:
@@ -196,8 +227,7 @@ def _whole(value: Any) -> Any:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    checks.module("model", model)
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module

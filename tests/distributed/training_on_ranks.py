@@ -101,7 +101,7 @@ def fsdp_equals_a_single_process_and_averages_without_communication():
     assert max(abs(ours[name] - spread[name]) for name in spread) <= TOLERANCE
     before = {name: p.detach().clone() for name, p in ewa.expert_tensors(model)}
     with CommDebugMode() as communication:
-        averager.step()
+        averager.average()
     assert communication.get_total_counts() == 0
     assert experts_moved(model, before)
 
