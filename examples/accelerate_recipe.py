@@ -57,6 +57,8 @@ class RowTransformer(torch.nn.Module):
 
 def main() -> None:
     options = parser.parse_args()
+    if options.save_at is not None and not 1 <= options.save_at <= options.steps:
+        parser.error(f"--save-at must be in 1…{options.steps}, the number of steps, got {options.save_at}")
     # The order of each epoch's data follows from the seed and its number, so that a resumed run finds its place.
     accelerator = Accelerator(
         gradient_accumulation_steps=options.accumulate,
@@ -78,6 +80,8 @@ def main() -> None:
     averager.attach(optimizer)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     accelerator.register_for_checkpointing(averager)
+    if not 1 <= options.accumulate <= len(loader):
+        parser.error(f"--accumulate must be in 1…{len(loader)}, the batches of an epoch, got {options.accumulate}")
 
     checkpoint = Path(options.output) / "checkpoint"
     num_batches = 0

@@ -61,7 +61,7 @@ def random_batch(step: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def last_step(folder: Path) -> int | None:
     """That of the last complete checkpoint: its metadata is written when all else is there."""
-    steps = [int(path.parent.name) for path in folder.glob("*/.metadata")]
+    steps = [int(path.parent.name) for path in folder.glob("*/.metadata") if path.parent.name.isdigit()]
     return max(steps, default=None)
 
 
@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("fsdp2_output"), help="on a disk that all machines share")
     arguments = parser.parse_args()
+    if arguments.save_every < 1:
+        parser.error(f"--save-every must be at least 1, got {arguments.save_every}")
 
     use_cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_cuda else torch.device("cpu")

@@ -1,6 +1,9 @@
 """A plain training loop: a small ViT of timm on scikit-learn's digits, with experts that are averaged and folded.
 
 python examples/timm_plain_loop.py --steps 300
+
+timm imports torchvision, which must be made for this PyTorch. If it is not, the error is
+"operator torchvision::nms does not exist"; README.md says what to install.
 """
 
 import argparse
@@ -30,6 +33,8 @@ def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor)
 
 def main() -> None:
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
     torch.manual_seed(options.seed)
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16

@@ -1,6 +1,9 @@
 """The Trainer of transformers: a small ViT on scikit-learn's digits, with experts that are averaged and folded.
 
 python examples/transformers_trainer.py --steps 300 --output digits-vit
+
+transformers imports torchvision where it is installed, which then must be made for this PyTorch. If it is not, the
+error is "operator torchvision::nms does not exist"; README.md says what to install.
 """
 
 import argparse

@@ -315,3 +315,35 @@ def test_trainer_averages_and_leaves_the_model_as_it_is(tmp_path):
     assert callback.averager.num_steps == 3
     assert "model.layers.0.mlp.experts.down_proj" in callback.averager.spread()
     assert list(model.state_dict()) == keys
+
+
+class Regression(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = ewa.RoutedMoE(8, 12, 4, top_k=2)
+
+    def forward(self, x, labels):
+        y = self.experts(x)
+        return {"loss": (y - labels).square().mean() + 0.01 * self.experts.load_balance_loss, "y": y}
+
+
+def test_trainer_resumes_a_routed_model(tmp_path):
+    """From the trainer's own file: there is nothing to fold in it."""
+    from ewa_kernels.integrations.transformers import EWACallback
+
+    def train(folder, max_steps, **options):
+        torch.manual_seed(0)
+        model, callback = Regression(), EWACallback(share_rate=ewa.LinearShareRate(0.3, 4))
+        arguments = transformers.TrainingArguments(
+            str(folder), max_steps=max_steps, save_steps=2, lr_scheduler_type="constant", report_to=[], use_cpu=True
+        )
+        rows = [{"x": torch.full((8,), i / 8).sin(), "labels": torch.full((8,), i / 8).cos()} for i in range(64)]
+        transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train(**options)
+        return model, callback
+
+    whole, _ = train(tmp_path / "whole", 4)
+    train(tmp_path / "half", 2)
+    resumed, callback = train(tmp_path / "half", 4, resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
+    assert callback.averager.num_steps == 4
+    for name, parameter in resumed.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(name)), name

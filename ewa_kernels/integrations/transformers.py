@@ -22,6 +22,7 @@ except ImportError as error:
 
 from ewa_kernels.averaging import ExpertAverager
 from ewa_kernels.integrations.callbacks import Averaging
+from ewa_kernels.surgery.replaced import replaced_ffns
 from ewa_kernels.surgery.unfolded import load_unfolded_, save_unfolded
 
 __all__ = ["EWACallback"]
@@ -110,7 +111,8 @@ class EWACallback(TrainerCallback):
         if args.should_save and not folder.is_dir():
             warnings.warn(f"no experts saved: the trainer's checkpoint is not in {folder}", stacklevel=2)
             return
-        save_unfolded(kwargs["model"], folder / EXPERTS_FILE, is_main_process=args.should_save)
+        if replaced_ffns(kwargs["model"]):  # other experts are in the trainer's own file
+            save_unfolded(kwargs["model"], folder / EXPERTS_FILE, is_main_process=args.should_save)
         if args.should_save:
             record = {"run": self._run, "global_step": state.global_step, "averager": self.averager.state_dict()}
             (folder / AVERAGER_FILE).write_text(json.dumps(record))
@@ -119,7 +121,7 @@ class EWACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None and replaced_ffns(model):
             # The trainer has loaded its own file, which has no experts.
             load_unfolded_(model, Path(state.best_model_checkpoint) / EXPERTS_FILE)
         self._averaging.end(model, is_trained=state.global_step > 0)
@@ -135,7 +137,8 @@ class EWACallback(TrainerCallback):
             if (folder / AVERAGER_FILE).is_file():
                 saved = json.loads((folder / AVERAGER_FILE).read_text())
                 if (saved["run"], saved["global_step"]) == (record["run"], state.global_step):
-                    load_unfolded_(model, folder / EXPERTS_FILE)
+                    if (folder / EXPERTS_FILE).is_file():
+                        load_unfolded_(model, folder / EXPERTS_FILE)
                     self.averager.load_state_dict(saved["averager"])
                     return
         raise ValueError(
