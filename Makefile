@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-slow sanitize venv bench gpu check format clean
+.PHONY: demo test test-slow sanitize venv bench study gpu check format clean
 
 demo: venv
 	$(BIN)/python -m ewa_kernels.demo
@@ -36,6 +36,12 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 bench: venv
 	$(BIN)/python -m benchmarks
+
+# Naive and random-partition experts, with averaging and without, over seeds; some 10 minutes on two idle cores.
+# STUDY_FLAGS: e.g. --resume, --seeds 20, --full
+STUDY_FLAGS ?=
+study: venv
+	$(BIN)/python -m benchmarks.study $(STUDY_FLAGS)
 
 # On a CUDA machine, with the Python and the packages that are there: nothing is installed. GPU_FLAGS: e.g.
 # --sections parity benchmarks --output folder

@@ -1,87 +1,86 @@
-"""`python -m benchmarks`: runs them, prints tables and writes `results/<device>.json`, and a plot of the experts."""
+"""`python -m benchmarks`: measures, prints tables, writes `results/<device>.json` and pictures, and README's table.
+
+`--base <commit>` compares that commit with the working tree instead.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
+import os
+import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import experts, ffn
-from benchmarks.environment import environment
+from benchmarks import cases, compare, report, scaling
+from benchmarks.environment import environment, file_name
+from benchmarks.run import BUDGET, SECTIONS, run
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=41, help="how often each variant runs")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="a folder")
-    parser.add_argument("--only", choices=("ffn", "experts"), help="default: both; on a GPU ffn is benchmarks.ffn_cuda")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    arguments = parser.parse_args()
+    devices = ("cpu", "cuda")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=devices, default=default, help="default here: %(default)s")
+    parser.add_argument("--budget", type=float, help=f"seconds that it may take, about; default {BUDGET}")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="default: all")
+    parser.add_argument("--case", help="the layer's cases that have this in their names")
+    parser.add_argument("--quick", action="store_true", help="two tiny cases of the layer: does it work?")
+    parser.add_argument("--output", type=Path, default=report.RESULTS, help="a folder")
+    parser.add_argument("--base", metavar="COMMIT", help="compare this commit with the working tree")
+    parser.add_argument("--cold", action="store_true", help="compile all anew: first calls without any cache")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU and a PyTorch that can use it")
+    budget = options.budget or BUDGET[options.device]
+    chosen = cases.QUICK_CASES if options.quick else cases.cases(options.device)
+    if options.case:
+        chosen = tuple(case for case in chosen if options.case.lower() in str(case).lower())
+        if not chosen:
+            parser.error(f"--case {options.case!r}: no case has that in its name")
+    console = Console(width=150)
+    if options.base:
+        ratios = compare.compare(options.base, options.device, chosen, budget)
+        console.print(compare.table(ratios, options.base))
+        return 0
 
-    machine = environment()
-    if arguments.device == "cuda":
-        machine["device"] = torch.cuda.get_device_name()
-    console = Console(width=110)
-    console.print(machine)
-    name = re.sub(r"\W+", "-", str(machine["device"])).strip("-").lower()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as cache:
+        if options.cold:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = cache
+        options.output.mkdir(parents=True, exist_ok=True)
+        path = options.output / file_name(environment(options.device)["device"])
 
-    def write(results: list[dict[str, object]], operation: str) -> None:
-        path = arguments.output / f"{operation}-{name}.json"
-        path.write_text(json.dumps({"environment": machine, "results": results}, indent=1) + "\n")
-        console.print(f"written to {path}")
+        def save(result: dict[str, Any]) -> None:
+            path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
-    if arguments.only != "experts" and arguments.device == "cpu":
-        results = ffn.run(arguments.rounds)
-        console.print(ffn_table(results))
-        write(results, "ffn")
-    if arguments.only != "ffn":
-        results = experts.run(arguments.rounds, arguments.device)
-        console.print(experts_table(results), targets_table(results, arguments.device))
-        write(results, "experts")
-        draw(results, f"{machine['device']}, PyTorch {machine['torch']}", arguments.output / f"experts-{name}.png")
+        start = time.monotonic()
+        result = run(options.device, budget, options.only, chosen, save, console.print)
+    console.print(result["environment"])
+    report.print_run(result, console)
+    written = [path.with_suffix(".json"), *_draw(result, path)]
+    if options.output.resolve() == report.RESULTS:
+        report.write_readme()
+        scaling.write()
+        written += [report.README, scaling.PAGE]
+    console.print("written:", *(str(p) for p in written))
+    console.print(f"{time.monotonic() - start:.0f} s")
+    return 0
 
 
-def draw(results: list[dict[str, object]], title: str, path: Path) -> None:
+def _draw(result: dict[str, Any], path: Path) -> list[Path]:
     """Where there is matplotlib."""
     try:
         from benchmarks import plot
     except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    plot.bars(results, title, path)
-
-
-def ffn_table(results: list[dict[str, object]]) -> Table:
-    table = Table("case", "variant", "median ms", "p20–p80 ms", "GFLOP/s", "÷ dense", title="FFN, forward+backward")
-    for r in results:
-        last = (f"{r['gflops']:.0f}", f"{r['ratio_to_dense']:.2f}")
-        table.add_row(str(r["case"]), str(r["variant"]), *times(r), *last)
-    return table
-
-
-def experts_table(results: list[dict[str, object]]) -> Table:
-    table = Table("operation", "variant", "median ms", "p20–p80 ms", "GB/s", title=str(results[0]["case"]))
-    for r in results:
-        table.add_row(str(r["operation"]), str(r["variant"]), *times(r), f"{r['gigabytes_per_second']:.1f}")
-    return table
-
-
-def targets_table(results: list[dict[str, object]], device: str) -> Table:
-    table = Table("variant", "÷", "measured", "target")
-    for target, ratio in experts.against_targets(results, device):
-        table.add_row(target.variant, target.baseline, f"{ratio:.3f}", f"at most {target.ratio:.3f}")
-    return table
-
-
-def times(result: dict[str, object]) -> tuple[str, str]:
-    return f"{result['median']:.1f}", f"{result['p20']:.1f}–{result['p80']:.1f}"
+        print("no pictures: matplotlib is not installed")
+        return []
+    return plot.draw(result, path)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

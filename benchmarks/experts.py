@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ewa_kernels as ewa
-from benchmarks.timing import interleaved, seconds_on_cuda, seconds_on_host
+from benchmarks.timing import Stopwatch, Variant, interleaved, timed
 
 D_MODEL, D_FF, NUM_EXPERTS, SHARE_RATE = 768, 3072, 4, 0.3
 SHAPES = ((D_FF, D_MODEL), (D_FF,), (D_MODEL, D_FF), (D_MODEL,))
@@ -63,6 +64,17 @@ def _loop(tensors: list[Tensor]) -> None:
             experts[i] = (1 - SHARE_RATE) * old[i] + SHARE_RATE / (NUM_EXPERTS - 1) * others
 
 
+def _foreach(tensors: list[Tensor]) -> None:
+    """As one would for experts that are separate modules: a list of tensors for each expert."""
+    experts = [[t[i] for t in tensors] for i in range(NUM_EXPERTS)]
+    means = torch._foreach_add(experts[0], experts[1])
+    for others in experts[2:]:
+        torch._foreach_add_(means, others)
+    torch._foreach_div_(means, NUM_EXPERTS)
+    for own in experts:
+        torch._foreach_lerp_(own, means, SHARE_RATE * NUM_EXPERTS / (NUM_EXPERTS - 1))
+
+
 def _one_pass(tensors: list[Tensor]) -> None:
     ewa.functional.average_experts_(tensors, SHARE_RATE)
 
@@ -70,6 +82,7 @@ def _one_pass(tensors: list[Tensor]) -> None:
 AVERAGING: dict[str, Callable[[list[Tensor]], None]] = {
     "one pass": _one_pass,
     "mean, lerp_": _mean_lerp,
+    "_foreach_*": _foreach,
     "loop over experts": _loop,
 }
 
@@ -112,10 +125,21 @@ def _optimizer_steps(tensors: list[Tensor]) -> dict[str, Callable[[], object]]:
     return steps
 
 
-def run(rounds: int, device: str = "cpu") -> list[dict[str, object]]:
-    """One result per variant; 3 layers on a CPU (227 MB), 12 on a GPU (907 MB)."""
-    measure = seconds_on_cuda if device == "cuda" else seconds_on_host
-    tensors = _experts(12 if device == "cuda" else 3, device)
+def subject(operation: str, device: str) -> Callable[[], object]:
+    """What this package makes of "averaging" or "AdamW and averaging", as a call; one layer on a CPU."""
+    tensors = _experts(12 if device == "cuda" else 1, device)
+    if operation == "averaging":
+        return lambda: _one_pass(tensors)
+    parameters = [nn.Parameter(t) for t in tensors]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    averager = ewa.ExpertAverager(parameters, SHARE_RATE)
+    return ewa.optim.AdamW(parameters, averager=averager).step
+
+
+def run(device: str, seconds: float, num_layers: int | None = None) -> list[dict[str, Any]]:
+    """One result per variant. By default 3 layers on a CPU (227 MB), 12 on a GPU (907 MB)."""
+    tensors = _experts(num_layers or (12 if device == "cuda" else 3), device)
     others = [torch.empty_like(t) for t in tensors]
     for name, average in AVERAGING.items():
         check(name, average, device)
@@ -129,26 +153,27 @@ def run(rounds: int, device: str = "cpu") -> list[dict[str, object]]:
     for name, average in AVERAGING.items():
         averaging[name] = lambda average=average: average(tensors)  # type: ignore[misc]
     results = []
+    watch = Stopwatch(device)
     # Reading and writing parameters; with AdamW gradients are read too, and moments read and written.
-    for operation, passes, variants in (
+    for operation, passes, calls in (
         ("averaging", 2, averaging),
         ("AdamW and averaging", 7, _optimizer_steps(tensors)),
     ):
-        for name, timing in interleaved(variants, rounds, measure).items():
+        variants: dict[str, Variant] = {name: timed(call, watch) for name, call in calls.items()}
+        for name, (timing,) in interleaved(variants, seconds / 2).items():
             results.append(
                 {
                     "operation": operation,
                     "case": f"{len(tensors) // len(SHAPES)} layers of ViT-B, E = {NUM_EXPERTS}, float32",
-                    "device": device,
                     "variant": name,
-                    **asdict(timing),
-                    "gigabytes_per_second": passes * num_bytes / timing.median / 1e6,
+                    **timing.as_dict(),
+                    "gigabytes_per_second": round(passes * num_bytes / timing.median / 1e6, 3),
                 }
             )
     return results
 
 
-def against_targets(results: list[dict[str, object]], device: str) -> list[tuple[Target, float]]:
+def against_targets(results: list[dict[str, Any]], device: str) -> list[tuple[Target, float]]:
     """Each target, and the ratio of medians that was measured."""
-    medians = {str(r["variant"]): float(str(r["median"])) for r in results}
+    medians = {r["variant"]: r["median"] for r in results}
     return [(t, medians[t.variant] / medians[t.baseline]) for t in TARGETS[device]]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cases import GPU_CASES, PHASES, Case
 from ewa_kernels.kernels.fused.configs import Tile, choose, choose_onchip, table
 
 # Measured on one H200 with large problems: a bf16 matrix product and a device-to-device copy.
@@ -29,54 +30,18 @@ EPILOGUE = {"pre_activation and GELU": 25, "store": 8, "grad_pre and hidden": 45
 OVERHEAD = 1.7e-6
 LAUNCH = 3e-6  # from the end of a kernel to the work of the next
 BF16 = 2  # bytes
+CASES = tuple(replace(case, dtype=torch.bfloat16) for case in GPU_CASES if case.top_k is None)
 
 
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    num_tokens: int
-    d_model: int
-    d_ff: int
-    gated: bool = False
-    num_experts: int = 4
-
-    @property
-    def num_up(self) -> int:
-        return 2 * self.d_ff if self.gated else self.d_ff
+def moved_bytes(case: Case, phase: str) -> float:
+    """What this package's launches read and write: in backward grad_pre and hidden too, written once and read again."""
+    pre, hidden = BF16 * case.num_rows * case.num_up, BF16 * case.num_rows * case.d_ff
+    return case.least_bytes(phase) + (3 * pre + 2 * hidden if phase == "backward" else 0)
 
 
-SHAPES = (
-    Shape("ViT-S", 256 * 197, 384, 1536),
-    Shape("ViT-B", 256 * 197, 768, 3072),
-    Shape("ViT-L", 256 * 197, 1024, 4096),
-    Shape("DINOv2-g (SwiGLU)", 64 * 257, 1536, 4096, gated=True),
-    Shape("Swin stage 1", 256 * 56 * 56, 96, 384),
-)
-
-
-def operations(s: Shape) -> tuple[float, float]:
-    """FLOP of the forward and of the backward."""
-    forward = 2.0 * s.num_tokens * s.d_model * (s.num_up + s.d_ff)
-    return forward, 2 * forward
-
-
-def least_bytes(s: Shape) -> tuple[float, float]:
-    """Each input read once, each output written once: x, y, pre_activation, weights; and their gradients.
-
-    Forward: x, y, pre_activation, weights. Backward: grad_y, x, pre_activation and weights read, grad_x and the
-    weights' gradients written; grad_pre and hidden are written once and read twice and once.
-    """
-    weights = s.num_experts * s.d_model * (s.num_up + s.d_ff)
-    rows, pre, hidden = (s.num_tokens * width for width in (s.d_model, s.num_up, s.d_ff))
-    forward = 2 * rows + pre + weights
-    backward = 3 * rows + pre + 2 * weights + 3 * pre + 2 * hidden
-    return BF16 * forward, BF16 * backward
-
-
-def floors(s: Shape) -> tuple[float, float]:
+def floor(case: Case, phase: str) -> float:
     """Seconds below which no implementation gets."""
-    forward, backward = zip(operations(s), least_bytes(s), strict=True)
-    return tuple(max(flop / MATRIX_RATE, size / COPY_RATE) for flop, size in (forward, backward))  # type: ignore[return-value]
+    return max(case.operations(phase) / MATRIX_RATE, case.least_bytes(phase) / COPY_RATE)
 
 
 def _tiles(rows: int, columns: int, depth: float, tile: Tile, epilogue: float) -> tuple[int, float]:
@@ -92,26 +57,26 @@ def _queue(*kinds: tuple[int, float]) -> float:
     return sum(count * seconds for count, seconds in kinds) / MULTIPROCESSORS + kinds[-1][1] / 2
 
 
-def predictions(s: Shape) -> Iterator[tuple[str, float]]:
+def predictions(s: Case) -> Iterator[tuple[str, float]]:
     """(form, seconds) of what the package can launch."""
     tiles = table(90, torch.bfloat16, "ieee")
-    floor = [size / COPY_RATE for size in least_bytes(s)]
+    traffic = [moved_bytes(s, phase) / COPY_RATE for phase in PHASES[:2]]
     tile = choose(tiles["forward"], s.num_tokens, s.num_experts, (s.d_ff, s.d_model))
     up_cost = EPILOGUE["pre_activation and GELU"] * (0.6 if s.gated else 1)
     up = _tiles(s.num_tokens, s.num_up, s.d_model, tile, up_cost)
     down = _tiles(s.num_tokens, s.d_model, s.d_ff, tile, EPILOGUE["store"])
     hidden = BF16 * s.num_tokens * s.d_ff
-    yield "forward, single", max(_queue(up, down), floor[0] + hidden / COPY_RATE)
+    yield "forward, single", max(_queue(up, down), traffic[0] + hidden / COPY_RATE)
     # Hidden is read from memory again.
     yield (
         "forward, split",
-        LAUNCH + sum(max(_queue(kind), (floor[0] + 2 * hidden / COPY_RATE) / 2) for kind in (up, down)),
+        LAUNCH + sum(max(_queue(kind), (traffic[0] + 2 * hidden / COPY_RATE) / 2) for kind in (up, down)),
     )
     onchip = choose_onchip(tiles["onchip"], s.d_model)
     if onchip is not None:
         epilogue = EPILOGUE["store"] + up_cost * s.d_ff / onchip.block_k
         block = _tiles(s.num_tokens, onchip.block_k, 2 * s.d_ff, Tile(128, onchip.block_k, 16, 1, 8, 1), epilogue)
-        yield "forward, on chip", max(_queue(block), floor[0])
+        yield "forward, on chip", max(_queue(block), traffic[0])
 
     tile = choose(tiles["backward"], s.num_tokens, s.num_experts, (s.d_ff, s.d_model))
     pre = _tiles(s.num_tokens, s.d_ff, s.d_model, tile, EPILOGUE["grad_pre and hidden"])
@@ -124,26 +89,26 @@ def predictions(s: Shape) -> Iterator[tuple[str, float]]:
         )
     ]
     x = _tiles(s.num_tokens, s.d_model, s.num_up, tile, EPILOGUE["store"])
-    yield "backward, single", max(_queue(pre, *weights, x), floor[1])
-    yield "backward, split", max(2 * LAUNCH + _queue(pre) + _queue(*weights) + _queue(x), floor[1])
+    yield "backward, single", max(_queue(pre, *weights, x), traffic[1])
+    yield "backward, split", max(2 * LAUNCH + _queue(pre) + _queue(*weights) + _queue(x), traffic[1])
 
 
 def main() -> None:
     console = Console(width=110)
     result = Table("shape", "what", "TFLOP", "GB", "floor µs", "predicted µs", "TFLOP/s", "of floor")
-    for shape in SHAPES:
-        for form, seconds in predictions(shape):
-            i = 0 if form.startswith("forward") else 1
-            flop, size, floor = operations(shape)[i], least_bytes(shape)[i], floors(shape)[i]
+    for case in CASES:
+        for form, seconds in predictions(case):
+            phase = form.split(",")[0]
+            flop, size, least = case.operations(phase), moved_bytes(case, phase), floor(case, phase)
             result.add_row(
-                shape.name,
+                case.name,
                 form,
                 f"{flop / 1e12:.2f}",
                 f"{size / 1e9:.2f}",
-                f"{floor * 1e6:.0f}",
+                f"{least * 1e6:.0f}",
                 f"{seconds * 1e6:.0f}",
                 f"{flop / seconds / 1e12:.0f}",
-                f"{floor / seconds:.0%}",
+                f"{least / seconds:.0%}",
             )
     console.print(result)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import itertools
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import model
+from benchmarks.cases import Case
 from benchmarks.environment import environment
-from benchmarks.timing import interleaved, seconds_on_cuda
+from benchmarks.timing import Stopwatch, interleaved, timed
 from ewa_kernels.kernels.fused.backward import launch_backward
 from ewa_kernels.kernels.fused.configs import Tile
 from ewa_kernels.kernels.fused.forward import launch_forward
@@ -56,7 +58,7 @@ def candidates(kernel: str) -> Iterator[Tile]:
 class Problem:
     """The operands of a shape, and what a kernel makes of them with a given tile."""
 
-    def __init__(self, shape: model.Shape, device: str, dtype: torch.dtype, num_tokens: int | None = None):
+    def __init__(self, shape: Case, device: str, dtype: torch.dtype, num_tokens: int | None = None):
         torch.manual_seed(0)
         self.shape = replace(shape, num_tokens=num_tokens or shape.num_tokens)
         e, d, f = shape.num_experts, shape.d_model, shape.d_ff
@@ -106,7 +108,7 @@ class Problem:
         return [self.grad_x, *self.grads]
 
 
-def compiles(arguments: tuple[model.Shape, str, Tile, torch.dtype]) -> str | None:
+def compiles(arguments: tuple[Case, str, Tile, torch.dtype]) -> str | None:
     """Runs a candidate on few tokens, which leaves it in Triton's cache; returns what is wrong with it."""
     shape, kernel, tile, dtype = arguments
     try:
@@ -126,7 +128,7 @@ def differs(ours: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(ours, expected, strict=True))
 
 
-def tune(problem: Problem, kernel: str, tiles: list[Tile], measure: Callable[..., float], rounds: int) -> list[Any]:
+def tune(problem: Problem, kernel: str, tiles: list[Tile], watch: Stopwatch, rounds: int) -> list[Any]:
     """(tile, milliseconds) of those that compute what the shipped one does, fastest first."""
     shipped = problem.shipped(kernel)
     assert shipped is not None
@@ -135,13 +137,13 @@ def tune(problem: Problem, kernel: str, tiles: list[Tile], measure: Callable[...
     problem.run("forward", first)
     expected = [t.clone() for t in problem.run(kernel, shipped)]
     right = {tile: tile for tile in (shipped, *tiles) if differs(problem.run(kernel, tile), expected) < 1e-2}
-    variants = {str(tile): (lambda tile=tile: problem.run(kernel, tile)) for tile in right}
-    timings = interleaved(variants, rounds, measure)
-    return sorted(((tile, timings[str(tile)].median) for tile in right), key=lambda pair: pair[1])
+    variants = {str(tile): timed(functools.partial(problem.run, kernel, tile), watch) for tile in right}
+    timings = interleaved(variants, 0, min_rounds=rounds)
+    return sorted(((tile, timings[str(tile)][0].median) for tile in right), key=lambda pair: pair[1])
 
 
 def main() -> None:
-    names = [shape.name for shape in model.SHAPES]
+    names = [shape.name for shape in model.CASES]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
@@ -154,7 +156,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count() or 1, 14), mp_context=context) as pool:
-        for shape in (s for s in model.SHAPES if s.name in arguments.shapes):
+        for shape in (s for s in model.CASES if s.name in arguments.shapes):
             for kernel in arguments.kernels:
                 if time.monotonic() - start > 60 * arguments.minutes:
                     break
@@ -167,7 +169,7 @@ def main() -> None:
                     tiles = [replace(tile, block_k=shipped.block_k) for tile in tiles]
                 reasons = list(pool.map(compiles, ((shape, kernel, tile, dtype) for tile in tiles)))
                 usable = [tile for tile, reason in zip(tiles, reasons, strict=True) if reason is None]
-                ranked = tune(problem, kernel, usable, seconds_on_cuda, ROUNDS)
+                ranked = tune(problem, kernel, usable, Stopwatch("cuda"), ROUNDS)
                 table = Table("tile", "ms", "÷ shipped", title=f"{shape.name}, {kernel}: {len(usable)} of {len(tiles)}")
                 of_shipped = next(ms for tile, ms in ranked if tile == shipped)
                 for tile, ms in ranked[:8]:
@@ -176,8 +178,8 @@ def main() -> None:
                 for tile, ms in ranked:
                     entry = {"shape": shape.name, "kernel": kernel, "milliseconds": ms, "shipped": tile == shipped}
                     results.append({**entry, "tile": asdict(tile)})
-                machine = {**environment(), "device": torch.cuda.get_device_name()}
-                path.write_text(json.dumps({"environment": machine, "results": results}, indent=1) + "\n")
+                found = {"environment": environment("cuda"), "results": results}
+                path.write_text(json.dumps(found, indent=1) + "\n")
     console.print(f"written to {path}")
 
 

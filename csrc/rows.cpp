@@ -90,28 +90,25 @@ EWA_INLINE void activate_row(bool gated, int64_t d_ff, const float* bias, const 
         for (int64_t j = 0; j < d_ff; ++j) hidden[j] *= scale[j];
 }
 
-template <class Act>
-EWA_INLINE void activate_backward_row(bool gated, int64_t d_ff, const float* scale, const float* __restrict__ pre,
+// What is known when it is compiled is not in the loop: with it there the loop would not be vectorised.
+template <class Act, bool gated, bool scaled>
+EWA_INLINE void activate_backward_row(int64_t d_ff, const float* scale, const float* __restrict__ pre,
                                       const float* __restrict__ grad_hidden, float* __restrict__ grad_pre,
                                       float* __restrict__ hidden) {
-    if (!gated && scale == nullptr) {
-#pragma omp simd
-        for (int64_t j = 0; j < d_ff; ++j) {
-            const ValueAndSlope act = Act::at(pre[j]);
-            hidden[j] = act.value;
-            grad_pre[j] = grad_hidden[j] * act.slope;
-        }
-        return;
-    }
 #pragma omp simd
     for (int64_t j = 0; j < d_ff; ++j) {
         const ValueAndSlope act = Act::at(pre[j]);
-        const float kept = scale == nullptr ? 1.0f : scale[j];
-        const float value = gated ? pre[d_ff + j] : 1.0f;
-        const float grad = grad_hidden[j] * kept;
-        hidden[j] = act.value * value * kept;
-        grad_pre[j] = grad * value * act.slope;
-        if (gated) grad_pre[d_ff + j] = grad * act.value;
+        float grad = grad_hidden[j];
+        float result = act.value;
+        if constexpr (scaled) grad *= scale[j];
+        if constexpr (gated) {
+            grad_pre[d_ff + j] = grad * act.value;
+            grad *= pre[d_ff + j];
+            result *= pre[d_ff + j];
+        }
+        if constexpr (scaled) result *= scale[j];
+        hidden[j] = result;
+        grad_pre[j] = grad * act.slope;
     }
 }
 
@@ -122,7 +119,14 @@ EWA_INLINE void activate_backward_row(bool gated, int64_t d_ff, const float* sca
     }                                                                                                                \
     EWA_CLONES void backward_##Act(bool gated, int64_t d_ff, const float* scale, const float* pre,                   \
                                    const float* grad_hidden, float* grad_pre, float* hidden) {                       \
-        activate_backward_row<Act>(gated, d_ff, scale, pre, grad_hidden, grad_pre, hidden);                          \
+        if (gated && scale != nullptr)                                                                               \
+            activate_backward_row<Act, true, true>(d_ff, scale, pre, grad_hidden, grad_pre, hidden);                 \
+        else if (gated)                                                                                              \
+            activate_backward_row<Act, true, false>(d_ff, scale, pre, grad_hidden, grad_pre, hidden);                \
+        else if (scale != nullptr)                                                                                   \
+            activate_backward_row<Act, false, true>(d_ff, scale, pre, grad_hidden, grad_pre, hidden);                \
+        else                                                                                                         \
+            activate_backward_row<Act, false, false>(d_ff, scale, pre, grad_hidden, grad_pre, hidden);               \
     }
 EWA_ROWS(Gelu)
 EWA_ROWS(GeluTanh)

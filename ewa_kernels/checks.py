@@ -196,7 +196,7 @@ def partition(permutation: Any, expert_offsets: Any, routing_weights: Any, x: Te
         floating("routing_weights", routing_weights)
         if routing_weights.device != x.device:
             raise TypeError(f"routing_weights must be on {x.device} like x, got {routing_weights.device}")
-        if routing_weights.ndim != 2 or len(routing_weights) != num_tokens or routing_weights.shape[1] < 1:
+        if routing_weights.ndim != 2 or routing_weights.shape[0] != num_tokens or routing_weights.shape[1] < 1:
             raise ValueError(
                 f"routing_weights must be [T, k] with T = {num_tokens} and k ≥ 1, got {list(routing_weights.shape)}"
             )
@@ -214,13 +214,20 @@ def partition(permutation: Any, expert_offsets: Any, routing_weights: Any, x: Te
         if tensor.device != x.device:
             raise TypeError(f"{name} must be on {x.device} like x, got {tensor.device}")
         _shape(name, tensor, meaning, (size,))
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not (_can_be_read(permutation) and _can_be_read(expert_offsets)):
         return
     steps = expert_offsets.diff()
     if expert_offsets[0] != 0 or expert_offsets[-1] != num_rows or bool((steps < 0).any()):
         raise ValueError(f"expert_offsets must rise from 0 to {rows} = {num_rows}, got {expert_offsets.tolist()}")
     if not torch.equal(permutation.sort().values, torch.arange(num_rows, dtype=permutation.dtype)):
         raise ValueError(f"permutation must hold each of 0…{num_rows - 1} once")
+
+
+def _can_be_read(tensor: Tensor) -> bool:
+    """Whether its values are at hand: neither on another device nor yet to come."""
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def choices(tensor: Any, num_experts: int) -> None:
@@ -231,7 +238,7 @@ def choices(tensor: Any, num_experts: int) -> None:
         raise TypeError(f"choices must be int32 or int64, got {tensor.dtype}")
     if tensor.ndim != 2:
         raise ValueError(f"choices must be [T, k], got {list(tensor.shape)}")
-    if tensor.numel() == 0 or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+    if tensor.numel() == 0 or not _can_be_read(tensor):
         return
     low, high = tensor.min(), tensor.max()
     if low < 0 or high >= num_experts:

@@ -145,7 +145,7 @@ def grouped_ffn(
             `permutation[i]` = t·k + j, which is choice j of token t.
         expert_offsets: int32 or int64 `[E + 1]`, on x's device, from 0 to T·k: expert e owns grouped rows
             `expert_offsets[e]` … `expert_offsets[e+1]`−1, perhaps none.
-        routing_weights: `[T, k]`, floating, on x's device. The sum over j is in that order, in float32 or wider.
+        routing_weights: `[T, k]`, floating, on x's device. The sum over j is always made in one way.
         seed: of hidden dropout.
 
     Both are read where they are, and so on a GPU their values are not checked: wrong ones read and write

@@ -111,6 +111,16 @@ class FFN(nn.Module):
         return f"activation={self.activation}, gated={self.gated}, dropout={self.dropout}"
 
 
+Experts = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+
+
+def forward_mean(x: Tensor, experts: Experts, activation: str, gated: bool) -> Tensor:
+    """What the mean of experts computes: up_weight, up_bias, down_weight and down_bias, stacked; no dropout."""
+    up, up_bias, down, down_bias = (None if t is None else functional.merge_experts(t) for t in experts)
+    hidden = reference.activate(F.linear(x, up, up_bias), activation, gated)  # type: ignore[arg-type]
+    return F.linear(hidden, down, down_bias)  # type: ignore[arg-type]
+
+
 class StackedExperts(nn.Module):
     """The parameters and options of E FFNs, stacked. Arguments and attributes: see `RandomPartitionMoE`."""
 
@@ -158,7 +168,7 @@ class StackedExperts(nn.Module):
         self.down.reset_parameters()
 
     @property
-    def experts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    def experts(self) -> Experts:
         """up_weight, up_bias, down_weight and down_bias, as the functions of `ewa_kernels.functional` take them."""
         return self.up.weight, self.up.bias, self.down.weight, self.down.bias
 
@@ -166,9 +176,16 @@ class StackedExperts(nn.Module):
         seed = functional.draw_seed(x)
         return seed if self.seed_offset == 0 else seed ^ self.seed_offset
 
+    def forward_mean(self, x: Tensor) -> Tensor:
+        """What the experts' mean computes, without dropout."""
+        return forward_mean(x, self.experts, self.activation, self.gated)
+
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """The dense FFN with the experts' mean, in the same mode, dtype and device; shares no memory."""
+        """The dense FFN with the experts' mean, in the same mode, dtype and device; shares no memory.
+
+        Of a layer with a router it is another function than the layer's.
+        """
         ffn = FFN(
             self.d_model,
             self.d_ff,
@@ -240,7 +257,7 @@ class RandomPartitionMoE(StackedExperts):
             checks.ffn(x, *self.experts, self.activation, self.gated, self.dropout)
             if seed is not None:
                 checks.seed_tensor(seed, x.device)
-            return self._forward_merged(x)
+            return self.forward_mean(x)
         if seed is None:
             seed = self.draw_seed(x)
         return functional.moe_ffn(
@@ -253,10 +270,6 @@ class RandomPartitionMoE(StackedExperts):
             backend=self.backend,
             recompute=self.recompute,
         )
-
-    def _forward_merged(self, x: Tensor) -> Tensor:
-        hidden = reference.activate(F.linear(x, *self.up.merge()), self.activation, self.gated)
-        return F.linear(hidden, *self.down.merge())
 
     def fuse(self) -> nn.Module:
         """The dense FFN with the experts' mean, in the same mode, dtype and device; shares no memory.

@@ -12,6 +12,17 @@ from ewa_kernels import checks, functional
 from ewa_kernels.modules import StackedExperts
 
 
+class Router(nn.Linear):
+    """logits = x @ weightᵀ in float32 or wider, autocast or not: which experts are chosen hangs on the last bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if not checks.autocast_enabled(x.device):
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
 class RoutedMoE(StackedExperts):
     """y[t] = Σ_j w[t, j] · FFN_e(x[t]) over the k experts e whose router logits are the highest for token t.
 
@@ -30,11 +41,12 @@ class RoutedMoE(StackedExperts):
             from the two losses only.
 
     Attributes:
-        router: nn.Linear, `weight` `[E, D]`. `ewa_kernels.ExpertAverager` leaves it alone.
+        router: gives logits `[T, E]`; an nn.Linear, `weight` `[E, D]`. `ewa_kernels.ExpertAverager` leaves it alone.
         up, down: the experts, as in `RandomPartitionMoE`.
         load_balance_loss: of the last forward in training mode, None before: E · Σ_e f_e · p_e, f_e the share of the
             choices that fell on expert e, p_e the mean of its softmax. 1 if all are alike.
-        z_loss: likewise; the mean of logsumexp(logits)².
+        z_loss: likewise; the mean of logsumexp(logits)². Under activation checkpointing both have a gradient with
+            use_reentrant=False only.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, or out of range.
@@ -78,7 +90,7 @@ class RoutedMoE(StackedExperts):
         checks.integer("top_k", top_k, minimum=1, below=num_experts + 1)
         checks.boolean("renormalize", renormalize)
         self.top_k, self.renormalize = top_k, renormalize
-        self.router = nn.Linear(d_model, num_experts, bias=False, device=device, dtype=dtype)
+        self.router = Router(d_model, num_experts, bias=False, device=device, dtype=dtype)
         self.load_balance_loss = self.z_loss = None
 
     def reset_parameters(self) -> None:
@@ -97,7 +109,7 @@ class RoutedMoE(StackedExperts):
             TypeError, ValueError: x or seed is not what `ewa_kernels.functional.grouped_ffn` needs.
         """
         checks.ffn(x, *self.experts, self.activation, self.gated, self.dropout)
-        logits = self._logits(x.reshape(-1, self.d_model))
+        logits = self.router(x.reshape(-1, self.d_model))
         routing_weights, choices = functional.route(logits, self.top_k, renormalize=self.renormalize)
         permutation, expert_offsets = functional.partition_by_expert(choices, self.num_experts)
         dropout_p = self.dropout if self.training else 0.0
@@ -118,14 +130,6 @@ class RoutedMoE(StackedExperts):
             backend=self.backend,
             recompute=self.recompute,
         )
-
-    def _logits(self, tokens: Tensor) -> Tensor:
-        """In float32 or wider: which experts are chosen hangs on the last bits."""
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        if not checks.autocast_enabled(tokens.device):
-            return F.linear(tokens.to(dtype), self.router.weight.to(dtype))
-        with torch.autocast(tokens.device.type, enabled=False):
-            return F.linear(tokens.to(dtype), self.router.weight.to(dtype))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the losses, which belong to a graph and cannot be copied."""

@@ -271,6 +271,24 @@ class TestLayer:
         assert torch.equal(twin(x), layer(x))
         assert twin.up.weight.data_ptr() != layer.up.weight.data_ptr()
 
+    def test_logits_can_be_read_by_a_hook(self):
+        layer, x, seen = make(4, 2), tokens(20, 12), []
+        layer.router.register_forward_hook(lambda module, args, output: seen.append(output))
+        layer(x)
+        torch.testing.assert_close(seen, [x @ layer.router.weight.T])
+
+    @pytest.mark.filterwarnings("ignore:torch.searchsorted")  # copies what vmap expanded
+    def test_vmap_is_the_loop(self):
+        layer = make(4, 2)
+        batch = torch.stack([tokens(9, 12), -tokens(9, 12)])
+        torch.testing.assert_close(torch.func.vmap(layer.eval())(batch), torch.stack([layer(x) for x in batch]))
+
+    def test_exports_for_any_number_of_tokens(self):
+        layer = make(4, 2).eval()
+        dynamic = {"x": {0: torch.export.Dim("tokens", min=2, max=2**30 - 1)}}
+        program = torch.export.export(layer, (tokens(5, 12),), dynamic_shapes=dynamic)
+        torch.testing.assert_close(program.module()(tokens(9, 12)), layer(tokens(9, 12)))
+
     def test_compiles_whole(self):
         layer, x = make(4, 2), tokens(20, 12)
         torch.compiler.reset()

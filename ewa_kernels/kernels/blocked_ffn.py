@@ -7,6 +7,7 @@ only `pre_activation` is kept, or nothing at all, in which case it is computed a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -74,15 +75,15 @@ def _blocks(
         first_row = torch.arange(num_experts, device=device) * num_rows // num_experts
         common = num_rows // num_experts
         step = max(block_rows // num_experts, 1)
-        pieces = [(slice(0, num_experts), start, min(step, common - start)) for start in range(0, common, step)]
+        pieces = [(slice(0, num_experts), start, n) for start, n in _even_pieces(common, step)]
         pieces += [(slice(e, e + 1), common, 1) for e in range(num_experts) if offsets[e + 1] - offsets[e] > common]
     else:
         offsets = expert_offsets.tolist()
         first_row = expert_offsets[:-1].long()
         pieces = [
-            (slice(e, e + 1), start, min(block_rows, offsets[e + 1] - offsets[e] - start))
+            (slice(e, e + 1), start, n)
             for e in range(num_experts)
-            for start in range(0, offsets[e + 1] - offsets[e], block_rows)
+            for start, n in _even_pieces(offsets[e + 1] - offsets[e], block_rows)
         ]
     done = 0
     for experts, start, n in pieces:
@@ -90,6 +91,13 @@ def _blocks(
         saved = slice(done, done := done + rows.numel())
         choices = permutation[rows.flatten()].long()
         yield _Block(experts, rows, choices // top_k if top_k > 1 else choices, choices, saved)
+
+
+def _even_pieces(total: int, at_most: int) -> list[tuple[int, int]]:
+    """(start, length) of as few pieces as will do, all about as long: each one reads all weights again."""
+    count = -(-total // at_most)
+    starts = [total * i // count for i in range(count)] + [total]
+    return [(start, end - start) for start, end in itertools.pairwise(starts)]
 
 
 def moe_ffn_forward(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sum_of_choices(rows: Tensor, top_k: int) -> Tensor:
-    """Σ_j rows[t·k + j] in the order of j, whoever computed them: `[T·k, D]` → `[T, D]`."""
+    """Σ_j rows[t·k + j], in an order that depends on the shape alone: `[T·k, D]` → `[T, D]`."""
     return rows if top_k == 1 else rows.view(-1, top_k, rows.shape[1]).sum(1)
 
 

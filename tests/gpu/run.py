@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+NOT_RUN = 125  # for want of time
 SMALL = [sys.executable, "tests/gpu/small.py"]
 BENCHMARKS = [sys.executable, "-m", "benchmarks", "--device", "cuda"]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
@@ -32,17 +33,17 @@ def sections(output: Path) -> dict[str, tuple[list[str], int]]:
     return {
         "build": ([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 60),
         "report": ([sys.executable, "-m", "ewa_kernels"], 15),
-        "parity": ([*PYTEST, "tests/test_fused.py"], 100),
-        "gpu": ([*PYTEST, "tests/gpu/test_gpu.py"], 130),
-        "routed": ([*PYTEST, "tests/test_routed.py", "tests/gpu/test_gpu_routed.py"], 100),
-        "experts": ([*PYTEST, "tests/gpu/test_gpu_experts.py"], 45),
-        "memcheck": ([*sanitizer, "memcheck", *SMALL], 50),
+        "parity": ([*PYTEST, "tests/test_fused.py"], 80),
+        "gpu": ([*PYTEST, "tests/gpu/test_gpu.py"], 110),
+        "routed": ([*PYTEST, "tests/test_routed.py", "tests/gpu/test_gpu_routed.py"], 70),
+        "experts": ([*PYTEST, "tests/gpu/test_gpu_experts.py"], 40),
+        "memcheck": ([*sanitizer, "memcheck", *SMALL], 40),
         # Of shared memory alone: that programs hand results over in order is for repetition to show (section "gpu").
-        "racecheck": ([*sanitizer, "racecheck", *SMALL], 50),
-        "initcheck": ([*sanitizer, "initcheck", *SMALL], 50),
-        "synccheck": ([*sanitizer, "synccheck", *SMALL], 50),
+        "racecheck": ([*sanitizer, "racecheck", *SMALL], 40),
         # The budget is less than the limit: what does not fit is left out, and what was measured is written.
         "benchmarks": ([*BENCHMARKS, "--budget", "75", "--output", str(output)], 100),
+        "initcheck": ([*sanitizer, "initcheck", *SMALL], 40),
+        "synccheck": ([*sanitizer, "synccheck", *SMALL], 40),
     }
 
 
@@ -93,6 +94,7 @@ def main() -> int:
     names = list(sections(Path()))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all sections together")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="a folder")
     arguments = parser.parse_args()
     output = arguments.output.resolve()
@@ -102,6 +104,7 @@ def main() -> int:
     print(json.dumps(summary["environment"], indent=1), flush=True)
     capability = summary["environment"]["capability"].replace(".", "")
     architecture = "90a" if capability == "90" else capability
+    begin = time.monotonic()
     with (output / "gpu.log").open("w") as log:
         for name, (command, limit) in sections(output).items():
             if name not in arguments.sections:
@@ -109,8 +112,9 @@ def main() -> int:
             print(f"\n=== {name}: {' '.join(command)}", flush=True)
             log.write(f"\n=== {name}\n")
             start = time.monotonic()
+            limit = min(limit, round(60 * arguments.minutes - (start - begin)))
             try:
-                returncode = run(command, limit, log, architecture)
+                returncode = run(command, limit, log, architecture) if limit > 0 else NOT_RUN
             except FileNotFoundError as error:
                 print(error)
                 returncode = 127
@@ -119,7 +123,8 @@ def main() -> int:
             (output / "gpu.json").write_text(json.dumps(summary, indent=1) + "\n")
     print()
     for name, result in summary["sections"].items():
-        print(f"{name:12} {'passed' if result['returncode'] == 0 else 'FAILED'} {result['seconds']:7.1f} s")
+        outcome = {0: "passed", NOT_RUN: "not run"}.get(result["returncode"], "FAILED")
+        print(f"{name:12} {outcome:7} {result['seconds']:7.1f} s")
     return int(any(result["returncode"] for result in summary["sections"].values()))
 
 

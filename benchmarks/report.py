@@ -1,0 +1,206 @@
+"""Tables: in the terminal, and in README.md from the committed JSON; `python -m benchmarks.report` writes those."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks import experts, peers
+from benchmarks.cases import PHASES
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+MARKERS = "<!-- benchmarks: made by python -m benchmarks.report -->", "<!-- end of benchmarks -->"
+# The README's columns, of which a device has those that were measured.
+COLUMNS = (peers.BMM, f"{peers.BMM}, compiled", "grouped_mm", peers.LOOP, peers.DENSE)
+
+Run = dict[str, Any]
+
+
+def milliseconds(timing: Any) -> str:
+    return f"{timing['median']:.3g}"
+
+
+def spread(timing: Any) -> str:
+    return f"{timing['p20']:.3g}–{timing['p80']:.3g}"
+
+
+# --- in the terminal ---
+
+
+def print_run(run: Run, console: Console) -> None:
+    """All tables of a run."""
+    if run.get("floors"):
+        floors = run["floors"]
+        rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in floors["matrix_rates"].items())
+        console.print(f"floors: large product {rates}; copy {floors['copy_rate'] / 1e9:.4g} GB/s")
+    if run.get("layer"):
+        for group in cases_of(run).values():
+            measured = any("why_not" not in r for r in group)
+            head = f"{group[0]['case']}, {group[0]['dtype']}"
+            console.print(layer_table(group) if measured else f"{head}: {group[0]['why_not']}")
+        console.print(ratio_table(run))
+    if run.get("experts"):
+        console.print(experts_table(run["experts"]), targets_table(run))
+    if run.get("training_step"):
+        console.print(step_table(run["training_step"]))
+
+
+def measured_cases(run: Run) -> dict[tuple[str, str], list[Run]]:
+    """Those of `cases_of` of which anything was measured."""
+    return {case: group for case, group in cases_of(run).items() if any("why_not" not in r for r in group)}
+
+
+def cases_of(run: Run) -> dict[tuple[str, str], list[Run]]:
+    """A run's layer results by case and dtype."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for result in run.get("layer", ()):
+        groups.setdefault((result["case"], result["dtype"]), []).append(result)
+    return groups
+
+
+def layer_table(results: list[Run]) -> Table:
+    head = results[0]
+    launches = any("launches" in r for r in results)
+    columns = ["forward ms", "p20–p80", "backward ms", "p20–p80", "both ms", "TFLOP/s", "of floor", "MB", "first s"]
+    if launches:
+        columns += ["launches", "host ms"]
+    table = Table("peer", *columns, title=f"{head['case']}, {head['dtype']}: {head['sizes']}")
+    reasons: dict[str, list[str]] = {}
+    for r in results:
+        if "why_not" in r:
+            reasons.setdefault(r["why_not"], []).append(r["peer"])
+            continue
+        row = [text for phase in PHASES[:2] for text in (milliseconds(r[phase]), spread(r[phase]))]
+        row += [milliseconds(r["both"]), f"{r['both']['tflops']:.3g}", f"{r['both']['of_floor']:.0%}"]
+        row += [f"{r['peak_bytes'] / 1e6:.1f}", f"{r['first_call_s']:.2f}"]
+        if launches:
+            row += [str(r["launches"]), f"{r['host_ms']:.2f}"]
+        table.add_row(r["peer"], *row, style="bold" if r["peer"] == peers.OURS else "")
+    table.caption = "\n".join(escape(f"{', '.join(names)}: {reason}") for reason, names in reasons.items())
+    return table
+
+
+def ratios(run: Run, baseline: str = peers.BMM) -> Iterator[tuple[str, dict[str, float]]]:
+    """(case, {phase: what this package takes ÷ what the baseline takes}) where both were measured."""
+    for (case, dtype), results in cases_of(run).items():
+        measured = {r["peer"]: r for r in results if "why_not" not in r}
+        if peers.OURS in measured and baseline in measured:
+            ours, theirs = measured[peers.OURS], measured[baseline]
+            yield f"{case}, {dtype}", {p: ours[p]["median"] / theirs[p]["median"] for p in PHASES}
+
+
+def ratio_table(run: Run) -> Table:
+    table = Table("case", *PHASES, "", title=f"{peers.OURS} ÷ {peers.BMM} (eager); goal: at most 1")
+    for case, ratio in ratios(run):
+        met = "" if ratio["both"] <= 1 else "missed"
+        table.add_row(case, *(f"{ratio[phase]:.2f}" for phase in PHASES), met)
+    return table
+
+
+def experts_table(results: list[Run]) -> Table:
+    table = Table("operation", "variant", "ms", "p20–p80", "GB/s", title=str(results[0]["case"]))
+    for r in results:
+        table.add_row(r["operation"], r["variant"], milliseconds(r), spread(r), f"{r['gigabytes_per_second']:.1f}")
+    return table
+
+
+def targets_table(run: Run) -> Table:
+    table = Table("variant", "÷", "measured", "target")
+    for target, ratio in experts.against_targets(run["experts"], run["environment"]["kind"]):
+        table.add_row(target.variant, target.baseline, f"{ratio:.3f}", f"at most {target.ratio:.3f}")
+    return table
+
+
+def step_table(results: list[Run]) -> Table:
+    table = Table("ViT", "training step", "ms", "p20–p80", "÷ untouched", "GB", "first s", title="Training step")
+    for r in results:
+        if "why_not" in r:
+            table.add_row(r["case"], r["variant"], escape(r["why_not"]))
+            continue
+        last = (f"{r['ratio']:.2f}", f"{r['peak_bytes'] / 1e9:.2f}", f"{r['first_call_s']:.1f}")
+        table.add_row(r["case"], r["variant"], milliseconds(r), spread(r), *last)
+    return table
+
+
+# --- in README.md ---
+
+
+def committed(folder: Path = RESULTS) -> list[Run]:
+    """The runs whose JSON is in a folder."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [run for run in found if isinstance(run, dict) and "layer" in run]
+
+
+def markdown(runs: list[Run]) -> str:
+    """What stands between the markers."""
+    if not runs:
+        return "No result is committed; `make bench` measures and fills this in."
+    return "\n\n".join(block for run in runs for block in _blocks(run))
+
+
+def _blocks(run: Run) -> Iterator[str]:
+    where = run["environment"]
+    threads = f", {where['threads']} threads" if where["kind"] == "cpu" else ""
+    torch = where["versions"]["torch"]
+    yield f"**{where['device']}**{threads}, PyTorch {torch}, commit `{where['commit']}`, {where['date']}."
+    groups = measured_cases(run)
+    columns = [c for c in COLUMNS if any(r["peer"] == c and "why_not" not in r for g in groups.values() for r in g)]
+    if groups:
+        head = ("forward and backward, ms", peers.OURS, *columns, "÷ bmm", "of floor", "memory ÷ bmm")
+        yield _table([head, *(_row(case, group, columns) for case, group in groups.items())])
+    steps = [r for r in run.get("training_step", ()) if "why_not" not in r]
+    if steps:
+        columns_of_step = ("training step", "variant", "ms", "÷ untouched", "peak memory, GB")
+        rows = [
+            (r["case"], r["variant"], milliseconds(r), f"{r['ratio']:.2f}", f"{r['peak_bytes'] / 1e9:.2f}")
+            for r in steps
+        ]
+        yield _table([columns_of_step, *rows])
+    if run.get("experts"):
+        passes = ("operation", "variant", "ms", "GB/s")
+        variants = [
+            (r["operation"], r["variant"], milliseconds(r), f"{r['gigabytes_per_second']:.0f}") for r in run["experts"]
+        ]
+        yield _table([passes, *variants])
+
+
+def _row(case: tuple[str, str], group: list[Run], columns: list[str]) -> tuple[str, ...]:
+    measured = {r["peer"]: r for r in group if "why_not" not in r}
+    ours, bmm = measured.get(peers.OURS), measured.get(peers.BMM)
+    times = [milliseconds(measured[name]["both"]) if name in measured else "–" for name in (peers.OURS, *columns)]
+    ratio = of_floor = memory = "–"
+    if ours is not None:
+        of_floor = f"{ours['both']['of_floor']:.0%}"
+    if ours is not None and bmm is not None:
+        ratio = f"{ours['both']['median'] / bmm['both']['median']:.2f}"
+        memory = f"{ours['peak_bytes'] / bmm['peak_bytes']:.2f}"
+    return (", ".join(case), *times, ratio, of_floor, memory)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *body))
+
+
+def write_readme(path: Path = README, folder: Path = RESULTS) -> None:
+    """Puts the tables between the markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    text = path.read_text()
+    if not all(marker in text for marker in MARKERS):
+        raise ValueError(f"{path.name} must have the lines {MARKERS[0]!r} and {MARKERS[1]!r}")
+    before, rest = text.split(MARKERS[0])
+    path.write_text(f"{before}{MARKERS[0]}\n\n{markdown(committed(folder))}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
+
+
+if __name__ == "__main__":
+    write_readme()
