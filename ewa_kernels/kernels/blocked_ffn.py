@@ -93,9 +93,9 @@ def _blocks(
         yield _Block(experts, rows, choices // top_k if top_k > 1 else choices, choices, saved)
 
 
-def _even_pieces(total: int, at_most: int) -> list[tuple[int, int]]:
-    """(start, length) of as few pieces as will do, all about as long: each one reads all weights again."""
-    count = -(-total // at_most)
+def _even_pieces(total: int, about: int) -> list[tuple[int, int]]:
+    """(start, length) of pieces that are all alike long. No small one is left over: each reads all weights again."""
+    count = max(round(total / about), min(total, 1))
     starts = [total * i // count for i in range(count)] + [total]
     return [(start, end - start) for start, end in itertools.pairwise(starts)]
 
