@@ -90,7 +90,7 @@ class ReplacedFFN(RandomPartitionMoE):
                 stacked[f"{name}.bias"] = bias
         return self._origin.layout.unstack(stacked)
 
-    def _forward_merged(self, x: Tensor) -> Tensor:
+    def forward_mean(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._origin.layout.forward(self._merged(), x, training=False)
         # The FFN's own code, so that folding changes no bit of the output; in a copy, which other threads and a
