@@ -5,6 +5,7 @@ Source: equation 6 of arXiv 2308.06093 ("at the end of each iteration").
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from ewa_kernels import checks, functional, shards
 from ewa_kernels.attachment import Attachment, holds, hooked
-from ewa_kernels.modules import StackedExperts, expert_tensors
+from ewa_kernels.modules import RandomPartitionMoE, StackedExperts, expert_tensors
 from ewa_kernels.moe.adapters import Paths
 from ewa_kernels.moe.experts import find_experts, resolved
 from ewa_kernels.share_rate import ConstantShareRate, ShareRate, as_schedule
@@ -71,6 +72,7 @@ class ExpertAverager:
         self._given: Mapping[str, Experts] = {}
         self._paths: Paths = {}
         self._ndims: dict[str, int] = {}
+        self._stacked: tuple[str, ...] = ()  # of this package's other layers
         self._prefixes: tuple[str, ...] = ("",)  # of this package's layers, as far as they are chosen
         if filter_fn is not None and not callable(filter_fn):
             raise TypeError(f"filter_fn must be a callable (name, module) -> bool, got {type(filter_fn).__name__}")
@@ -96,8 +98,13 @@ class ExpertAverager:
             if not chosen:
                 raise ValueError(f"filter_fn must choose some of {', '.join(site.name for site in found)}, chose none")
             found, self._prefixes = chosen, tuple(f"{site.name}." if site.name else "" for site in chosen)
+        ours = dict(expert_tensors(model))  # each once
         for site in found:
-            if not isinstance(site.module, StackedExperts):
+            if isinstance(site.module, StackedExperts):
+                # Those of RandomPartitionMoE go when fold_ ends a training; no others are to go unnoticed.
+                of_layer = () if isinstance(site.module, RandomPartitionMoE) else site.tensors
+                self._stacked += tuple(name for name in of_layer if name in ours)
+            else:
                 self._paths.update(site.paths)
                 self._ndims.update((name, _members(group)[0].ndim) for name, group in site.tensors.items())
 
@@ -110,6 +117,9 @@ class ExpertAverager:
         ours = expert_tensors(self._model)
         experts: dict[str, Experts] = {name: tensor for name, tensor in ours if name.startswith(self._prefixes)}
         try:
+            for name in self._stacked:
+                if name not in experts and _unwrapped(name) not in map(_unwrapped, experts):
+                    raise KeyError(name)
             experts.update(resolved(self._model, self._paths))
         except KeyError as error:
             raise ValueError(
@@ -264,6 +274,11 @@ class ExpertAverager:
                 f"resuming with {self.schedule!r}, but {state_dict['schedule'] or 'another function'} was saved",
                 stacklevel=2,
             )
+
+
+def _unwrapped(name: str) -> str:
+    """Wrappers may come after the averager."""
+    return re.sub(r"\b_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.", "", name)
 
 
 def _named(experts: Any) -> dict[str, Experts]:

@@ -308,6 +308,98 @@ class Shared(nn.Module):
         return sum(expert(x) for expert in self.shared_experts)
 
 
+class Scaled(Chain):
+    """Branches, each with a scale of its own."""
+
+    def __init__(self, *size):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4, *size))
+
+    def forward(self, x):
+        return x + sum(scale * f(x) for f, scale in zip(self.fs, self.scale, strict=True))
+
+
+class Boosted(Chain):
+    """The weights are a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weights", torch.rand(4))
+
+    def forward(self, x):
+        return sum(weight * f(x) for f, weight in zip(self.fs, self.weights, strict=True))
+
+
+class Mixed(Chain):
+    """As the heads of attention are."""
+
+    def __init__(self):
+        super().__init__()
+        self.out_of = nn.Parameter(torch.randn(4, 8, 8))
+
+    def forward(self, x):
+        return torch.einsum("e...d,edh->...h", torch.stack([f(x) for f in self.fs]), self.out_of)
+
+
+class ScalarMix(Chain):
+    """ELMo's."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return sum(weight * f(x) for f, weight in zip(self.fs, self.mix.softmax(0), strict=True))
+
+
+class Uncertain(Chain):
+    """Tasks with a variance each."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return torch.stack([f(x) * (-v).exp() for f, v in zip(self.fs, self.log_variance, strict=True)]).square().sum(0)
+
+
+class Normed(ScalarMix):
+    """A norm comes after."""
+
+    def forward(self, x):
+        return F.layer_norm(x + super().forward(x), (8,))
+
+
+class ScaledAndNormed(Scaled):
+    def forward(self, x):
+        return F.layer_norm(super().forward(x), (8,))
+
+
+class Queries(Scaled):
+    """Heads of attention, each with a scale."""
+
+    def forward(self, x):
+        heads = [(f(x) @ x.mT).softmax(-1) @ x for f in self.fs]
+        return sum(scale * head for scale, head in zip(self.scale, heads, strict=True))
+
+
+class EnsembleOfExperts(nn.Module):
+    """By the name alone they would be experts."""
+
+    def __init__(self, combine):
+        super().__init__()
+        self.combine, self.experts = combine, nn.ModuleList(sequential() for _ in range(4))
+        self.last = nn.Linear(32, 8)
+
+    def forward(self, x):
+        outputs = [expert(x) for expert in self.experts]
+        return {
+            "mean": lambda: torch.stack(outputs).mean(0),
+            "max": lambda: torch.stack(outputs).amax(0),
+            "last": lambda: self.last(torch.cat(outputs, -1)),
+        }[self.combine]()
+
+
 NO_EXPERTS = {
     "chain": (Chain, "holds modules that see what others of them give"),
     "residuals": (Residuals, "holds modules that see what others of them give"),
@@ -319,6 +411,18 @@ NO_EXPERTS = {
     "heads of a pyramid": (Heads, "holds modules among which nothing chooses"),
     "heads of tasks": (Tasks, "holds modules among which nothing chooses"),
     "heads with projections": (MultiHead, "holds modules that do not see the same tokens"),
+    "scaled": (Scaled, "holds modules that count alike for all tokens"),
+    "scaled by feature": (lambda: Scaled(8), "holds modules that count alike for all tokens"),
+    "boosted": (Boosted, "holds modules that count alike for all tokens"),
+    "mixed by a projection": (Mixed, "holds modules that count alike for all tokens"),
+    "scalar mix": (ScalarMix, "holds modules that count alike for all tokens"),
+    "scalar mix and a norm": (Normed, "holds modules that count alike for all tokens"),
+    "scaled by feature and a norm": (lambda: ScaledAndNormed(8), "holds modules that count alike for all tokens"),
+    "queries": (Queries, "holds modules that count alike for all tokens"),
+    "tasks with variances": (Uncertain, "holds modules that count alike for all tokens"),
+    "mean of experts": (lambda: EnsembleOfExperts("mean"), "holds modules that count alike for all tokens"),
+    "maximum of experts": (lambda: EnsembleOfExperts("max"), "holds modules that count alike for all tokens"),
+    "all experts side by side": (lambda: EnsembleOfExperts("last"), "holds modules that count alike for all tokens"),
     "shared experts": (Shared, "holds modules whose order does not matter"),
 }
 

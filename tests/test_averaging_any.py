@@ -10,6 +10,7 @@ import transformers
 from experts_zoo import EXPERTS, Chain, FastMoE, Lucidrains, Mixtral4, Tutorial
 from models import Mlp
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import ewa_kernels as ewa
 from ewa_kernels.moe import adapters, lists
@@ -26,6 +27,13 @@ SIZES = {
     "eos_token_id": 2,
     "num_experts_per_tok": 2,
 }
+
+
+class Pick(nn.Module):
+    """y of (y, logits)."""
+
+    def forward(self, outputs):
+        return outputs[0]
 
 
 def mixtral():
@@ -266,6 +274,32 @@ class TestStructureOnceTensorsAtEachStep:
         model[0].experts = nn.ModuleList([Mlp()])
         with pytest.raises(ValueError, match=r"has no 0.experts.1.fc1.weight any more: make a new one"):
             averager.step()
+
+    @pytest.mark.parametrize("after", [ewa.restore_moe_, ewa.fold_moe_])
+    def test_layers_that_surgery_takes(self, after):
+        """Not silently the rest alone."""
+        model = nn.Sequential(Mixtral4(), Pick(), Mixtral4())
+        ewa.replace_moe_(model, to="random_partition", filter_fn=lambda name, _: name == "0.experts")
+        averager = ewa.ExpertAverager(model, 0.3)
+        averager.step()
+        after(model)
+        with pytest.raises(ValueError, match=r"has no 0.experts.up.weight any more: make a new one after a change"):
+            averager.step()
+        assert len(ewa.ExpertAverager(model, 0.3).experts()) == (6 if after is ewa.restore_moe_ else 3)
+
+    def test_a_routed_layer_that_goes(self):
+        model = two(lambda: ewa.RoutedMoE(8, 12, 4))
+        averager = ewa.ExpertAverager(model, 0.3)
+        model[2] = nn.Identity()
+        with pytest.raises(ValueError, match=r"has no 2.up.weight any more: make a new one"):
+            averager.step()
+
+    def test_wrappers_that_come_later(self):
+        model = two(lambda: ewa.RoutedMoE(8, 12, 4))
+        averager = ewa.ExpertAverager(model, 0.3)
+        model[1] = checkpoint_wrapper(model[1])
+        averager.step()
+        assert len(averager.experts()) == 8
 
     @pytest.mark.parametrize("name", ["Mixtral", "Mixtral 4"])
     def test_flattened_tensors(self, name):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe_blocks import D, Dense, E, Mixtral, Model, Switch, made
+from moe_blocks import D, Dense, E, Mixtral, Model, Switch, made, tokens
 from torch import nn
 
 import ewa_kernels as ewa
@@ -74,6 +74,12 @@ class AddsItsLoss(Dense):
         return AddsLoss.apply(super().forward(x), self.router(x).logsumexp(-1).mean())
 
 
+class WithGradients(Dense):
+    def forward(self, x):
+        y = super().forward(x)
+        return 1.1 * y if torch.is_grad_enabled() else y
+
+
 class Norm(Dense):
     def __init__(self):
         super().__init__()
@@ -134,6 +140,7 @@ class TestLeftAlone:
             (jittered, "computes something else in training mode"),
             (Detached, "has another gradient with respect to its input"),
             (AddsItsLoss, "adds a gradient of its own with respect to its input"),
+            (WithGradients, "computes something else where gradients are needed"),
             (Norm, "does not compute the sum of what the chosen experts give"),
             (BareRouter, "whose router is not one module: to_experts"),
             (Dictionary, "returns a dict, not y or"),
@@ -154,6 +161,57 @@ class TestLeftAlone:
         after = dict(model.named_parameters())
         assert before.keys() == after.keys()
         assert all(before[name] is after[name] for name in before)
+
+    @pytest.mark.parametrize("to", ["routed", "random_partition"])
+    def test_a_list_with_two_holders(self, to):
+        model = made(Switch, num_layers=3)
+        model.layers[1].experts = model.layers[0].experts
+        x = tokens()
+        expected = model(x)
+        report = ewa.replace_moe_(model, to=to, filter_fn=lambda name, _: True)
+        assert report.replaced == ("layers.2.experts",)
+        assert report.skipped == {"layers.0.experts": "shares with another module: the list itself"}
+        if to == "routed":
+            torch.testing.assert_close(model(x), expected)
+        assert ewa.ExpertAverager(model, 0.3).spread()  # which needs no list of its own
+
+    def test_a_part_with_two_holders(self):
+        model = made(Switch)
+        model.first = model.layers[0].experts[0][0]
+        with pytest.warns(UserWarning, match=r"shares with another module: 0\.0"):
+            ewa.replace_moe_(model, to="routed")
+
+    def test_what_others_hold_of_the_list(self):
+        model = made(Switch)
+        members = model.layers[0].experts
+        model.layers[0].first = [members[0]]  # out of sight
+        weight, expected = members[0][0].weight, members[0](tokens())
+        assert ewa.replace_moe_(model, to="routed").replaced
+        assert members[0][0].weight is weight
+        assert torch.equal(model.layers[0].first[0](tokens()), expected)
+        restored = ewa.restore_moe_(model).layers[0].experts
+        assert restored[0] is not members[0]
+        assert torch.equal(restored[0](tokens()), expected)
+
+    @pytest.mark.parametrize(
+        ("hook", "where"),
+        [
+            (lambda experts: experts[1].register_full_backward_hook(lambda *_: None), "1"),
+            (lambda experts: experts.register_full_backward_pre_hook(lambda *_: None), "it"),
+            (lambda experts: experts[1].register_forward_pre_hook(lambda *_: None), "1"),
+            (lambda experts: experts[1][0].weight.register_hook(lambda grad: grad), r"1\.0\.weight"),
+            (
+                lambda experts: experts[1][0].bias.register_post_accumulate_grad_hook(lambda _: None),
+                r"1\.0\.bias",
+            ),
+            (lambda experts: experts[1].register_state_dict_pre_hook(lambda *_: None), "1"),
+        ],
+    )
+    def test_hooks(self, hook, where):
+        model = made(Switch)
+        hook(model.layers[0].experts)
+        with pytest.warns(UserWarning, match=f"has hooks that would be lost, on {where}"):
+            ewa.replace_moe_(model, to="routed")
 
     def test_by_the_filter(self):
         model = made(Switch, num_layers=3)

@@ -237,6 +237,36 @@ class TestExperts:
         flags = [p.requires_grad for p in model.layers[0].experts[0].parameters()]
         assert flags == [False, False, True, True]
 
+    def test_pending_gradients(self):
+        model = made(Mixtral)
+        model(tokens()).sum().backward()
+        experts = model.layers[0].experts
+        up = torch.stack([torch.cat([expert.w1.weight.grad, expert.w3.weight.grad]) for expert in experts])
+        experts[1].w2.weight.grad = None  # as of one that saw no token
+        down = torch.stack([experts[e].w2.weight.grad if e != 1 else torch.zeros(D, 12) for e in range(E)])
+        ewa.replace_moe_(model, to="routed")
+        assert torch.equal(model.layers[0].experts.up.weight.grad, up)
+        assert torch.equal(model.layers[0].experts.down.weight.grad, down)
+
+    def test_arguments_that_are_their_defaults(self):
+        class Called(Dense):
+            def forward(self, x, mask=None, *, scale=1.0):
+                y = super().forward(x) * scale
+                return y if mask is None else y * mask
+
+        block = made(Called).layers[0]
+        expected = block(tokens())
+        ewa.replace_moe_(block, to="routed")
+        for args, kwargs in (((), {"mask": None}), ((None,), {}), ((None,), {"scale": 1.0})):
+            torch.testing.assert_close(block(tokens(), *args, **kwargs), expected)
+        torch.testing.assert_close(block(x=tokens(), mask=None), expected)
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(tokens(), mask=None), expected)
+        torch._dynamo.reset()
+        for args, kwargs in (((tokens(),), {}), ((), {"scale": 2.0}), ((None, 3), {}), ((), {"other": None})):
+            with pytest.raises(TypeError, match="Called must get one Tensor after replace_moe_, got Tensor, "):
+                block(tokens(), *args, **kwargs)
+
     def test_the_model_itself_is_a_block(self):
         model = made(Mixtral).layers[0]
         expected = model(tokens())

@@ -65,6 +65,32 @@ class TestTransformers5:
         assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
         assert torch.equal(model(self.ids).logits, original.eval()(self.ids).logits)
 
+    @pytest.mark.parametrize("how", ["folded", "copied"])
+    def test_save_pretrained_after_the_fold(self, how, tmp_path):
+        """It would write what from_pretrained fills with random weights."""
+        model, original, _ = self.made("random_partition")
+        model.save_pretrained(tmp_path / "before")  # of stacked experts, which it knows
+        ewa.fold_moe_(model)
+        if how == "copied":
+            model = pickle.loads(pickle.dumps(model))
+        with pytest.raises(ValueError, match=r"got a MeanExpert at model.layers.0.mlp.experts: save model.state_dict"):
+            model.save_pretrained(tmp_path / "after")
+        assert not (tmp_path / "after").exists()
+        ewa.replace_moe_(original, to="random_partition")
+        ewa.fold_moe_(original).load_state_dict(model.state_dict())
+
+    def test_experts_implementation_after_restoring(self):
+        model, original, _ = self.made("random_partition")
+        model.eval().set_experts_implementation("eager")
+        assert not torch.allclose(model(self.ids).logits, original.eval()(self.ids).logits)
+        ewa.restore_moe_(model).set_experts_implementation("eager")
+        assert torch.equal(model(self.ids).logits, original(self.ids).logits)
+
+    def test_restoring_after_the_fold(self):
+        model, _, _ = self.made("random_partition")
+        expected = ewa.fold_moe_(model.eval())(self.ids).logits
+        assert torch.equal(ewa.restore_moe_(model)(self.ids).logits, expected)
+
     def test_fold_after_the_setting(self):
         model, _, _ = self.made("routed")
         ewa.restore_moe_(model)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import ChainMap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ewa_kernels import functional
+from ewa_kernels.moe import traces
 from ewa_kernels.moe.adapters import NotExpertsError
 from ewa_kernels.surgery.layout import FFNLayout
 from ewa_kernels.surgery.probe import generators_kept
@@ -20,6 +22,9 @@ from ewa_kernels.surgery.probe import generators_kept
 _TOLERANCE = 1e-5
 
 _NARROW = 8  # d_ff of the experts of a copy
+_FAR = 32.0  # a power of two, by which logits are multiplied without rounding
+
+_OF_EVERY_MODULE = frozenset(dir(nn.Module())) | {"training"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class BlockFormula:
         choices_first: of a router that gives both, which comes first.
         flat: names of the modules that are given the tokens as `[T, D]`; others have the shape of the block's input.
         returns_logits: the block returns (y, what the router gives), not y alone.
+        settings: (name of a module inside, "" for the block; an attribute; its value), of all that the block may have
+            read of what is not called any more. The formula holds as long as they stay.
     """
 
     experts: str
@@ -45,6 +52,17 @@ class BlockFormula:
     shared_gate: str | None = None
     flat: frozenset[str] = field(default_factory=frozenset)
     returns_logits: bool = False
+    settings: tuple[tuple[str, str, Any], ...] = ()
+
+    def check_settings(self, block: nn.Module) -> None:
+        """Raises RuntimeError if one of the settings was changed."""
+        for name, attribute, value in self.settings:
+            now = getattr(block.get_submodule(name), attribute, None)
+            if now != value:
+                raise RuntimeError(
+                    f"{f'{name}.' if name else ''}{attribute} of {type(block).__name__} must be {value!r}, as at "
+                    f"replace_moe_, got {now!r}: call restore_moe_ before such a change, and replace_moe_ after it"
+                )
 
     def forward(self, block: nn.Module, x: Tensor, experts: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Any:
         """What the block returns for x `[..., D]`, where `experts` takes tokens `[T, D]`, choices and weights."""
@@ -78,8 +96,9 @@ def prove(block: nn.Module, experts: str, layout: FFNLayout, router: str) -> Blo
     """The formula of a block, from the names of its list of experts and of its router.
 
     A copy of the block with random parameters, in float64 if it runs so, must give the same output and gradients as the
-    formula, on several inputs, in eval and in training mode, and keep nothing for itself. Neither the block nor random
-    generators are touched.
+    formula, on several inputs, few tokens and many, in eval and in training mode, with other values in its buffers, and
+    keep nothing for itself. Neither the block nor random generators are touched; what it writes into globals and its
+    class stays there. `traces` tells what it could keep unnoticed.
 
     Raises:
         NotExpertsError: it is no such block.
@@ -131,7 +150,8 @@ class _Twin:
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
         self.block.eval()
-        self._before = self._attributes()
+        self._before = traces.traces(self.block)
+        self._by_parts: set[traces.Place] = set()
 
     def _random(self, shape: torch.Size) -> nn.Parameter:
         scale = 2 * shape[-1] ** -0.5 if len(shape) > 1 and shape.numel() > 0 else 1.0
@@ -154,21 +174,82 @@ class _Twin:
         # As many dimensions as it takes.
         one = (1,) * (x.ndim - 2)
         for training, num_tokens, scale in ((False, 3, 10.0), (False, 1, 0.1), (True, 7, 1.0), (True, 5, 3.0)):
-            self.block.train(training)
             x = self._tokens(*one, num_tokens, scale=scale)
-            if not self._agree(formula, x, self._run(x)):
-                when = "in training mode" if training else "on some inputs"
-                raise NotExpertsError(f"computes something else {when}")
+            self._check(formula, x, "in training mode" if training else "on some inputs", training)
         self._check_gradients(formula, x)
-        before = self._before
-        changed = [
-            name
-            for name, (value, version) in self._attributes().items()
-            if name not in before or value is not before[name][0] or version != before[name][1]
-        ]
-        if changed:
-            raise NotExpertsError(f"keeps something of each forward in its {', '.join(changed)}")
-        return formula
+        self._check_keeps_nothing(formula, x)
+        self._check_no_capacity(formula, one)
+        self._check_far_logits(formula, x)
+        self._check_other_buffers(formula, x)
+        return replace(formula, settings=tuple(self._settings(formula)))
+
+    def _check(self, formula: BlockFormula, x: Tensor, when: str, training: bool) -> None:
+        self.block.train(training)
+        if not self._agree(formula, x, self._run(x)):
+            raise NotExpertsError(f"computes something else {when}")
+
+    def _check_keeps_nothing(self, formula: BlockFormula, x: Tensor) -> None:
+        """What the router and other parts keep, they keep in ours too, if the block does not write over it."""
+        kept: set[traces.Place] = set()
+        with torch.enable_grad():
+            for training in (False, True):
+                self.block.train(training)
+                self.block(x.clone())
+                after = traces.traces(self.block)
+                formula.forward(self.block, x.clone(), self._experts)
+                ours = traces.traces(self.block)
+                by_parts = traces.written(after, ours)
+                kept |= {place for place in by_parts if _is_another_tensor(after.get(place), ours.get(place))}
+                self._by_parts |= by_parts
+        kept |= traces.written(self._before, traces.traces(self.block)) - self._by_parts
+        if kept:
+            names = sorted(".".join(place) for place in kept if place[:-1] not in kept)
+            raise NotExpertsError(f"keeps something of each forward in its {', '.join(names)}")
+
+    def _check_no_capacity(self, formula: BlockFormula, one: tuple[int, ...]) -> None:
+        """Many tokens, and many that all go to the same experts."""
+        num_tokens = max(256, 16 * len(self.members))
+        for training in (False, True):
+            x = self._tokens(*one, num_tokens)
+            self._check(formula, x, "on many tokens", training)
+            self._check(formula, self._tokens(*one, 1) + 1e-3 * x, "on many tokens that are alike", training)
+
+    def _check_far_logits(self, formula: BlockFormula, x: Tensor) -> None:
+        parameters = list(self.block.get_submodule(self.router).parameters())
+        for parameter in parameters:
+            parameter.mul_(_FAR)
+        self._check(formula, x, "where the router's logits are large", False)
+        for parameter in parameters:
+            parameter.div_(_FAR)
+
+    def _check_other_buffers(self, formula: BlockFormula, x: Tensor) -> None:
+        """A bias that is zero, a temperature that is one and a warm-up that is over may be other ones later."""
+        buffers = list(self.block.buffers())
+        for buffer in buffers:
+            if buffer.is_floating_point():
+                buffer.copy_(torch.rand_like(buffer) + 0.5)
+        for steps in (None, 0, 10**6):
+            for buffer in buffers:
+                if steps is not None and not buffer.is_floating_point():
+                    buffer.fill_(steps)
+            for training in (False, True):
+                try:
+                    self._check(formula, x, "with other values in its buffers", training)
+                except _FailsError as error:
+                    raise NotExpertsError(f"{error}, with other values in its buffers") from error
+
+    def _settings(self, formula: BlockFormula) -> Iterator[tuple[str, str, Any]]:
+        """Of the block, and of what is inside of it and that the formula does not call."""
+        called = filter(None, (formula.experts, formula.router, formula.shared, formula.shared_gate))
+        inside = tuple(f"{name}." for name in called)
+        for name, module in self.block.named_modules():
+            if not f"{name}.".startswith(inside):
+                holders = [cls for cls in type(module).__mro__ if not traces.is_library(cls.__module__)]
+                values = ChainMap(*({**vars(holder)} for holder in (module, *holders)))
+                for attribute, value in values.items():
+                    own = not attribute.startswith(("__", "_is_hf_")) and attribute not in _OF_EVERY_MODULE
+                    if own and type(value) in (bool, int, float, str) and value == value:
+                        yield name, attribute, value
 
     def _candidates(self, x: Tensor, y: Any) -> Iterator[BlockFormula]:
         num_tokens = x.numel() // self.d_model
@@ -225,6 +306,8 @@ class _Twin:
         names, leaves = ["its input", *named], [x.requires_grad_(), *named.values()]
         with torch.enable_grad():
             theirs, ours = (_tensors(out) for out in (self.block(x * 1), formula.forward(self.block, x, self._experts)))
+            if not all(_same(a, b) for a, b in zip(ours, theirs, strict=True)):
+                raise NotExpertsError("computes something else where gradients are needed")
             direction = [torch.randn_like(t) for t in theirs]
             # Some add the gradient of a loss of their own, whatever the gradient of what they give.
             nothing = [torch.zeros_like(t) for t in theirs]
@@ -260,7 +343,7 @@ class _Twin:
         if type(ours) is not type(y) or (isinstance(y, tuple) and len(y) != 2):
             return False
         pairs = zip(_tensors(ours), _tensors(y), strict=True)
-        return all(a.shape == b.shape and bool((a - b).norm() <= _TOLERANCE * b.norm()) for a, b in pairs)
+        return all(_same(a, b) for a, b in pairs)
 
     def _run(self, x: Tensor) -> Any:
         given = x.clone()
@@ -278,15 +361,18 @@ class _Twin:
     def _tokens(self, *shape: int, scale: float = 1.0) -> Tensor:
         return scale * torch.randn(*shape, self.d_model, dtype=self.dtype)
 
-    def _attributes(self) -> dict[str, tuple[Any, int]]:
-        """To tell whether the block's own forward wrote something."""
-        values = {}
-        for name, value in (*vars(self.block).items(), *self.block._buffers.items()):
-            sized = isinstance(value, (list, dict, set))
-            version = len(value) if sized else value._version if isinstance(value, Tensor) else 0
-            values[name] = value, version
-        values.pop("training")
-        return values
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).norm() <= _TOLERANCE * b.norm())
+
+
+def _is_another_tensor(first: traces.Trace | None, second: traces.Trace | None) -> bool:
+    """Of tensors that were written anew, not in place, as counters are."""
+    values = [trace.value for trace in (first, second) if trace is not None]
+    if len(values) < 2 or values[0] is values[1] or not all(isinstance(value, Tensor) for value in values):
+        return False
+    a, b = (value.detach().double() for value in values)
+    return not _same(a, b)
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -52,8 +52,9 @@ def find_experts(model: nn.Module) -> list[ExpertsSite]:
     Known are classes given to `register_experts_adapter`, the layers of this package, modules with the flags and names
     of transformers 5, and lists (nn.ModuleList, nn.ModuleDict) of FFNs that are alike. Those are experts if a copy of
     the module around them, run with random parameters and a small random input, shows that none sees another's output,
-    and that a router chooses among them; or, where none is found, if the list has "expert" in its name and treats
-    tokens alike wherever they stand. The model is not touched.
+    that a router chooses among them, or, where none is found, that the list has "expert" in its name and treats
+    tokens alike wherever they stand, and that they do not count alike for all tokens. The model is not touched,
+    nor what it holds; what its code writes into globals or attributes of its classes stays there.
 
     Raises:
         TypeError: `model` is not an nn.Module.

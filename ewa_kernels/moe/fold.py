@@ -10,6 +10,7 @@ from ewa_kernels import checks, shards
 from ewa_kernels.moe import stacked
 from ewa_kernels.moe.replaced import ExpertStack, MeanExpert, formula_of_block, place_, restore_, switched
 from ewa_kernels.surgery.layout import swap_modules_
+from ewa_kernels.surgery.pretrained import guard_save_pretrained
 
 
 def fold_moe_(model: nn.Module) -> nn.Module:
@@ -18,7 +19,8 @@ def fold_moe_(model: nn.Module) -> nn.Module:
     Such layers are those of `replace_moe_(model, to="random_partition")`, and all of a transformers model whose experts
     implementation is "ewa_random_partition". The model's output in eval mode does not change, and what a block returns
     has the same form: its router is still called. In place of the experts stands a dense `ewa_kernels.FFN`, with new
-    parameters that are in no optimizer. Layers whose router chooses are left alone.
+    parameters that are in no optimizer. Layers whose router chooses are left alone. No class of a library has such an
+    FFN, so that `save_pretrained` raises from then on: save the `state_dict`, which a model made in the same way loads.
 
     Raises:
         TypeError: `model` is not an nn.Module.
@@ -45,6 +47,7 @@ def fold_moe_(model: nn.Module) -> nn.Module:
         raise ValueError('model must have experts in random partition: replace_moe_(model, to="random_partition")')
     if model in dense:
         raise ValueError(f"model must hold the experts, got them themselves: {type(model).__name__}")
+    guard_save_pretrained(model)
     swap_modules_(model, dense)
     return model
 
@@ -53,11 +56,12 @@ def restore_moe_(model: nn.Module) -> nn.Module:
     """Undoes `replace_moe_`, in place, with the experts as they are now; returns the model.
 
     Lists of experts stand where they stood, so that the `state_dict` has the keys it had and the library's own
-    checkpoints can be written; their parameters are in no optimizer. Every block has its own forward again.
+    checkpoints can be written; their parameters are in no optimizer, and have no gradients yet. Every block has its own
+    forward again. What `fold_moe_` made of experts that were stacked by transformers stays.
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: its experts are sharded, or were folded by `fold_moe_`. The model is as it was then.
+        ValueError: its experts are sharded, or a list of them was folded by `fold_moe_`. The model is as it was then.
     """
     checks.module("model", model)
     blocks = [module for module in model.modules() if switched(module) == "block"]

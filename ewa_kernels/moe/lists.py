@@ -136,13 +136,15 @@ def _try(holder: nn.Module, experts: nn.Module, d_model: int, says_so: bool) -> 
             torch.default_generator.manual_seed(0)
             trial = Trial(holder, experts, d_model)
             trial.check_independent()
+            router: tuple[str, ...] = ()
             try:
-                return trial.router()
+                router = trial.router()
             except NotExpertsError:
                 if not says_so:
                     raise
-            trial.check_places()
-            return ()
+                trial.check_places()
+            trial.check_chosen_by_tokens()
+            return router
     except NotExpertsError as error:
         return error
     except Exception as error:  # of foreign code

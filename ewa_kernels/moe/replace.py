@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ewa_kernels import backends, checks
 from ewa_kernels.moe import stacked
@@ -18,6 +19,7 @@ from ewa_kernels.moe.lists import signature
 from ewa_kernels.moe.replaced import ExpertStack, has_forward_of_its_own, switch_, switch_block_, switched
 from ewa_kernels.surgery.layout import FFNLayout
 from ewa_kernels.surgery.replace import ReplacementReport
+from ewa_kernels.surgery.sites import HOOKS, PARAMETER_HOOKS, has_hooks
 
 # Of blocks that are made alike: what they compute, or why they are left alone.
 Verdicts = dict[Hashable, BlockFormula | str]
@@ -52,11 +54,15 @@ def replace_moe_(
     and the losses on them are where they were; without such a loss, "random_partition" gives it no gradient.
 
     Experts stacked as in transformers 5 keep their parameters, and so checkpoints and optimizers go on; the setting of
-    `ewa_kernels.integrations.transformers_experts` does the same for a whole model. Experts in a list (transformers 4,
-    research code) become stacked parameters: `experts.up.weight` `[E, F, D]` and so on in place of the list, which
-    changes the `state_dict` until `restore_moe_`; make the optimizer after this call. For a moment such experts take
-    their memory twice. A block with a list is replaced only if a copy of it, run with random parameters, gives the
-    output and the gradients that ours gives. `fold_moe_` leaves the mean expert of a random partition.
+    `ewa_kernels.integrations.transformers_experts` does the same for a whole model. After this call, though,
+    `set_experts_implementation` has no effect on them: `restore_moe_` first.
+
+    Experts in a list (transformers 4, research code) become stacked parameters: `experts.up.weight` `[E, F, D]` and so
+    on in place of the list, which changes the `state_dict` until `restore_moe_`. They keep their gradients; make the
+    optimizer after this call. For a moment such experts take their memory twice. A block with a list is replaced only
+    if a copy of it, run with random parameters, gives the output and the gradients that ours gives, keeps nothing, and
+    does not hang on its buffers. Its numbers and flags, such as `top_k`, must then stay as they are: a later change
+    raises RuntimeError in the forward. `fold_moe_` leaves the mean expert of a random partition.
 
     Args:
         model: any module; `ewa_kernels.moe.experts.find_experts` tells what is known in it.
@@ -123,6 +129,7 @@ def _replacement(
         return lambda: switch
     if site.kind != "list" or site.layout is None:
         raise NotExpertsError(f"is a {site.kind}, whose forward is its own")
+    _check_not_shared(model, module)
     block = model.get_submodule(site.holder)
     layout, trained = site.layout, _check_members(module, site.layout)
     formula = _formula(block, site, verdicts)
@@ -132,11 +139,18 @@ def _replacement(
 
         def replace_list() -> None:
             switch_block_(block, formula, experts)
-            experts.release()
 
         return replace_list
 
     return prepare
+
+
+def _check_not_shared(model: nn.Module, experts: nn.Module) -> None:
+    """The other holder would be left with experts of its own. Activations without parameters may be shared."""
+    num_holders = Counter(child for module in model.modules() for child in module._modules.values())
+    for name, module in experts.named_modules():
+        if num_holders[module] > 1 and next(module.parameters(), None) is not None:
+            raise NotExpertsError(f"shares with another module: {name or 'the list itself'}")
 
 
 def _check_stacked(module: nn.Module) -> None:
@@ -160,11 +174,6 @@ def _formula(block: nn.Module, site: ExpertsSite, verdicts: Verdicts) -> BlockFo
     _check_forward(block)
     if switched(block) is not None:
         raise NotExpertsError(f"is in a {type(block).__name__} that was replaced already")
-    hooked = [
-        name for name, member in site.module.named_modules() if member._forward_hooks or member._forward_pre_hooks
-    ]
-    if hooked:
-        raise NotExpertsError(f"has hooks that would be lost, on {', '.join(name or 'it' for name in hooked)}")
     dot = f"{site.holder}." if site.holder else ""
     routers = {name.removeprefix(dot).partition(".")[0] for name in site.router}
     routers -= set(block._parameters) | set(block._buffers)
@@ -191,8 +200,12 @@ def _check_members(experts: nn.Module, layout: FFNLayout) -> dict[str, bool]:
     """Name of a stacked tensor → whether it is to be trained.
 
     Raises:
-        NotExpertsError: the members' parameters are not all of one kind.
+        NotExpertsError: the members' parameters are not all of one kind, or hooks would be lost.
     """
+    hooked = [name or "it" for name, member in experts.named_modules() if has_hooks(member, HOOKS)]
+    hooked += [name for name, parameter in experts.named_parameters() if has_hooks(parameter, PARAMETER_HOOKS)]
+    if hooked:
+        raise NotExpertsError(f"has hooks that would be lost, on {', '.join(hooked)}")
     every = list(experts.parameters())
     for what in ("device", "dtype"):
         values = {str(getattr(parameter, what)) for parameter in every}
@@ -215,9 +228,15 @@ def _check_members(experts: nn.Module, layout: FFNLayout) -> dict[str, bool]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _stack(members: nn.Module, layout: FFNLayout, trained: dict[str, bool], to: str, backend: str) -> ExpertStack:
-    experts = [layout.stack(dict(member.named_parameters())) for member in members.children()]
-    tensors = {
-        name: nn.Parameter(torch.stack([expert[name] for expert in experts]), requires_grad=trained[name])
-        for name in experts[0]
-    }
+    def stacked_of(tensor_of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        experts = [
+            layout.stack({name: tensor_of(parameter) for name, parameter in member.named_parameters()})
+            for member in members.children()
+        ]
+        return {name: torch.stack([expert[name] for expert in experts]) for name in experts[0]}
+
+    tensors = {name: nn.Parameter(t, requires_grad=trained[name]) for name, t in stacked_of(lambda p: p).items()}
+    if any(parameter.grad is not None for parameter in members.parameters()):
+        for name, grad in stacked_of(lambda p: torch.zeros_like(p) if p.grad is None else p.grad).items():
+            tensors[name].grad = grad if trained[name] else None
     return ExpertStack(members, layout, tensors, routed=to == "routed", backend=backend)

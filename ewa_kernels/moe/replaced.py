@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewa_kernels import functional, reference
+from ewa_kernels import functional
 from ewa_kernels.modules import FFN, StackedExperts
 from ewa_kernels.moe.blocks import BlockFormula
 from ewa_kernels.moe.stacked import random_partition_forward, routed_forward
 from ewa_kernels.surgery.layout import FFNLayout
+from ewa_kernels.surgery.pretrained import guard_save_pretrained
 
 _FORMULA = "_ewa_formula"
 
@@ -52,7 +55,7 @@ class ExpertStack(StackedExperts):
             backend=backend,
         )
         self.routed, self.output_dropout = routed, layout.output_dropout
-        self._origin = _Origin(origin, layout)
+        self._origin = _Origin(_without_memory(origin), layout)
         for name in ("up", "down"):
             for which in ("weight", "bias"):
                 setattr(self.get_submodule(name), which, experts.get(f"{name}.{which}"))
@@ -61,8 +64,7 @@ class ExpertStack(StackedExperts):
     def forward(self, x: Tensor, choices: Tensor, routing_weights: Tensor) -> Tensor:
         """`[T, D]` → `[T, D]`. choices and routing_weights, `[T, k]`, count only if `routed`."""
         if not (self.routed or self.training):
-            hidden = reference.activate(F.linear(x, *self.up.merge()), self.activation, self.gated)
-            return F.linear(hidden, *self.down.merge())
+            return self.forward_mean(x)
         dropout_p = self.dropout if self.training else 0.0
         options: dict[str, Any] = {
             "activation": self.activation,
@@ -86,7 +88,7 @@ class ExpertStack(StackedExperts):
 
     @torch.no_grad()
     def restored(self) -> nn.Module:
-        """The list that was replaced, with these parameters; shares no memory."""
+        """A list like the one that was replaced, with these parameters; shares no memory."""
         members, layout = self._origin.members, self._origin.layout
         named = dict(self.named_parameters())
         for e, member in enumerate(members.children()):
@@ -96,21 +98,28 @@ class ExpertStack(StackedExperts):
                 _set_parameter(member, name, nn.Parameter(value.clone(), requires_grad=requires_grad))
         return members.train(self.training)
 
-    def release(self) -> None:
-        """Takes the memory of the list that was replaced: nothing in the model needs it."""
-        for member in self._origin.members.children():
-            for name, parameter in member.named_parameters():
-                empty = torch.empty_like(parameter, device="meta")
-                _set_parameter(member, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, routed={self.routed}, output_dropout={self.output_dropout}"
+
+
+def _without_memory(members: nn.Module) -> nn.Module:
+    """A copy on the meta device: the list itself may be held by others, too."""
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+        for parameter in members.parameters()
+    }
+    return copy.deepcopy(members, cast(dict[int, Any], empty))
 
 
 class MeanExpert(FFN):
     """The one expert that is left after `fold_moe_`. It is called as the experts were, whatever the router says."""
 
     output_dropout = 0.0
+    _ewa_not_loadable = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        guard_save_pretrained()  # in another process, too
 
     @classmethod
     @torch.no_grad()
@@ -137,12 +146,23 @@ class MeanExpert(FFN):
         return F.dropout(super().forward(x), self.output_dropout, self.training).to(x.dtype)
 
 
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (
+        isinstance(value, (bool, int, float, str)) and (type(value), value) == (type(default), default)
+    )
+
+
 def _block_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    given = [*args, *kwargs.values()]
+    # What the block's own code would be given anyway says nothing.
+    names, defaults = type(block)._ewa_optional  # type: ignore[attr-defined]
+    named = [*kwargs.items(), *zip(names, args[1:], strict=False)]
+    given = [*args[:1], *(value for name, value in named if name not in defaults or not _same(value, defaults[name]))]
+    given += args[1 + len(names) :]
     if len(given) != 1 or not isinstance(given[0], Tensor):
         kinds = ", ".join(type(value).__name__ for value in given)
         raise TypeError(f"{type(block).__name__} must get one Tensor after replace_moe_, got {kinds or 'nothing'}")
     formula = formula_of_block(block)
+    formula.check_settings(block)
     return formula.forward(block, given[0], block.get_submodule(formula.experts))
 
 
@@ -172,9 +192,16 @@ def _switched_class(base: type[nn.Module], to: str) -> type[nn.Module]:
     if original is not None:
         forward.__wrapped__ = original  # type: ignore[attr-defined]
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    ours = {"forward": forward, "__reduce_ex__": reduce, "_ewa_switched": (base, to)}
+    ours = {"forward": forward, "__reduce_ex__": reduce, "_ewa_switched": (base, to), "_ewa_optional": _optional(base)}
     _classes[base, to] = type(base.__name__, (base,), {**names, **ours})
     return _classes[base, to]
+
+
+def _optional(base: type[nn.Module]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of what a forward takes after the tokens, in order, and the defaults of these."""
+    parameters = list(inspect.signature(base.forward).parameters.values())[2:]
+    by_place = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    return by_place, {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _new(base: type[nn.Module], to: str) -> nn.Module:

@@ -5,7 +5,8 @@ In the copy a simple function stands for each member, different for each, and al
 - do not see each other: what one gives reaches no other's input;
 - are interchangeable together with the router: if they change places, and so do the router's rows, nothing changes;
 - are not interchangeable without it;
-- see the same tokens.
+- see the same tokens;
+- do not count alike for all tokens: if each gave the same for every token, their sum would still differ by token.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from ewa_kernels.moe.twin import CannotRunError, kind_of, own_tensors_, private_
 
 # Of norms. Rounding is 1e-6 in float32.
 _TOLERANCE = 1e-4
+
+_SMALL = 1e-3
+_ROUNDING = 3e-6
 
 _MAX_TOKENS = 256
 _MAX_NUMEL = 2**27  # of all parameters that are no member's
@@ -48,6 +52,7 @@ class Trial:
         self._slopes, self._shifts = torch.rand(num_experts, d_model) + 0.5, torch.randn(num_experts, d_model)
         self._change = torch.randn(d_model)  # not along one direction, which a norm may take away
         self._shifted: Collection[int] = ()
+        self._constants: Tensor | None = None  # [E, D], which the stand-ins then give for every token
         self._inputs: list[list[Tensor]] = []
 
         copies: dict[nn.Module, nn.Module] = {}
@@ -63,6 +68,8 @@ class Trial:
     def _function(self, e: int) -> Any:
         def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
             self._inputs[e].append(x.detach().clone())
+            if self._constants is not None:
+                return self._constants[e].to(x.dtype).expand_as(x)
             y = torch.tanh(x * self._slopes[e].to(x.dtype) + self._shifts[e].to(x.dtype))
             return y + self._change.to(x.dtype) if e in self._shifted else y
 
@@ -141,6 +148,34 @@ class Trial:
             needed = [place for place, others in without if not _close(self._rotated(others, shift), self._y)]
             return tuple(name for name, _, _ in needed)
         raise NotExpertsError("holds modules among which nothing chooses: no router was found")
+
+    def check_chosen_by_tokens(self) -> None:
+        """What chooses hangs on the token, as what scales branches or weighs an ensemble does not.
+
+        Raises:
+            NotExpertsError: the members count alike for all tokens.
+        """
+        num_experts = len(self._stand_ins)
+        # Small, so that what comes after is linear, as a norm is not; of one feature, so that scales are but numbers.
+        common = torch.zeros_like(self._shifts)
+        common[:, 0] = _SMALL * common.shape[1] ** 0.5
+        own = common * torch.arange(1, num_experts + 1).unsqueeze(-1) / num_experts
+        outputs = [self._run_constant(self._shifts + change) for change in (0, common, own)]
+        # Sequence by sequence: attention, too, treats these alike whose queries are.
+        num_sequences = 2 if self._x.ndim == 3 and outputs[0].ndim > 2 and len(outputs[0]) == 2 else 1
+        before, *after = (y.reshape(num_sequences, -1, y.shape[-1] if y.ndim else 1) for y in outputs)
+        of_common, of_own = (y - before for y in after)
+        # How much more of the one there is than of the other: a number per feature, if it is the same for all tokens.
+        ratio = (of_own * of_common).sum(1, True) / of_common.square().sum(1, True).clamp_min(1e-30)
+        if (of_own - ratio * of_common).norm() <= max(10 * _SMALL * of_own.norm(), _ROUNDING * before.norm()):
+            raise NotExpertsError("holds modules that count alike for all tokens: nothing chooses among them")
+
+    def _run_constant(self, constants: Tensor) -> Tensor:
+        try:
+            self._constants = constants
+            return self._run()[0]
+        finally:
+            self._constants = None
 
     def check_places(self) -> None:
         """Which token goes where must not depend on its place in the sequence, as that of words and of patches does.

@@ -19,6 +19,7 @@ from ewa_kernels import functional
 from ewa_kernels.surgery.replaced import ReplacedFFN, folded, replaced_ffns
 
 _METHOD = "save_pretrained"
+NOT_LOADABLE = "_ewa_not_loadable"  # attribute of modules whose weights no library's class has
 _TENSORS = ("up.weight", "up.bias", "down.weight", "down.bias")
 # Whose models may come to hold a model with experts, after `replace_ffn_` too.
 _LIBRARIES = (("transformers.modeling_utils", "PreTrainedModel"), ("huggingface_hub.hub_mixin", "ModelHubMixin"))
@@ -31,7 +32,7 @@ def guard_save_pretrained(*models: nn.Module) -> None:
 
     Of transformers' and huggingface_hub's base classes too, if loaded: what holds a model need not be inside it. For a
     model without experts of `replace_ffn_` the method does what it did. A `state_dict` that the caller gives is folded,
-    and may come from a wrapper (DDP, FSDP, torch.compile).
+    and may come from a wrapper (DDP, FSDP, torch.compile). Of a model after `fold_moe_` it raises ValueError.
     """
     classes = {type(module) for model in models for module in model.modules()}
     classes |= {getattr(sys.modules[module], name) for module, name in _LIBRARIES if module in sys.modules}
@@ -47,6 +48,8 @@ def _guarded(method: Any) -> Any:
 
     @functools.wraps(method)
     def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, nn.Module):
+            _check_loadable(self)
         layers = replaced_ffns(self) if isinstance(self, nn.Module) else {}
         if not layers:
             return method(self, *args, **kwargs)
@@ -63,6 +66,21 @@ def _guarded(method: Any) -> Any:
 
     save_pretrained._saves_folded = True  # type: ignore[attr-defined]
     return save_pretrained
+
+
+def _check_loadable(model: nn.Module) -> None:
+    """Of modules that no class of the library has, as `fold_moe_` leaves them.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, NOT_LOADABLE, False):
+            raise ValueError(
+                f"save_pretrained must have what {type(model).__name__}.from_pretrained can load, got a "
+                f"{type(module).__name__} at {name}: save model.state_dict() with torch.save; a model made by "
+                "replace_moe_ and fold_moe_ loads it"
+            )
 
 
 def fold_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:

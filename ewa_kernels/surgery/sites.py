@@ -170,8 +170,8 @@ def _check_parts(module: nn.Module, up: tuple[str, ...], down: str, holders: Cou
         raise NotReplaceableError("is in training mode in part only")
     if any(child._compiled_call_impl is not None for child in module.modules()):
         raise NotReplaceableError("is compiled: call replace_ffn_ before compile()")
-    hooked = [name or "it" for name, child in module.named_modules() if _has_hooks(child, _HOOKS)]
-    hooked += [name for name, p in parameters.items() if _has_hooks(p, _PARAMETER_HOOKS)]
+    hooked = [name or "it" for name, child in module.named_modules() if has_hooks(child, HOOKS)]
+    hooked += [name for name, p in parameters.items() if has_hooks(p, PARAMETER_HOOKS)]
     if hooked:
         raise NotReplaceableError(f"has hooks that would be lost, on {', '.join(hooked)}")
     extra = list(_extra_arguments(module))
@@ -195,7 +195,7 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
@@ -207,10 +207,10 @@ _HOOKS = (
 )
 
 
-_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-def _has_hooks(held: nn.Module | nn.Parameter, kinds: tuple[str, ...]) -> bool:
+def has_hooks(held: nn.Module | nn.Parameter, kinds: tuple[str, ...]) -> bool:
     return any(getattr(held, hooks, None) for hooks in kinds)
 
 
