@@ -18,7 +18,7 @@ from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ewa_kernels import reference
-from ewa_kernels.kernels import blocked_ffn, cpp_rows, experts, extension, fused
+from ewa_kernels.kernels import blocked_ffn, experts, fused, permutation
 
 _LIBRARY = torch.library.Library("ewa_kernels", "DEF")
 
@@ -34,17 +34,9 @@ def _define(schema: str, implementation: Any, fake: Any, tags: tuple[torch.Tag, 
 # --- the deal ---
 
 
-def _random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
-    if seed.device.type == "cpu" and extension.WHY_NOT is None:
-        return cpp_rows.random_permutation(num_tokens, seed)
-    if seed.device.type == "cuda" and fused.WHY_NOT is None:
-        return fused.partition.random_permutation(num_tokens, seed)
-    return reference.random_permutation(num_tokens, seed)
-
-
 random_permutation = _define(
     "random_permutation(SymInt num_tokens, Tensor seed) -> Tensor",
-    _random_permutation,
+    permutation.random_permutation,
     lambda num_tokens, seed: seed.new_empty(num_tokens, dtype=torch.int32),
 )
 

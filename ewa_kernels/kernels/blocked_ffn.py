@@ -18,6 +18,7 @@ from torch import Tensor
 from ewa_kernels.kernels.choices import sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.cpp_rows import CppRows
+from ewa_kernels.kernels.permutation import random_permutation
 from ewa_kernels.kernels.torch_rows import TorchRows
 from ewa_kernels.reference import dropout_scale
 from ewa_kernels.reference import expert_offsets as equal_offsets
@@ -126,7 +127,7 @@ def moe_ffn_forward(
     seed = seed.to(x.device)
     x = x.contiguous()
     up_weight, up_bias, down_weight, down_bias = _in_dtype(x.dtype, up_weight, up_bias, down_weight, down_bias)
-    order = rows.random_permutation(len(x), seed) if permutation is None else permutation
+    order = random_permutation(len(x), seed) if permutation is None else permutation
     weights, top_k = _weights(routing_weights, x)
     y = x.new_empty(len(order), d_model)
     pre_activation = x.new_empty((len(order), num_up) if save else 0)
@@ -180,7 +181,7 @@ def moe_ffn_backward(
     dtypes = [x.dtype if t is None else t.dtype for t in inputs]
     up_weight, up_bias, down_weight, down_bias = _in_dtype(x.dtype, up_weight, up_bias, down_weight, down_bias)
     if len(permutation) == 0:
-        permutation = rows.random_permutation(len(x), seed)
+        permutation = random_permutation(len(x), seed)
 
     weights, top_k = _weights(routing_weights, x)
     grad_x = x.new_empty((len(permutation), d_model) if need_x else 0)

@@ -26,9 +26,6 @@ def random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
 class CppRows(TorchRows):
     """Biases are added where a block is read anyway, and not by the matrix product, which would take a pass for it."""
 
-    def random_permutation(self, num_tokens: int, seed: Tensor) -> Tensor:
-        return random_permutation(num_tokens, seed)
-
     def gather(self, x: Tensor, tokens: Tensor, out: Tensor) -> None:
         _C.gather_rows(x.data_ptr(), tokens.data_ptr(), len(tokens), x.shape[1], out.data_ptr())
 

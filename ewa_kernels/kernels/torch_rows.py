@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ewa_kernels.reference import random_permutation
-
 aten = torch.ops.aten
 
 
@@ -62,9 +60,6 @@ class TorchRows:
     def __init__(self, activation: str, gated: bool):
         self.activation = activation
         self.gated = gated
-
-    def random_permutation(self, num_tokens: int, seed: Tensor) -> Tensor:
-        return random_permutation(num_tokens, seed)
 
     def gather(self, x: Tensor, tokens: Tensor, out: Tensor) -> None:
         """out = x[tokens], `[T, D]` → `[e, n, D]`."""
