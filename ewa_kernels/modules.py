@@ -116,7 +116,8 @@ Experts = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 def forward_mean(x: Tensor, experts: Experts, activation: str, gated: bool) -> Tensor:
     """What the mean of experts computes: up_weight, up_bias, down_weight and down_bias, stacked; no dropout."""
-    up, up_bias, down, down_bias = (None if t is None else functional.merge_experts(t) for t in experts)
+    # Contiguous, even of experts that are stored transposed, so that a folded layer computes with the same bits.
+    up, up_bias, down, down_bias = (None if t is None else functional.merge_experts(t).contiguous() for t in experts)
     hidden = reference.activate(F.linear(x, up, up_bias), activation, gated)  # type: ignore[arg-type]
     return F.linear(hidden, down, down_bias)  # type: ignore[arg-type]
 

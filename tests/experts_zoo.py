@@ -5,6 +5,19 @@ import torch.nn.functional as F
 from models import Mlp
 from torch import nn
 
+# Of a transformers model as small as can be.
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 
 def sequential(d_ff=16):
     return nn.Sequential(nn.Linear(8, d_ff), nn.GELU(), nn.Linear(d_ff, 8))

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from experts_zoo import EXPERTS, Chain, FastMoE, Lucidrains, Mixtral4, Tutorial
+from experts_zoo import EXPERTS, TINY, Chain, FastMoE, Lucidrains, Mixtral4, Tutorial
 from models import Mlp
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -15,18 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import ewa_kernels as ewa
 from ewa_kernels.moe import adapters, lists
 
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 50,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "num_experts_per_tok": 2,
-}
+SIZES = {**TINY, "num_experts_per_tok": 2}
 
 
 class Pick(nn.Module):

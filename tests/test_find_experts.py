@@ -8,7 +8,19 @@ import pytest
 import timm
 import torch
 import transformers
-from experts_zoo import EXPERTS, NO_EXPERTS, Chain, DeepSpeed, FastMoE, Glu, Lucidrains, Mixtral4, Switch, Tutorial
+from experts_zoo import (
+    EXPERTS,
+    NO_EXPERTS,
+    TINY,
+    Chain,
+    DeepSpeed,
+    FastMoE,
+    Glu,
+    Lucidrains,
+    Mixtral4,
+    Switch,
+    Tutorial,
+)
 from models import Mlp, Transformer
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -32,21 +44,8 @@ def reason(model):
     return site.skip_reason
 
 
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 50,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
 def mixtral(**options):
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4, **options))
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**TINY, num_local_experts=4, **options))
 
 
 class TestLists:
@@ -207,7 +206,7 @@ class TestStacked:
             (
                 lambda: transformers.Qwen2MoeForCausalLM(
                     transformers.Qwen2MoeConfig(
-                        **SIZES,
+                        **TINY,
                         num_experts=4,
                         num_experts_per_tok=2,
                         moe_intermediate_size=12,
@@ -218,13 +217,13 @@ class TestStacked:
             ),
             (
                 lambda: transformers.OlmoeForCausalLM(
-                    transformers.OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)
+                    transformers.OlmoeConfig(**TINY, num_experts=4, num_experts_per_tok=2)
                 ),
                 ("gate_up_proj", "down_proj"),
             ),
             (
                 lambda: transformers.GptOssForCausalLM(
-                    transformers.GptOssConfig(**SIZES, num_local_experts=4, head_dim=8)
+                    transformers.GptOssConfig(**TINY, num_local_experts=4, head_dim=8)
                 ),
                 ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"),
             ),

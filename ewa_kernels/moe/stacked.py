@@ -12,10 +12,10 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewa_kernels import functional, reference
+from ewa_kernels.modules import forward_mean
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_is_expert_parallel")
 
@@ -111,13 +111,7 @@ def random_partition_forward(module: Any, x: Tensor, choices: Tensor, routing_we
         seed = functional.draw_seed(x)
         y = functional.moe_ffn(x, *experts, seed=seed, activation=activation, gated=gated, backend=backend)
     else:
-        # Contiguous, so that the mean expert of `fold_moe_` computes with the same bits.
-        up, up_bias, down, down_bias = (
-            None if experts_of is None else functional.merge_experts(experts_of).contiguous() for experts_of in experts
-        )
-        assert up is not None
-        assert down is not None
-        y = F.linear(reference.activate(F.linear(x, up, up_bias), activation, gated), down, down_bias)
+        y = forward_mean(x, experts, activation, gated)
     return y.to(x.dtype)
 
 
