@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "experts.h"
+#include "pages.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -14,6 +15,11 @@ template <class T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
+
+// (address, type) of rows, as ewa_kernels/kernels/cpp_rows.py gives them.
+using Matrix = std::pair<uintptr_t, int32_t>;
+
+ewa::Matrix matrix(const Matrix& given) { return {pointer<void>(given.first), static_cast<ewa::Type>(given.second)}; }
 
 // From rows of numbers, in the order of the structs' fields: see ewa_kernels/kernels/experts.py.
 ewa::Table table_of(const std::vector<std::array<int64_t, 5>>& groups,
@@ -56,35 +62,38 @@ PYBIND11_MODULE(_C, m) {
         unlocked);
     m.def(
         "gather_rows",
-        [](uintptr_t in, uintptr_t tokens, int64_t n, int64_t d, uintptr_t out) {
-            ewa::gather_rows(pointer<const float>(in), pointer<const int64_t>(tokens), n, d, pointer<float>(out));
+        [](Matrix in, uintptr_t tokens, int64_t n, int64_t d, Matrix out) {
+            ewa::gather_rows(matrix(in), pointer<const int64_t>(tokens), n, d, matrix(out));
         },
         unlocked);
     m.def(
         "scatter_rows",
-        [](uintptr_t in, uintptr_t bias, uintptr_t tokens, int64_t n, int64_t rows_per_expert, int64_t d,
-           uintptr_t out) {
-            ewa::scatter_rows(pointer<const float>(in), pointer<const float>(bias), pointer<const int64_t>(tokens), n,
-                              rows_per_expert, d, pointer<float>(out));
+        [](Matrix in, uintptr_t bias, uintptr_t factor, uintptr_t tokens, int64_t n, int64_t rows_per_expert, int64_t d,
+           Matrix out) {
+            ewa::scatter_rows(matrix(in), pointer<const float>(bias), pointer<const float>(factor),
+                              pointer<const int64_t>(tokens), n, rows_per_expert, d, matrix(out));
         },
         unlocked);
     m.def(
         "activate",
-        [](ewa::Activation activation, bool gated, int64_t n, int64_t rows_per_expert, int64_t d_ff, uintptr_t scale,
-           uintptr_t bias, uintptr_t pre, uintptr_t hidden) {
-            ewa::activate(activation, {n, rows_per_expert, d_ff, gated, pointer<const float>(scale)},
-                          pointer<const float>(bias), pointer<float>(pre), pointer<float>(hidden));
+        [](ewa::Activation activation, bool gated, int64_t n, int64_t rows_per_expert, int64_t d_ff, uintptr_t rows,
+           uint64_t seed, double dropout_p, uintptr_t bias, Matrix product, Matrix pre, Matrix hidden) {
+            ewa::activate(activation, {n, rows_per_expert, d_ff, gated, pointer<const int64_t>(rows), seed, dropout_p},
+                          pointer<const float>(bias), matrix(product), matrix(pre), matrix(hidden));
         },
         unlocked);
     m.def(
         "activate_backward",
-        [](ewa::Activation activation, bool gated, int64_t n, int64_t rows_per_expert, int64_t d_ff, uintptr_t scale,
-           uintptr_t pre, uintptr_t grad_hidden, uintptr_t grad_pre, uintptr_t hidden, uintptr_t grad_bias,
-           float beta) {
-            ewa::activate_backward(activation, {n, rows_per_expert, d_ff, gated, pointer<const float>(scale)},
-                                   pointer<const float>(pre), pointer<const float>(grad_hidden),
-                                   pointer<float>(grad_pre), pointer<float>(hidden), pointer<float>(grad_bias), beta);
+        [](ewa::Activation activation, bool gated, int64_t n, int64_t rows_per_expert, int64_t d_ff, uintptr_t rows,
+           uint64_t seed, double dropout_p, Matrix pre, Matrix grad_hidden, Matrix grad_pre, Matrix hidden, uintptr_t grad_bias, float beta) {
+            ewa::activate_backward(activation, {n, rows_per_expert, d_ff, gated, pointer<const int64_t>(rows), seed, dropout_p},
+                                   matrix(pre), matrix(grad_hidden), matrix(grad_pre), matrix(hidden),
+                                   pointer<float>(grad_bias), beta);
         },
+        unlocked);
+    m.def(
+        "advise_huge_pages",
+        [](uintptr_t memory, int64_t bytes) { ewa::advise_huge_pages(pointer<void>(memory), bytes); },
         unlocked);
 
     py::class_<ewa::Table>(m, "Table").def(py::init(&table_of));

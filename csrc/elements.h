@@ -24,6 +24,8 @@ EWA_ANYWHERE To bit_cast(From from) {
     return to;
 }
 
+enum class Type : int32_t { float32, float64, float16, bfloat16 };
+
 struct Half {
     uint16_t bits;
 };

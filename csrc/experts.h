@@ -13,8 +13,6 @@
 
 namespace ewa {
 
-enum class Type : int32_t { float32, float64, float16, bfloat16 };
-
 // One expert of a group, or a parameter that has no experts. All memory is dense and in the same order.
 struct Member {
     void* param;

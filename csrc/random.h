@@ -37,4 +37,17 @@ EWA_ANYWHERE uint32_t random_bits(uint32_t of_expert, uint32_t of_element, int64
     return mix32(of_expert + of_element) >> (k & 1) * 16 & 0xFFFFu;
 }
 
+// What hidden dropout multiplies an element of `hidden` by: 0 where mix32(mix32(row ^ key₀) + mix32(column ^ key₁)) is
+// below p·2^32, else 1/(1 − p). Rows are grouped rows.
+struct DropoutKeys {
+    uint32_t row, column;
+
+    EWA_ANYWHERE explicit DropoutKeys(uint64_t seed)
+        : row(static_cast<uint32_t>(seed_word(seed, 13))), column(static_cast<uint32_t>(seed_word(seed, 13) >> 32)) {}
+    EWA_ANYWHERE uint32_t of_row(int64_t i) const { return mix32(static_cast<uint32_t>(i) ^ row); }
+    EWA_ANYWHERE uint32_t of_column(int64_t j) const { return mix32(static_cast<uint32_t>(j) ^ column); }
+};
+
+EWA_ANYWHERE uint32_t dropout_bits(uint32_t of_row, uint32_t of_column) { return mix32(of_row + of_column); }
+
 }  // namespace ewa

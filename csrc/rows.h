@@ -1,40 +1,54 @@
 // What the layer does on a CPU besides matrix products: dealing tokens, moving rows, activations.
 //
-// Knows nothing of torch: float32 and int32 pointers to dense row-major memory, and sizes in elements. Nothing is
-// checked here; ewa_kernels/kernels/cpp_rows.py does that. No result depends on the number of threads.
+// Knows nothing of torch: addresses of dense row-major memory, and sizes in elements. Nothing is checked here;
+// ewa_kernels/kernels/cpp_rows.py does that. All is computed in float32, and no result depends on the number of threads.
 #pragma once
 
 #include <cstdint>
+
+#include "elements.h"
 
 namespace ewa {
 
 enum class Activation { gelu, gelu_tanh, quick_gelu, relu, relu2, silu, identity };
 
+// Rows of a type, which may be another one than that of the next matrix: not float64.
+struct Matrix {
+    void* at;
+    Type type;
+};
+
 // out[i] = the token of grouped row i; specified by ewa_kernels/reference.py.
 void random_permutation(int64_t num_tokens, uint64_t seed, int32_t* out);
 
 // out[i] = in[tokens[i]], rows of d elements.
-void gather_rows(const float* in, const int64_t* tokens, int64_t n, int64_t d, float* out);
+void gather_rows(Matrix in, const int64_t* tokens, int64_t n, int64_t d, Matrix out);
 
-// out[tokens[i]] = in[i] + bias[i / rows_per_expert]; bias [experts, d] or null.
-void scatter_rows(const float* in, const float* bias, const int64_t* tokens, int64_t n, int64_t rows_per_expert,
-                  int64_t d, float* out);
+// out[tokens[i]] = (in[i] + bias[i / rows_per_expert]) * factor[i]; bias [experts, d] or null, factor [n] or null.
+void scatter_rows(Matrix in, const float* bias, const float* factor, const int64_t* tokens, int64_t n,
+                  int64_t rows_per_expert, int64_t d, Matrix out);
 
 // A block of n rows, rows_per_expert of each expert in turn.
 struct Block {
     int64_t n;
     int64_t rows_per_expert;
     int64_t d_ff;
-    bool gated;          // pre and grad_pre have 2·d_ff columns, gate first
-    const float* scale;  // [n, d_ff], of dropout, or null
+    bool gated;  // pre and grad_pre have 2·d_ff columns, gate first
+    // Of dropout; specified by ewa_kernels/reference.py. `rows` [n] are grouped rows, and not read if dropout_p is 0.
+    const int64_t* rows;
+    uint64_t seed;
+    double dropout_p;
+
+    int64_t columns() const { return gated ? 2 * d_ff : d_ff; }
 };
 
-// pre += bias[expert]; hidden = act(pre) * scale, or act(gate) * value * scale. bias [experts, columns] or null.
-void activate(Activation activation, const Block& block, const float* bias, float* pre, float* hidden);
+// pre = product + bias[expert]; hidden = dropout(act(pre)), or of act(gate) * value. bias [experts, columns] or null; pre
+// may be null, or product itself.
+void activate(Activation activation, const Block& block, const float* bias, Matrix product, Matrix pre, Matrix hidden);
 
-// From grad_hidden [n, d_ff]: grad_pre, and hidden once more. grad_pre and grad_hidden must not overlap.
+// From grad_hidden [n, d_ff]: grad_pre, which without a gate may be grad_hidden itself, and hidden once more.
 // grad_bias [experts, columns], if not null, becomes beta·grad_bias + the sum of grad_pre over each expert's rows.
-void activate_backward(Activation activation, const Block& block, const float* pre, const float* grad_hidden,
-                       float* grad_pre, float* hidden, float* grad_bias, float beta);
+void activate_backward(Activation activation, const Block& block, Matrix pre, Matrix grad_hidden, Matrix grad_pre,
+                       Matrix hidden, float* grad_bias, float beta);
 
 }  // namespace ewa

@@ -1,4 +1,4 @@
-"""See csrc/rows.h and csrc/experts.h. Addresses and sizes in elements; 0 stands for no tensor."""
+"""See csrc/rows.h, csrc/pages.h and csrc/experts.h. Addresses and sizes in elements; 0 stands for no tensor."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,27 @@ class Activation:
     identity: Activation
 
 def random_permutation(num_tokens: int, seed: int, out: int) -> None: ...
-def gather_rows(in_: int, tokens: int, n: int, d: int, out: int) -> None: ...
-def scatter_rows(in_: int, bias: int, tokens: int, n: int, rows_per_expert: int, d: int, out: int) -> None: ...
+
+# Address and type of rows: see ewa_kernels/kernels/cpp_rows.py.
+Matrix = tuple[int, int]
+
+def gather_rows(in_: Matrix, tokens: int, n: int, d: int, out: Matrix) -> None: ...
+def scatter_rows(
+    in_: Matrix, bias: int, factor: int, tokens: int, n: int, rows_per_expert: int, d: int, out: Matrix
+) -> None: ...
 def activate(
     activation: Activation,
     gated: bool,
     n: int,
     rows_per_expert: int,
     d_ff: int,
-    scale: int,
+    rows: int,
+    seed: int,
+    dropout_p: float,
     bias: int,
-    pre: int,
-    hidden: int,
+    product: Matrix,
+    pre: Matrix,
+    hidden: Matrix,
 ) -> None: ...
 def activate_backward(
     activation: Activation,
@@ -31,14 +40,17 @@ def activate_backward(
     n: int,
     rows_per_expert: int,
     d_ff: int,
-    scale: int,
-    pre: int,
-    grad_hidden: int,
-    grad_pre: int,
-    hidden: int,
+    rows: int,
+    seed: int,
+    dropout_p: float,
+    pre: Matrix,
+    grad_hidden: Matrix,
+    grad_pre: Matrix,
+    hidden: Matrix,
     grad_bias: int,
     beta: float,
 ) -> None: ...
+def advise_huge_pages(memory: int, bytes: int) -> None: ...
 
 # Which architectures the CUDA part is compiled for, as "80 86"; None without it.
 cuda: str | None

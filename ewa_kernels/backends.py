@@ -21,13 +21,16 @@ _IMPLEMENTED = {
     "merge_experts": ("reference",),
 }
 
+# Of kernels of our own: not float64.
+_MOE_FFN_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 _DESCRIPTIONS: dict[str | tuple[str, str], str] = {
     "reference": "the specification in plain PyTorch, differentiable by autograd",
     "torch": "PyTorch calls block by block, hand-written backward that keeps the pre-activation only",
     "triton": "Triton: the layer in one launch forward and one backward, averaging in one for each tensor",
     "cuda": "CUDA, one launch for all tensors",
     "cpp": "C++",
-    ("moe_ffn", "cpp"): "PyTorch's matrix products, and in C++ what lies between them, in float32",
+    ("moe_ffn", "cpp"): "PyTorch's matrix products, and in C++ what lies between them",
     ("adamw", "torch"): "PyTorch's fused AdamW, and then average_experts_",
 }
 
@@ -82,8 +85,8 @@ def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dty
     if backend == "cpp":
         if device.type != "cpu":
             return "it is for the CPU"
-        if operation == "moe_ffn" and dtype != torch.float32:
-            return f"it is for torch.float32, not {dtype}"
+        if operation == "moe_ffn" and dtype not in _MOE_FFN_DTYPES:
+            return f"it is for torch.float16, torch.bfloat16 and torch.float32, not {dtype}"
         return extension.WHY_NOT
     if backend == "cuda":
         return _why_not_cuda(device)
@@ -116,7 +119,7 @@ def _too_old(device: torch.device) -> str | None:
 def _why_not_triton(operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if fused.WHY_NOT is not None:
         return fused.WHY_NOT
-    if operation == "moe_ffn" and dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if operation == "moe_ffn" and dtype not in _MOE_FFN_DTYPES:
         return f"it is for torch.float16, torch.bfloat16 and torch.float32, not {dtype}"
     if device.type == "cuda":
         return _too_old(device)

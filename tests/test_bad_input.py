@@ -183,7 +183,8 @@ CASES = [
     (
         lambda: moe_ffn(**{name: t.double() for name, t in OPERANDS.items()}, backend="cpp"),
         ewa.BackendError,
-        "backend='cpp' cannot run moe_ffn on cpu: it is for torch.float32, not torch.float64",
+        "backend='cpp' cannot run moe_ffn on cpu: it is for torch.float16, torch.bfloat16 and torch.float32, not "
+        "torch.float64",
     ),
     # permutation
     (lambda: ewa.functional.random_permutation(-1, 0), ValueError, "num_tokens must be at least 0, got -1"),

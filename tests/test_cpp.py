@@ -1,16 +1,18 @@
 """The C++ extension: that it is there, agrees with the specification, and can be done without."""
 
 import itertools
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from parity import assert_parity
+from parity import assert_parity, check_ffn, output_and_grads, random_ffn
 
 import ewa_kernels as ewa
 from ewa_kernels import backends
-from ewa_kernels.kernels import cpp_rows, extension
+from ewa_kernels.kernels import blocked_ffn, cpp_rows, extension, pages
 from ewa_kernels.kernels.torch_rows import TorchRows
 
 CPU = torch.device("cpu")
@@ -20,7 +22,8 @@ ACTIVATIONS = list(ewa.reference.ACTIVATIONS)
 def test_is_built_and_used():
     assert extension.WHY_NOT is None
     assert backends.resolve("moe_ffn", "auto", CPU) == "cpp"
-    assert backends.resolve("moe_ffn", "auto", CPU, torch.bfloat16) == "torch"
+    assert backends.resolve("moe_ffn", "auto", CPU, torch.bfloat16) == "cpp"
+    assert backends.resolve("moe_ffn", "auto", CPU, torch.float64) == "torch"
     assert backends.resolve("random_permutation", "auto", CPU) == "cpp"
 
 
@@ -42,7 +45,7 @@ def wide_range():
 class TestActivations:
     def run(self, rows_class, activation, pre, grad):
         hidden, grad_pre = torch.full_like(pre, torch.nan), torch.full_like(pre, torch.nan)
-        rows = rows_class(activation, False)
+        rows = rows_class(activation, False, torch.float32)
         rows.activate_backward(pre, grad.clone(), None, grad_pre, hidden, None, 0)
         again = torch.full_like(pre, torch.nan)
         rows.activate(pre, None, again)
@@ -88,10 +91,84 @@ def test_bias_gradient(n, gated):
         results = []
         for rows_class in (cpp_rows.CppRows, TorchRows):
             hidden, grad_pre, grad_bias = torch.empty_like(grad), torch.empty_like(pre), before.clone()
-            rows_class("gelu", gated).activate_backward(pre, grad.clone(), None, grad_pre, hidden, grad_bias, beta)
+            rows_class("gelu", gated, torch.float32).activate_backward(
+                pre, grad.clone(), None, grad_pre, hidden, grad_bias, beta
+            )
             results.append(grad_bias)
         exact = grad_pre.double().sum(1) + (before.double() if beta else 0)
         assert_parity("grad_bias", results[0], exact, results[1])
+
+
+def weighted(*operands, **options):
+    """`grouped_ffn` with the routing weights as one more operand."""
+    return ewa.functional.grouped_ffn(*operands[:5], routing_weights=operands[5], **options)
+
+
+@pytest.mark.parametrize("products", ["in 16 bits", "in float32"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+class TestNarrow:
+    """Whether the processor has products in 16 bits or not."""
+
+    @pytest.fixture(autouse=True)
+    def _products(self, monkeypatch, products, dtype):
+        monkeypatch.setattr(cpp_rows, "product_dtype", lambda _: torch.float32 if products == "in float32" else dtype)
+
+    @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+    @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.25}, {"activation": "relu2"}], ids=str)
+    def test_parity(self, products, dtype, gated, bias, options):
+        """Columns end inside a chunk."""
+        x = torch.randn(75, 24, generator=torch.Generator().manual_seed(7)).to(dtype)
+        parameters = random_ffn(4, 24, 530, gated=gated, bias=bias, dtype=dtype)
+        check_ffn(x, parameters, seed=3, gated=gated, backend="cpp", **options)
+
+    def test_more_than_one_block(self, monkeypatch, products, dtype):
+        monkeypatch.setattr(blocked_ffn, "BLOCK_ROWS", 64)
+        x = torch.randn(203, 16, generator=torch.Generator().manual_seed(7)).to(dtype)
+        check_ffn(x, random_ffn(4, 16, 24, dtype=dtype), seed=4, backend="cpp")
+
+    def test_computed_again_in_backward(self, products, dtype):
+        torch.manual_seed(0)
+        layer = ewa.RandomPartitionMoE(16, 24, 4, dtype=dtype)
+        x = torch.randn(50, 16, dtype=dtype)
+        grads = [
+            torch.autograd.grad(
+                ewa.functional.moe_ffn(x, *layer.parameters(), seed=1, recompute=recompute).float().square().sum(),
+                list(layer.parameters()),
+            )
+            for recompute in (False, True)
+        ]
+        for kept, again in zip(*grads, strict=True):  # pre_activation is rounded when it is kept
+            torch.testing.assert_close(kept, again, rtol=0.03, atol=0.03 * float(kept.abs().max()))
+
+    def test_routed(self, products, dtype):
+        """Weighted choices in groups of any size, one of them empty."""
+        generator = torch.Generator().manual_seed(7)
+        routing_weights, choices = ewa.functional.route(torch.randn(41, 4, generator=generator), 2)
+        permutation, offsets = ewa.functional.partition_by_expert(choices, 5)
+        options = {"permutation": permutation, "expert_offsets": offsets, "gated": True, "activation": "silu"}
+        x, grad_y = torch.randn(2, 41, 16, generator=generator).to(dtype)
+        operands = (x, *random_ffn(5, 16, 24, gated=True, dtype=dtype), routing_weights.to(dtype))
+        wide = tuple(t.double() for t in operands)
+        exact = output_and_grads(weighted, wide, grad_y.double(), backend="reference", **options)
+        baseline = output_and_grads(weighted, operands, grad_y, backend="reference", **options)
+        for name, value in output_and_grads(weighted, operands, grad_y, backend="cpp", **options).items():
+            assert_parity(name, value, exact[name], baseline[name])
+
+    def test_autocast_needs_no_rounded_weights(self, products, dtype):
+        """Gradients come in the parameters' own dtype."""
+        layer = ewa.RandomPartitionMoE(16, 24, 4)
+        with torch.autocast("cpu", dtype=dtype):
+            y = layer(torch.randn(50, 16))
+        assert y.dtype == dtype
+        y.float().sum().backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in layer.parameters())
+
+
+def test_products_are_made_where_they_are_fast(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert cpp_rows.product_dtype(torch.bfloat16) == cpp_rows.product_dtype(torch.float16) == torch.float32
+    assert cpp_rows.product_dtype(torch.float32) == torch.float32
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
@@ -107,6 +184,22 @@ def test_result_does_not_depend_on_the_number_of_threads(num_threads):
         assert torch.equal(layer(x, seed=1), layer(x, seed=1))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_large_results_are_in_huge_pages():
+    """As far as may be asked: the kernel's flag of memory that is to have them."""
+    tensor = pages.empty(torch.empty(0), 4, 2**21)
+    assert tensor.shape == (4, 2**21)
+    inside, flags = tensor.data_ptr() + tensor.nbytes // 2, None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-", line):
+            begin, end = (int(word, 16) for word in line.split()[0].split("-"))
+            here = begin <= inside < end
+        elif here and line.startswith("VmFlags:"):
+            flags = line.split()[1:]
+    assert flags is not None
+    assert "hg" in flags or not Path("/sys/kernel/mm/transparent_hugepage").exists()
 
 
 def test_brings_no_second_openmp_runtime():

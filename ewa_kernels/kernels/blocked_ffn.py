@@ -15,32 +15,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ewa_kernels.kernels import pages
 from ewa_kernels.kernels.choices import sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.cpp_rows import CppRows
 from ewa_kernels.kernels.permutation import random_permutation
-from ewa_kernels.kernels.torch_rows import TorchRows
-from ewa_kernels.reference import dropout_scale
+from ewa_kernels.kernels.torch_rows import Dropout, TorchRows
 from ewa_kernels.reference import expert_offsets as equal_offsets
 
 # Rows of all experts together in a block: enough for the products to run at full speed, few enough for the
 # scratch memory to stay small.
 BLOCK_ROWS = 2048
 
-_ROWS = {"torch": TorchRows, "cpp": CppRows}
+
+def _rows(backend: str, activation: str, gated: bool, dtype: torch.dtype) -> TorchRows:
+    return {"torch": TorchRows, "cpp": CppRows}[backend](activation, gated, dtype)
 
 
 class _Buffers:
     """Scratch memory that all blocks share: fresh memory can cost more than the arithmetic done in it."""
 
-    def __init__(self, like: Tensor):
+    def __init__(self, like: Tensor, dtype: torch.dtype):
         self._like = like
+        self._dtype = dtype
         self._memory: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)
         if name not in self._memory or len(self._memory[name]) < size:
-            self._memory[name] = self._like.new_empty(size)
+            self._memory[name] = pages.empty(self._like, size, dtype=self._dtype)
         return self._memory[name][:size].view(shape)
 
 
@@ -58,16 +61,16 @@ class _Block(NamedTuple):
 
 
 def _blocks(
-    permutation: Tensor, expert_offsets: Tensor | None, top_k: int, num_experts: int, x: Tensor
+    permutation: Tensor, expert_offsets: Tensor | None, top_k: int, num_experts: int, dtype: torch.dtype
 ) -> Iterator[_Block]:
-    """Covers every grouped row once, with no more than some `BLOCK_ROWS` rows at a time.
+    """Covers every grouped row once, with no more than some `BLOCK_ROWS` rows at a time of blocks of `dtype`.
 
     Equal groups differ by one row at most: all experts advance in lockstep, and those last rows come alone. Given
     offsets are read on the host, and experts take turns.
     """
     num_rows, device = len(permutation), permutation.device
     block_rows = BLOCK_ROWS
-    if x.dtype not in (torch.float32, torch.float64):
+    if dtype not in (torch.float32, torch.float64):
         # One block: 16-bit weight gradients summed up over blocks would be rounded each time.
         block_rows = max(num_rows * num_experts, 1)
     if expert_offsets is None:
@@ -123,27 +126,26 @@ def moe_ffn_forward(
     """
     num_experts, d_model, d_ff = down_weight.shape
     num_up = up_weight.shape[1]
-    rows = _ROWS[backend](activation, gated)
+    rows = _rows(backend, activation, gated, x.dtype)
     seed = seed.to(x.device)
     x = x.contiguous()
-    up_weight, up_bias, down_weight, down_bias = _in_dtype(x.dtype, up_weight, up_bias, down_weight, down_bias)
+    up_weight, up_bias, down_weight, down_bias = _in_dtype(rows.dtype, up_weight, up_bias, down_weight, down_bias)
     order = random_permutation(len(x), seed) if permutation is None else permutation
-    weights, top_k = _weights(routing_weights, x)
-    y = x.new_empty(len(order), d_model)
-    pre_activation = x.new_empty((len(order), num_up) if save else 0)
-    buffer = _Buffers(x)
-    for block in _blocks(order, expert_offsets, top_k, num_experts, x):
+    weights, top_k = _weights(routing_weights, rows.dtype)
+    y = pages.empty(x, len(order), d_model)
+    pre_activation = pages.empty(x, *((len(order), num_up) if save else (0,)))
+    buffer = _Buffers(x, rows.dtype)
+    for block in _blocks(order, expert_offsets, top_k, num_experts, rows.dtype):
         shape, experts = block.rows.shape, block.experts
         block_x = buffer("x", *shape, d_model)
         rows.gather(x, block.tokens, block_x)
-        pre = buffer("pre", *shape, num_up)
-        if save:
-            pre = pre_activation[block.saved].view(*shape, num_up)
-        scale = dropout_scale(block.rows, d_ff, seed, dropout_p, x.dtype) if dropout_p > 0 else None
+        pre = pre_activation[block.saved].view(*shape, num_up) if save else None
+        product = buffer("pre", *shape, num_up) if pre is None or pre.dtype != rows.dtype else pre
+        dropout = Dropout(block.rows, seed, dropout_p) if dropout_p > 0 else None
         hidden = buffer("hidden", *shape, d_ff)
-        rows.up_and_activate(block_x, up_weight[experts], block.of(up_bias), scale, pre, hidden)
+        rows.up_and_activate(block_x, up_weight[experts], block.of(up_bias), dropout, product, pre, hidden)
         block_y = buffer("y", *shape, d_model)
-        factor = None if weights is None else weights[block.choices].view(*shape, 1)
+        factor = None if weights is None else weights[block.choices]
         rows.down_and_scatter(hidden, down_weight[experts], block.of(down_bias), factor, block.choices, block_y, y)
     return sum_of_choices(y, top_k), pre_activation, order if save and permutation is None else order.new_empty(0)
 
@@ -174,29 +176,33 @@ def moe_ffn_backward(
     need_pre = need_x or need_up_weight or need_up_bias or need_routing
     num_experts, d_model, d_ff = down_weight.shape
     num_up = up_weight.shape[1]
-    rows = _ROWS[backend](activation, gated)
+    rows = _rows(backend, activation, gated, x.dtype)
     seed = seed.to(x.device)
     x, grad_y = x.contiguous(), grad_y.contiguous()
     inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
     dtypes = [x.dtype if t is None else t.dtype for t in inputs]
-    up_weight, up_bias, down_weight, down_bias = _in_dtype(x.dtype, up_weight, up_bias, down_weight, down_bias)
+    up_weight, up_bias, down_weight, down_bias = _in_dtype(rows.dtype, up_weight, up_bias, down_weight, down_bias)
     if len(permutation) == 0:
         permutation = random_permutation(len(x), seed)
 
-    weights, top_k = _weights(routing_weights, x)
-    grad_x = x.new_empty((len(permutation), d_model) if need_x else 0)
-    grad_routing = x.new_empty(len(permutation) if need_routing else 0)
+    weights, top_k = _weights(routing_weights, rows.dtype)
     # The first block writes the parameters' gradients, unless it has not all experts.
     lockstep = expert_offsets is None and len(x) >= num_experts
-    new = x.new_empty if lockstep else x.new_zeros
-    grad_up_weight = new(up_weight.shape if need_up_weight else 0)
-    grad_up_bias = new((num_experts, num_up) if need_up_bias else 0)
-    grad_down_weight = new(down_weight.shape if need_down_weight else 0)
-    grad_down_bias = new((num_experts, d_model) if need_down_bias else 0)
     beta = 0 if lockstep else 1
 
-    buffer = _Buffers(x)
-    for block in _blocks(permutation, expert_offsets, top_k, num_experts, x):
+    def grad_of(shape: Sequence[int], needed: bool) -> Tensor:
+        grad = pages.empty(x, *(shape if needed else (0,)), dtype=rows.dtype)
+        return grad if lockstep else grad.zero_()
+
+    grad_x = pages.empty(x, *((len(permutation), d_model) if need_x else (0,)))
+    grad_routing = x.new_empty(len(permutation) if need_routing else 0, dtype=rows.dtype)
+    grad_up_weight = grad_of(up_weight.shape, need_up_weight)
+    grad_up_bias = grad_of((num_experts, num_up), need_up_bias)
+    grad_down_weight = grad_of(down_weight.shape, need_down_weight)
+    grad_down_bias = grad_of((num_experts, d_model), need_down_bias)
+
+    buffer = _Buffers(x, rows.dtype)
+    for block in _blocks(permutation, expert_offsets, top_k, num_experts, rows.dtype):
         shape, experts = block.rows.shape, block.experts
         grad_out = buffer("y", *shape, d_model)
         rows.gather(grad_y, block.tokens, grad_out)
@@ -209,24 +215,24 @@ def moe_ffn_backward(
             else:
                 pre = buffer("pre", *shape, num_up)
                 rows.linear(block_x, up_weight[experts], block.of(up_bias), pre)
-            scale = dropout_scale(block.rows, d_ff, seed, dropout_p, x.dtype) if dropout_p > 0 else None
+            dropout = Dropout(block.rows, seed, dropout_p) if dropout_p > 0 else None
             hidden = buffer("hidden", *shape, d_ff)
             if need_pre:
                 grad_hidden = buffer("grad_hidden", *shape, d_ff)
-                grad_pre = buffer("grad_pre", *shape, num_up)
+                grad_pre = buffer("grad_pre", *shape, num_up) if gated else grad_hidden
                 torch.bmm(grad_out, down_weight[experts], out=grad_hidden)
                 if factor is not None:
                     if need_routing:
-                        rows.activate(pre, scale, hidden)
+                        rows.activate(pre, dropout, hidden)
                         grad_factor = torch.linalg.vecdot(grad_hidden, hidden)
                         if down_bias is not None:
                             grad_factor += (grad_out @ down_bias[experts, :, None]).squeeze(-1)
                         grad_routing[block.choices] = grad_factor.flatten()
                     grad_hidden.mul_(factor)
                 grad_bias = grad_up_bias[experts] if need_up_bias else None
-                rows.activate_backward(pre, grad_hidden, scale, grad_pre, hidden, grad_bias, beta)
+                rows.activate_backward(pre, grad_hidden, dropout, grad_pre, hidden, grad_bias, beta)
             else:
-                rows.activate(pre, scale, hidden)
+                rows.activate(pre, dropout, hidden)
         if factor is not None:
             grad_out.mul_(factor)
         if need_down_bias:
@@ -247,11 +253,11 @@ def moe_ffn_backward(
     return tuple(grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
 
 
-def _weights(routing_weights: Tensor | None, x: Tensor) -> tuple[Tensor | None, int]:
-    """The routing weights by choice, in x's dtype, and k."""
+def _weights(routing_weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int]:
+    """The routing weights by choice, and k."""
     if routing_weights is None:
         return None, 1
-    return routing_weights.to(x.dtype).flatten(), routing_weights.shape[1]
+    return routing_weights.to(dtype).flatten(), routing_weights.shape[1]
 
 
 def _in_dtype(dtype: torch.dtype, *parameters: Tensor | None) -> Any:

@@ -1,4 +1,4 @@
-"""What is done to a block of grouped rows between matrix products, in C++: float32 on the CPU. See `csrc/rows.h`."""
+"""What is done to a block of grouped rows between matrix products, in C++ on the CPU. See `csrc/rows.h`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 
 from ewa_kernels.kernels import extension
-from ewa_kernels.kernels.torch_rows import TorchRows
+from ewa_kernels.kernels.experts import DTYPES
+from ewa_kernels.kernels.torch_rows import Dropout, TorchRows
 
 if extension.WHY_NOT is None:
     from ewa_kernels import _C
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
@@ -23,20 +20,47 @@ def random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
     return out
 
 
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What matrix products are made in: float32 where the processor has no fast ones in 16 bits.
+
+    There PyTorch's take some twenty times as long as in float32.
+    """
+    return dtype if dtype == torch.float32 or _has_products(dtype) else torch.float32
+
+
+def _has_products(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    return bool(getattr(torch.ops.mkldnn, name)())
+
+
 class CppRows(TorchRows):
-    """Biases are added where a block is read anyway, and not by the matrix product, which would take a pass for it."""
+    """In float32 biases are added where a block is read anyway, and not by the matrix product, which would take a pass
+    for it. In 16 bits the product adds them, so that the sum is rounded once."""
+
+    def __init__(self, activation: str, gated: bool, dtype: torch.dtype):
+        super().__init__(activation, gated, product_dtype(dtype))
+        self._activation = getattr(_C.Activation, activation)
 
     def gather(self, x: Tensor, tokens: Tensor, out: Tensor) -> None:
-        _C.gather_rows(x.data_ptr(), tokens.data_ptr(), len(tokens), x.shape[1], out.data_ptr())
+        _C.gather_rows(_matrix(x), tokens.data_ptr(), len(tokens), x.shape[1], _matrix(out))
 
     def scatter(self, block: Tensor, tokens: Tensor, out: Tensor) -> None:
-        self._scatter(block, None, tokens, out)
+        self._scatter(block, None, None, tokens, out)
 
     def up_and_activate(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, pre: Tensor, hidden: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dropout: Dropout | None,
+        product: Tensor,
+        pre: Tensor | None,
+        hidden: Tensor,
     ) -> None:
-        torch.bmm(x, weight.mT, out=pre)
-        self._activate(pre, bias, scale, hidden)
+        bias = self._product(x, weight, bias, product)
+        self._activate(product, bias, dropout, pre, hidden)
 
     def down_and_scatter(
         self,
@@ -45,47 +69,74 @@ class CppRows(TorchRows):
         bias: Tensor | None,
         factor: Tensor | None,
         choices: Tensor,
-        block_y: Tensor,
+        product: Tensor,
         y: Tensor,
     ) -> None:
-        if factor is not None:
-            return super().down_and_scatter(hidden, weight, bias, factor, choices, block_y, y)
-        torch.bmm(hidden, weight.mT, out=block_y)
-        self._scatter(block_y, bias, choices, y)
+        bias = self._product(hidden, weight, bias, product)
+        self._scatter(product, bias, factor, choices, y)
 
-    def activate(self, pre: Tensor, scale: Tensor | None, hidden: Tensor) -> None:
-        self._activate(pre, None, scale, hidden)
+    def activate(self, pre: Tensor, dropout: Dropout | None, hidden: Tensor) -> None:
+        self._activate(pre, None, dropout, None, hidden)
 
     def activate_backward(
         self,
         pre: Tensor,
         grad_hidden: Tensor,
-        scale: Tensor | None,
+        dropout: Dropout | None,
         grad_pre: Tensor,
         hidden: Tensor,
         grad_bias: Tensor | None,
         beta: int,
     ) -> None:
+        total = _floats(grad_bias)
         _C.activate_backward(
-            *self._block(hidden, scale),
-            pre.data_ptr(),
-            grad_hidden.data_ptr(),
-            grad_pre.data_ptr(),
-            hidden.data_ptr(),
-            _address(grad_bias),
+            *self._block(hidden, dropout),
+            _matrix(pre),
+            _matrix(grad_hidden),
+            _matrix(grad_pre),
+            _matrix(hidden),
+            _address(total),
             beta,
         )
+        if grad_bias is not None and total is not None and total is not grad_bias:
+            grad_bias.copy_(total)
 
-    def _activate(self, pre: Tensor, bias: Tensor | None, scale: Tensor | None, hidden: Tensor) -> None:
-        bias = None if bias is None else bias.contiguous()
-        _C.activate(*self._block(hidden, scale), _address(bias), pre.data_ptr(), hidden.data_ptr())
+    def _product(self, a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor | None:
+        """out = a @ weightᵀ; returns the bias that is left to add."""
+        if self.dtype == torch.float32:
+            torch.bmm(a, weight.mT, out=out)
+            return bias
+        self.linear(a, weight, bias, out)
+        return None
 
-    def _block(self, hidden: Tensor, scale: Tensor | None) -> tuple[_C.Activation, bool, int, int, int, int]:
+    def _activate(
+        self, product: Tensor, bias: Tensor | None, dropout: Dropout | None, pre: Tensor | None, hidden: Tensor
+    ) -> None:
+        bias = _floats(bias)
+        _C.activate(*self._block(hidden, dropout), _address(bias), _matrix(product), _matrix(pre), _matrix(hidden))
+
+    def _block(
+        self, hidden: Tensor, dropout: Dropout | None
+    ) -> tuple[_C.Activation, bool, int, int, int, int, int, float]:
         num_experts, n, d_ff = hidden.shape
-        activation = getattr(_C.Activation, self.activation)
-        return activation, self.gated, num_experts * n, n, d_ff, _address(scale)
+        rows, seed, p = (0, 0, 0.0) if dropout is None else (_address(dropout.rows), int(dropout.seed), dropout.p)
+        return self._activation, self.gated, num_experts * n, n, d_ff, rows, seed, p
 
-    def _scatter(self, block: Tensor, bias: Tensor | None, tokens: Tensor, out: Tensor) -> None:
-        bias = None if bias is None else bias.contiguous()
+    def _scatter(self, block: Tensor, bias: Tensor | None, factor: Tensor | None, tokens: Tensor, out: Tensor) -> None:
+        bias, factor = _floats(bias), _floats(factor)
         _, n, width = block.shape
-        _C.scatter_rows(block.data_ptr(), _address(bias), tokens.data_ptr(), len(tokens), n, width, out.data_ptr())
+        _C.scatter_rows(
+            _matrix(block), _address(bias), _address(factor), tokens.data_ptr(), len(tokens), n, width, _matrix(out)
+        )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _matrix(tensor: Tensor | None) -> _C.Matrix:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
+def _floats(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()

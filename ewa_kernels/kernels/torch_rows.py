@@ -11,11 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ewa_kernels.reference import dropout_scale
+
 aten = torch.ops.aten
 
 
 class _Activation(NamedTuple):
-    """`forward(pre, out)` gives act(pre), `backward(grad, pre, out)` grad · act'(pre); both fill and return `out`."""
+    """`forward(pre, out)` gives act(pre), `backward(grad, pre, out)` grad · act'(pre), where `out` may be `grad`; both
+    fill and return `out`."""
 
     forward: Callable[[Tensor, Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -35,7 +38,7 @@ ACTIVATIONS = {
         lambda pre, out: torch.mul(pre, 1.702, out=out).sigmoid_().mul_(pre),
         # Its derivative is that of SiLU at 1.702 · pre, which float16 cannot always hold.
         lambda grad, pre, out: aten.silu_backward.grad_input(
-            grad, torch.mul(pre, 1.702, out=out).clamp_(-1e4, 1e4), grad_input=out
+            grad, torch.mul(pre, 1.702).clamp_(-1e4, 1e4), grad_input=out
         ),
     ),
     "relu": _Activation(
@@ -44,7 +47,7 @@ ACTIVATIONS = {
     ),
     "relu2": _Activation(
         lambda pre, out: torch.clamp_min(pre, 0, out=out).square_(),
-        lambda grad, pre, out: torch.clamp_min(pre, 0, out=out).mul_(grad).mul_(2),
+        lambda grad, pre, out: torch.mul(grad, pre.clamp_min(0), out=out).mul_(2),
     ),
     "silu": _Activation(
         lambda pre, out: aten.silu.out(pre, out=out),
@@ -54,12 +57,29 @@ ACTIVATIONS = {
 }
 
 
-class TorchRows:
-    """`scale` is what dropout multiplies hidden by, or None; biases are `[e, …]` or None."""
+class Dropout(NamedTuple):
+    """Of a block of hidden: `rows` `[e, n]`, int64, are grouped rows; the seed is on their device."""
 
-    def __init__(self, activation: str, gated: bool):
+    rows: Tensor
+    seed: Tensor
+    p: float
+
+    def scale(self, hidden: Tensor) -> Tensor:
+        """What hidden is multiplied by."""
+        return dropout_scale(self.rows, hidden.shape[-1], self.seed, self.p, hidden.dtype)
+
+
+class TorchRows:
+    """Biases are `[e, …]` or None, and so is what is dropped.
+
+    A block is of `dtype`, in which matrix products are made. Tensors of tokens, and what is kept for backward, may be
+    of another dtype.
+    """
+
+    def __init__(self, activation: str, gated: bool, dtype: torch.dtype):
         self.activation = activation
         self.gated = gated
+        self.dtype = dtype
 
     def gather(self, x: Tensor, tokens: Tensor, out: Tensor) -> None:
         """out = x[tokens], `[T, D]` → `[e, n, D]`."""
@@ -77,11 +97,18 @@ class TorchRows:
             torch.baddbmm(bias.unsqueeze(1), x, weight.mT, out=out)
 
     def up_and_activate(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, pre: Tensor, hidden: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dropout: Dropout | None,
+        product: Tensor,
+        pre: Tensor | None,
+        hidden: Tensor,
     ) -> None:
-        """pre = x @ weightᵀ + bias; hidden = act(pre) · scale."""
-        self.linear(x, weight, bias, pre)
-        self.activate(pre, scale, hidden)
+        """pre = x @ weightᵀ + bias, by way of `product`, which it may be, or None; hidden = dropout(act(pre))."""
+        self.linear(x, weight, bias, product)
+        self.activate(product, dropout, hidden)
 
     def down_and_scatter(
         self,
@@ -90,39 +117,43 @@ class TorchRows:
         bias: Tensor | None,
         factor: Tensor | None,
         choices: Tensor,
-        block_y: Tensor,
+        product: Tensor,
         y: Tensor,
     ) -> None:
-        """y[choices] = (hidden @ weightᵀ + bias) · factor, by way of block_y."""
-        self.linear(hidden, weight, bias, block_y)
+        """y[choices] = (hidden @ weightᵀ + bias) · factor, by way of `product`; factor `[e · n]` or None."""
+        self.linear(hidden, weight, bias, product)
         if factor is not None:
-            block_y.mul_(factor)
-        self.scatter(block_y, choices, y)
+            product.mul_(factor.view(*product.shape[:2], 1))
+        self.scatter(product, choices, y)
 
-    def activate(self, pre: Tensor, scale: Tensor | None, hidden: Tensor) -> None:
-        """hidden = act(pre) · scale, or act(gate) · value · scale."""
+    def activate(self, pre: Tensor, dropout: Dropout | None, hidden: Tensor) -> None:
+        """hidden = dropout(act(pre)), or of act(gate) · value."""
         d_ff = hidden.shape[-1]
         ACTIVATIONS[self.activation].forward(pre[..., :d_ff], hidden)
         if self.gated:
             hidden.mul_(pre[..., d_ff:])
-        if scale is not None:
-            hidden.mul_(scale)
+        if dropout is not None:
+            hidden.mul_(dropout.scale(hidden))
 
     def activate_backward(
         self,
         pre: Tensor,
         grad_hidden: Tensor,
-        scale: Tensor | None,
+        dropout: Dropout | None,
         grad_pre: Tensor,
         hidden: Tensor,
         grad_bias: Tensor | None,
         beta: int,
     ) -> None:
-        """grad_pre from grad_hidden (which is used up), and hidden once more; adds grad_pre up in grad_bias."""
+        """grad_pre from grad_hidden, and hidden once more; adds grad_pre up in grad_bias.
+
+        grad_hidden is used up: without a gate it may be grad_pre too.
+        """
         d_ff = hidden.shape[-1]
         gate, value = pre[..., :d_ff], pre[..., d_ff:]
         act = ACTIVATIONS[self.activation]
         act.forward(gate, hidden)
+        scale = None if dropout is None else dropout.scale(hidden)
         if scale is not None:
             grad_hidden.mul_(scale)
         if self.gated:
