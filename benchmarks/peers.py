@@ -75,8 +75,6 @@ def _form(name: str, backend: str) -> Peer:
             return "for CUDA devices"
         if backend == "triton-onchip" and case.d_model > 128:
             return "for D ≤ 128"
-        if backend == "torch" and device == "cpu" and case.dtype != torch.float32:
-            return f"it is {OURS} itself here"
         return backends.why_not("moe_ffn", backend, torch.device(device), case.dtype)
 
     return Peer(f"{OURS}, {name}", _ours(backend), why_not)

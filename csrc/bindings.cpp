@@ -5,6 +5,7 @@
 
 #include "experts.h"
 #include "pages.h"
+#include "permutation.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -42,7 +43,7 @@ ewa::Table table_of(const std::vector<std::array<int64_t, 5>>& groups,
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "C++ kernels of ewa_kernels; see csrc/rows.h and csrc/experts.h";
+    m.doc() = "C++ kernels of ewa_kernels; see the headers in csrc/";
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
 
     py::enum_<ewa::Activation>(m, "Activation")

@@ -1,4 +1,4 @@
-// What the layer does on a CPU besides matrix products: dealing tokens, moving rows, activations.
+// What the layer does on a CPU besides matrix products: moving rows, activations, dropout.
 //
 // Knows nothing of torch: addresses of dense row-major memory, and sizes in elements. Nothing is checked here;
 // ewa_kernels/kernels/cpp_rows.py does that. All is computed in float32, and no result depends on the number of threads.
@@ -17,9 +17,6 @@ struct Matrix {
     void* at;
     Type type;
 };
-
-// out[i] = the token of grouped row i; specified by ewa_kernels/reference.py.
-void random_permutation(int64_t num_tokens, uint64_t seed, int32_t* out);
 
 // out[i] = in[tokens[i]], rows of d elements.
 void gather_rows(Matrix in, const int64_t* tokens, int64_t n, int64_t d, Matrix out);

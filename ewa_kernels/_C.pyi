@@ -1,4 +1,4 @@
-"""See csrc/rows.h, csrc/pages.h and csrc/experts.h. Addresses and sizes in elements; 0 stands for no tensor."""
+"""See the headers in csrc/. Addresses and sizes in elements; 0 stands for no tensor."""
 
 from collections.abc import Sequence
 

@@ -16,12 +16,13 @@ import pybind11
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("tests/test_experts.py", "tests/test_optim.py")
+CXX_SOURCES = ("bindings.cpp", "pages.cpp", "permutation.cpp", "rows.cpp", "experts_cpu.cpp")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 VARIANTS = {
-    "sanitized": (f"-O1 -fopenmp {SANITIZERS}", ("bindings.cpp", "pages.cpp", "rows.cpp", "experts_cpu.cpp")),
+    "sanitized": (f"-O1 -fopenmp {SANITIZERS}", CXX_SOURCES),
     "cuda-on-host": (
         """-O2 -I tests/cuda_on_host '-DEWA_CUDA="host"' -Wno-unknown-pragmas""",
-        ("bindings.cpp", "pages.cpp", "rows.cpp", "experts_cpu.cpp", "experts_cuda.cu"),
+        (*CXX_SOURCES, "experts_cuda.cu"),
     ),
 }
 
