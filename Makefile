@@ -1,11 +1,12 @@
 # Every target sets up what it needs. PYTHON: the interpreter to start from. PIP_FLAGS: e.g. --index-url=...
 PYTHON ?= python3
 PIP_FLAGS ?=
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-slow sanitize venv bench study gpu check format clean
+.PHONY: demo test test-slow test-oldest sanitize venv bench study gpu check format clean
 
 demo: venv
 	$(BIN)/python -m ewa_kernels.demo
@@ -19,17 +20,21 @@ test: venv
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
 
+# With the oldest PyTorch and Triton that are supported, in an environment of their own: gigabytes of CUDA libraries.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
 # The C++ part under the address and undefined-behaviour sanitizers; test-slow does it too.
 sanitize: venv
 	$(BIN)/python tests/extension_variants.py sanitized
 
 venv: $(READY)
 
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("ewa_kernels needs Python 3.10 or later, \
 	$(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__, "for", \
 	"CUDA " + torch.version.cuda if torch.version.cuda else "the CPU only")'
 	@touch $@

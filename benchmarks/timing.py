@@ -124,7 +124,7 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
     held = peak = 0
     results = profiler.profiler.kineto_results if profiler.profiler is not None else None
@@ -152,7 +152,7 @@ def num_launches(function: Callable[[], object]) -> int:
     """Kernels that a call runs on a GPU, copies and fills not counted."""
     function()
     torch.cuda.synchronize()
-    with _silent(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with _silent(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
         function()
         torch.cuda.synchronize()
     return sum(

@@ -129,8 +129,8 @@ def stacked(name: str, tensor: Any) -> None:
 
 
 def autocast_enabled(device: torch.device) -> bool:
-    """Whether autocast is on for `device`; False where there is none, as on meta."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    """Whether autocast is on for `device`. Meta has none; torch 2.11 cannot trace the question which devices have."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _shape(name: str, tensor: Tensor, meaning: str, shape: tuple[int, ...]) -> None:
@@ -281,7 +281,7 @@ def experts(tensors: Any, given: str = "tensors") -> tuple[list[Tensor], list[in
                     f"{name} must have memory of its own for every element, got strides {list(tensor.stride())} "
                     f"for shape {list(tensor.shape)}"
                 )
-            places += memory.places(name, tensor)
+            places.extend(memory.places(name, tensor))
             flat.append(tensor)
     for first, second in memory.overlaps(places):
         if first[:3] == second[:3] and first.steps == second.steps:

@@ -24,7 +24,7 @@ def kernels(function):
     """Names of all kernels, copies and fills that a function launches, after a first call that does not count."""
     function()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
         function()
         torch.cuda.synchronize()
     return [event.name for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
