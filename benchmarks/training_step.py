@@ -39,8 +39,8 @@ class StepCase:
 
 
 GPU_CASES = (
-    StepCase("ViT-S, 128 images", 128, 224, {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}),
-    StepCase("ViT-B, 64 images", 64, 224, {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}),
+    StepCase("ViT-S, 256 images", 256, 224, {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}),
+    StepCase("ViT-B, 256 images", 256, 224, {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}),
 )
 CPU_CASES = (
     StepCase("small ViT, 16 images", 16, 112, {"patch_size": 16, "embed_dim": 192, "depth": 4, "num_heads": 3}),
@@ -119,7 +119,8 @@ def _step(
     averager = ewa.ExpertAverager(model, SHARE_RATE) if any(True for _ in ewa.expert_tensors(model)) else None
     optimizer: torch.optim.Optimizer
     if one_pass:
-        optimizer = ewa.optim.AdamW(parameters, lr=1e-4, averager=averager)
+        # Autocast needs the copies; without it they would be for nothing.
+        optimizer = ewa.optim.AdamW(parameters, lr=1e-4, averager=averager, bf16_copies=images.is_cuda)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         if averager is not None:
