@@ -56,7 +56,15 @@ def unsharded_modules(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    return [m for m in modules if any(not group.is_sharded for group in m._get_fsdp_state()._fsdp_param_groups)]
+    return [module for module in modules if any(not group.is_sharded for group in _parameter_groups(module))]
+
+
+def _parameter_groups(module: Any) -> list[Any]:
+    """What FSDP2 keeps of a module's parameters: in older versions of torch one object, or None."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def check_not_gathered(model: nn.Module, experts: Mapping[str, Tensor | Sequence[Tensor]]) -> None:

@@ -1,6 +1,7 @@
 """The harness's own rules: a wrong variant gets no time, the timer sees what a variant does, nobody is dropped."""
 
 import json
+import math
 import re
 import time
 from dataclasses import asdict, replace
@@ -215,6 +216,7 @@ def tiny_run():
     patch.setattr(floors, "MATRIX_SIZE", {"cpu": 64})
     patch.setattr(floors, "COPY_BYTES", {"cpu": 2**16})
     patch.setitem(run.RESERVE_FOR_COMPILING, "training_step", 2.0)
+    patch.setattr(run, "RESERVE", dict.fromkeys(run.RESERVE, -math.inf))  # however slow the machine is
     patch.setattr(experts, "SHAPES", ((24, 8), (24,)))
     yield run.run("cpu", 2.0, chosen=[TINY, TINY_ROUTED])
     patch.undo()

@@ -21,6 +21,7 @@ from training import SCHEDULE, backward, bits, make, make_model, same, train
 
 import ewa_kernels as ewa
 from ewa_kernels import attachment
+from ewa_kernels.kernels import cpp_rows
 
 FUSED = [
     pytest.param(torch.optim.AdamW, {"fused": True}, id="AdamW"),
@@ -413,7 +414,11 @@ class TestAttach:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 class TestAutocast:
     def test_layer_is_the_layer_in_16_bits(self, dtype):
-        """To the bit, in training and eval; gradients are those rounded to 16 bits, in float32."""
+        """To the bit, in training and eval; gradients are those rounded to 16 bits, in float32.
+
+        But where the processor has no products in 16 bits, autocast rounds no weights.
+        """
+        tolerance = 0.0 if cpp_rows.product_dtype(dtype) == dtype else 4 * torch.finfo(dtype).eps
         layer = ewa.RandomPartitionMoE(8, 12, 4, gated=True, dropout=0.2)
         narrow = copy.deepcopy(layer).to(dtype)
         x = torch.randn(3, 7, 8)
@@ -425,12 +430,13 @@ class TestAutocast:
             expected = narrow.train(mode)(x.to(dtype), seed=5)
             assert y.dtype == dtype
             if mode:  # eval takes the mean of the experts before it is rounded
-                assert torch.equal(y, expected)
+                torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
                 y.float().square().sum().backward()
                 expected.float().square().sum().backward()
                 for p, q in zip(layer.parameters(), narrow.parameters(), strict=True):
                     assert p.grad.dtype == torch.float32
-                    assert torch.equal(p.grad, q.grad.float())
+                    scale = float(q.grad.abs().max())
+                    torch.testing.assert_close(p.grad, q.grad.float(), rtol=tolerance, atol=tolerance * scale)
             else:
                 with torch.autocast("cpu", dtype):
                     assert torch.equal(y, layer.fuse()(x))

@@ -7,6 +7,7 @@ transposed or with a bias, flags that say so, and is called with tokens `[T, D]`
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 import weakref
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ class Formula(NamedTuple):
 
 # Of every module seen, with what it was found of.
 _formulas: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], Formula]] = weakref.WeakKeyDictionary()
-_warned: set[type] = set()
+_warned: set[str] = set()  # names of classes
 
 
 def is_stacked(module: nn.Module) -> bool:
@@ -54,6 +55,12 @@ def is_stacked(module: nn.Module) -> bool:
 
 def formula_of(module: nn.Module) -> Formula:
     """What the module computes. Only what lies between its projections is run, on the CPU."""
+    return _formula_at(id(module))
+
+
+def _formula_at(address: int) -> Formula:
+    """Of the module there. What compilers take for constant is called with constants, in torch 2.11 with no module."""
+    module = ctypes.cast(address, ctypes.py_object).value
     parts = [getattr(module, name, None) for name in ("act_fn", *_FLAGS)]
     found, formula = _formulas.get(module, (None, None))
     if formula is None or found != parts:
@@ -117,19 +124,19 @@ def random_partition_forward(module: Any, x: Tensor, choices: Tensor, routing_we
 
 def _not_expressible(module: nn.Module, formula: Formula) -> bool:
     if formula.reason is not None:
-        _warn(module, formula.reason)
+        _warn(type(module).__name__, formula.reason)
     return formula.reason is not None
 
 
-def _warn(module: nn.Module, reason: str) -> None:
-    if type(module) not in _warned:
-        _warned.add(type(module))
-        warnings.warn(f"{type(module).__name__} runs its own loop, not the kernels: it {reason}", stacklevel=4)
+def _warn(name: str, reason: str) -> None:
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(f"{name} runs its own loop, not the kernels: it {reason}", stacklevel=4)
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler.
 _constant: Any
-for _constant in (formula_of, _warn):
+for _constant in (_formula_at, _warn):
     _constant._dynamo_marked_constant = True
 
 
