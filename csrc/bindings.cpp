@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include "experts.h"
-#include "pages.h"
 #include "permutation.h"
 #include "rows.h"
 
@@ -91,10 +90,6 @@ PYBIND11_MODULE(_C, m) {
                                    matrix(pre), matrix(grad_hidden), matrix(grad_pre), matrix(hidden),
                                    pointer<float>(grad_bias), beta);
         },
-        unlocked);
-    m.def(
-        "advise_huge_pages",
-        [](uintptr_t memory, int64_t bytes) { ewa::advise_huge_pages(pointer<void>(memory), bytes); },
         unlocked);
 
     py::class_<ewa::Table>(m, "Table").def(py::init(&table_of));

@@ -50,7 +50,6 @@ def activate_backward(
     grad_bias: int,
     beta: float,
 ) -> None: ...
-def advise_huge_pages(memory: int, bytes: int) -> None: ...
 
 # Which architectures the CUDA part is compiled for, as "80 86"; None without it.
 cuda: str | None

@@ -16,7 +16,7 @@ import pybind11
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("tests/test_experts.py", "tests/test_optim.py")
-CXX_SOURCES = ("bindings.cpp", "pages.cpp", "permutation.cpp", "rows.cpp", "experts_cpu.cpp")
+CXX_SOURCES = ("bindings.cpp", "permutation.cpp", "rows.cpp", "experts_cpu.cpp")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 VARIANTS = {
     "sanitized": (f"-O1 -fopenmp {SANITIZERS}", CXX_SOURCES),

@@ -1,10 +1,8 @@
 """The C++ extension: that it is there, agrees with the specification, and can be done without."""
 
 import itertools
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from parity import assert_parity, check_ffn, output_and_grads, random_ffn
 
 import ewa_kernels as ewa
 from ewa_kernels import backends
-from ewa_kernels.kernels import blocked_ffn, cpp_rows, extension, pages
+from ewa_kernels.kernels import blocked_ffn, cpp_rows, extension
 from ewa_kernels.kernels.torch_rows import TorchRows
 
 CPU = torch.device("cpu")
@@ -184,22 +182,6 @@ def test_result_does_not_depend_on_the_number_of_threads(num_threads):
         assert torch.equal(layer(x, seed=1), layer(x, seed=1))
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_large_results_are_in_huge_pages():
-    """As far as may be asked: the kernel's flag of memory that is to have them."""
-    tensor = pages.empty(torch.empty(0), 4, 2**21)
-    assert tensor.shape == (4, 2**21)
-    inside, flags = tensor.data_ptr() + tensor.nbytes // 2, None
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-", line):
-            begin, end = (int(word, 16) for word in line.split()[0].split("-"))
-            here = begin <= inside < end
-        elif here and line.startswith("VmFlags:"):
-            flags = line.split()[1:]
-    assert flags is not None
-    assert "hg" in flags or not Path("/sys/kernel/mm/transparent_hugepage").exists()
 
 
 def test_brings_no_second_openmp_runtime():

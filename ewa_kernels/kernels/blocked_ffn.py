@@ -7,6 +7,7 @@ only `pre_activation` is kept, or nothing at all, in which case it is computed a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import pages
 from ewa_kernels.kernels.choices import sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.cpp_rows import CppRows
@@ -43,7 +43,7 @@ class _Buffers:
     def __call__(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)
         if name not in self._memory or len(self._memory[name]) < size:
-            self._memory[name] = pages.empty(self._like, size, dtype=self._dtype)
+            self._memory[name] = self._like.new_empty(size, dtype=self._dtype)
         return self._memory[name][:size].view(shape)
 
 
@@ -55,6 +55,7 @@ class _Block(NamedTuple):
     tokens: Tensor  # [experts · n], int64
     choices: Tensor  # [experts · n], int64: the tokens if k = 1
     saved: slice  # where pre_activation keeps them: in block order
+    beta: int  # 0: the first block of its experts, which writes their gradients; 1: adds to them
 
     def of(self, parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else parameter[self.experts]
@@ -90,11 +91,14 @@ def _blocks(
             for start, n in _even_pieces(offsets[e + 1] - offsets[e], block_rows)
         ]
     done = 0
+    seen: set[int] = set()
     for experts, start, n in pieces:
+        beta = int(experts.start in seen)
+        seen.update(range(experts.start, experts.stop))
         rows = first_row[experts, None] + torch.arange(start, start + n, device=device)
         saved = slice(done, done := done + rows.numel())
         choices = permutation[rows.flatten()].long()
-        yield _Block(experts, rows, choices // top_k if top_k > 1 else choices, choices, saved)
+        yield _Block(experts, rows, choices // top_k if top_k > 1 else choices, choices, saved, beta)
 
 
 def _even_pieces(total: int, about: int) -> list[tuple[int, int]]:
@@ -132,8 +136,8 @@ def moe_ffn_forward(
     up_weight, up_bias, down_weight, down_bias = _in_dtype(rows.dtype, up_weight, up_bias, down_weight, down_bias)
     order = random_permutation(len(x), seed) if permutation is None else permutation
     weights, top_k = _weights(routing_weights, rows.dtype)
-    y = pages.empty(x, len(order), d_model)
-    pre_activation = pages.empty(x, *((len(order), num_up) if save else (0,)))
+    y = x.new_empty(len(order), d_model)
+    pre_activation = x.new_empty((len(order), num_up) if save else 0)
     buffer = _Buffers(x, rows.dtype)
     for block in _blocks(order, expert_offsets, top_k, num_experts, rows.dtype):
         shape, experts = block.rows.shape, block.experts
@@ -186,20 +190,15 @@ def moe_ffn_backward(
         permutation = random_permutation(len(x), seed)
 
     weights, top_k = _weights(routing_weights, rows.dtype)
-    # The first block writes the parameters' gradients, unless it has not all experts.
-    lockstep = expert_offsets is None and len(x) >= num_experts
-    beta = 0 if lockstep else 1
-
-    def grad_of(shape: Sequence[int], needed: bool) -> Tensor:
-        grad = pages.empty(x, *(shape if needed else (0,)), dtype=rows.dtype)
-        return grad if lockstep else grad.zero_()
-
-    grad_x = pages.empty(x, *((len(permutation), d_model) if need_x else (0,)))
+    offsets = expert_offsets
+    every_expert_has_rows = len(x) >= num_experts if offsets is None else bool((offsets[1:] > offsets[:-1]).all())
+    new = functools.partial(x.new_empty if every_expert_has_rows else x.new_zeros, dtype=rows.dtype)
+    grad_x = x.new_empty((len(permutation), d_model) if need_x else 0)
     grad_routing = x.new_empty(len(permutation) if need_routing else 0, dtype=rows.dtype)
-    grad_up_weight = grad_of(up_weight.shape, need_up_weight)
-    grad_up_bias = grad_of((num_experts, num_up), need_up_bias)
-    grad_down_weight = grad_of(down_weight.shape, need_down_weight)
-    grad_down_bias = grad_of((num_experts, d_model), need_down_bias)
+    grad_up_weight = new(up_weight.shape if need_up_weight else 0)
+    grad_up_bias = new((num_experts, num_up) if need_up_bias else 0)
+    grad_down_weight = new(down_weight.shape if need_down_weight else 0)
+    grad_down_bias = new((num_experts, d_model) if need_down_bias else 0)
 
     buffer = _Buffers(x, rows.dtype)
     for block in _blocks(permutation, expert_offsets, top_k, num_experts, rows.dtype):
@@ -230,21 +229,20 @@ def moe_ffn_backward(
                         grad_routing[block.choices] = grad_factor.flatten()
                     grad_hidden.mul_(factor)
                 grad_bias = grad_up_bias[experts] if need_up_bias else None
-                rows.activate_backward(pre, grad_hidden, dropout, grad_pre, hidden, grad_bias, beta)
+                rows.activate_backward(pre, grad_hidden, dropout, grad_pre, hidden, grad_bias, block.beta)
             else:
                 rows.activate(pre, dropout, hidden)
         if factor is not None:
             grad_out.mul_(factor)
         if need_down_bias:
-            rows.add_sum(grad_out, grad_down_bias[experts], beta)
+            rows.add_sum(grad_out, grad_down_bias[experts], block.beta)
         if need_down_weight:
-            grad_down_weight[experts].baddbmm_(grad_out.mT, hidden, beta=beta)
+            grad_down_weight[experts].baddbmm_(grad_out.mT, hidden, beta=block.beta)
         if need_up_weight:
-            grad_up_weight[experts].baddbmm_(grad_pre.mT, block_x, beta=beta)
+            grad_up_weight[experts].baddbmm_(grad_pre.mT, block_x, beta=block.beta)
         if need_x:
             torch.bmm(grad_pre, up_weight[experts], out=grad_out)
             rows.scatter(grad_out, block.choices, grad_x)
-        beta = 1
     if need_x:
         grad_x = sum_of_choices(grad_x, top_k)
     if routing_weights is not None and need_routing:
