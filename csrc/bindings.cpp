@@ -74,20 +74,24 @@ PYBIND11_MODULE(_C, m) {
                               pointer<const int64_t>(tokens), n, rows_per_expert, d, matrix(out));
         },
         unlocked);
+    py::class_<ewa::Block>(m, "Block")
+        .def(py::init([](int64_t n, int64_t rows_per_expert, int64_t d_ff, bool gated, uintptr_t rows, uint64_t seed,
+                         double dropout_p) {
+            return ewa::Block{n, rows_per_expert, d_ff, gated, pointer<const int64_t>(rows), seed, dropout_p};
+        }));
     m.def(
         "activate",
-        [](ewa::Activation activation, bool gated, int64_t n, int64_t rows_per_expert, int64_t d_ff, uintptr_t rows,
-           uint64_t seed, double dropout_p, uintptr_t bias, Matrix product, Matrix pre, Matrix hidden) {
-            ewa::activate(activation, {n, rows_per_expert, d_ff, gated, pointer<const int64_t>(rows), seed, dropout_p},
-                          pointer<const float>(bias), matrix(product), matrix(pre), matrix(hidden));
+        [](ewa::Activation activation, const ewa::Block& block, uintptr_t bias, Matrix product, Matrix pre,
+           Matrix hidden) {
+            ewa::activate(activation, block, pointer<const float>(bias), matrix(product), matrix(pre), matrix(hidden));
         },
         unlocked);
     m.def(
         "activate_backward",
-        [](ewa::Activation activation, bool gated, int64_t n, int64_t rows_per_expert, int64_t d_ff, uintptr_t rows,
-           uint64_t seed, double dropout_p, Matrix pre, Matrix grad_hidden, Matrix grad_pre, Matrix hidden, uintptr_t grad_bias, float beta) {
-            ewa::activate_backward(activation, {n, rows_per_expert, d_ff, gated, pointer<const int64_t>(rows), seed, dropout_p},
-                                   matrix(pre), matrix(grad_hidden), matrix(grad_pre), matrix(hidden),
+        [](ewa::Activation activation, const ewa::Block& block, Matrix pre, Matrix grad_hidden, uintptr_t factor,
+           Matrix grad_pre, Matrix hidden, uintptr_t grad_factor, uintptr_t grad_bias, float beta) {
+            ewa::activate_backward(activation, block, matrix(pre), matrix(grad_hidden), pointer<const float>(factor),
+                                   matrix(grad_pre), matrix(hidden), pointer<float>(grad_factor),
                                    pointer<float>(grad_bias), beta);
         },
         unlocked);

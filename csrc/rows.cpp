@@ -37,6 +37,14 @@ EWA_CLONES void add_row(int64_t n, const float* row, float* sum) {
     for (int64_t j = 0; j < n; ++j) sum[j] += row[j];
 }
 
+// In an order that depends on the processor's vectors alone.
+EWA_CLONES float dot_row(int64_t n, const float* a, const float* b) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += a[j] * b[j];
+    return sum;
+}
+
 // to = (from + bias) * factor; bias may be null, `to` may be `from`.
 EWA_CLONES void affine_row(int64_t n, const float* from, const float* bias, float factor, float* to) {
     if (bias == nullptr) {
@@ -159,6 +167,7 @@ EWA_INLINE void activate_row(int64_t n, const float* gate, const float* value, c
 }
 
 struct BackwardRow {
+    float factor;  // of grad_hidden
     const float *gate, *value, *scale, *grad_hidden;
     float *grad_gate, *grad_value, *hidden;
 };
@@ -170,7 +179,7 @@ EWA_INLINE void activate_backward_row(int64_t n, const BackwardRow& row) {
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
         const ValueAndSlope act = Act::at(of.gate[j]);
-        float grad = of.grad_hidden[j];
+        float grad = of.grad_hidden[j] * of.factor;
         float result = act.value;
         if constexpr (scaled) grad *= of.scale[j];
         if constexpr (gated) {
@@ -252,8 +261,8 @@ void activate(Activation activation, const Block& block, const float* bias, Matr
     }
 }
 
-void activate_backward(Activation activation, const Block& block, Matrix pre, Matrix grad_hidden, Matrix grad_pre,
-                       Matrix hidden, float* grad_bias, float beta) {
+void activate_backward(Activation activation, const Block& block, Matrix pre, Matrix grad_hidden, const float* factor,
+                       Matrix grad_pre, Matrix hidden, float* grad_factor, float* grad_bias, float beta) {
     const int64_t columns = block.columns();
     const auto backward = rows_of[static_cast<int>(activation)].backward;
     const Dropout dropout(block);
@@ -265,10 +274,12 @@ void activate_backward(Activation activation, const Block& block, Matrix pre, Ma
 
     const auto row = [&](int64_t i, float* sum) {
         Chunk gate, value, scale, upstream, grad_gate, grad_value, out;
+        float dot = 0;
         for (int64_t j = 0; j < block.d_ff; j += chunk_columns) {
             const int64_t n = std::min(chunk_columns, block.d_ff - j);
             const int64_t at = i * block.d_ff + j, gate_at = i * columns + j, value_at = gate_at + block.d_ff;
             BackwardRow of{};
+            of.factor = factor == nullptr ? 1.0f : factor[i];
             of.gate = gate.read(pre, gate_at, n);
             of.grad_hidden = upstream.read(grad_hidden, at, n);
             of.scale = dropout.scale(i, j, n, scale);
@@ -279,6 +290,7 @@ void activate_backward(Activation activation, const Block& block, Matrix pre, Ma
                 of.grad_value = grad_value.room(grad_pre, value_at);
             }
             backward(n, of);
+            if (grad_factor != nullptr) dot += dot_row(n, of.grad_hidden, of.hidden);
             out.write(hidden, at, n);
             grad_gate.write(grad_pre, gate_at, n);
             if (block.gated) grad_value.write(grad_pre, value_at, n);
@@ -286,6 +298,7 @@ void activate_backward(Activation activation, const Block& block, Matrix pre, Ma
             add_row(n, of.grad_gate, sum + j);
             if (block.gated) add_row(n, of.grad_value, sum + block.d_ff + j);
         }
+        if (grad_factor != nullptr) grad_factor[i] = dot;
     };
 #pragma omp parallel for schedule(static)
     for (int64_t s = 0; s < experts * sums_per_expert; ++s) {

@@ -43,9 +43,11 @@ struct Block {
 // may be null, or product itself.
 void activate(Activation activation, const Block& block, const float* bias, Matrix product, Matrix pre, Matrix hidden);
 
-// From grad_hidden [n, d_ff]: grad_pre, which without a gate may be grad_hidden itself, and hidden once more.
-// grad_bias [experts, columns], if not null, becomes beta·grad_bias + the sum of grad_pre over each expert's rows.
-void activate_backward(Activation activation, const Block& block, Matrix pre, Matrix grad_hidden, Matrix grad_pre,
-                       Matrix hidden, float* grad_bias, float beta);
+// From grad_hidden [n, d_ff], times factor [n] if that is not null: grad_pre, which with neither a factor nor a gate may
+// be grad_hidden itself, and hidden once more. What is null of these is not computed:
+//   grad_factor [n] = grad_hidden · hidden, row by row
+//   grad_bias [experts, columns] = beta·grad_bias + the sum of grad_pre over each expert's rows
+void activate_backward(Activation activation, const Block& block, Matrix pre, Matrix grad_hidden, const float* factor,
+                       Matrix grad_pre, Matrix hidden, float* grad_factor, float* grad_bias, float beta);
 
 }  // namespace ewa

@@ -20,33 +20,22 @@ def gather_rows(in_: Matrix, tokens: int, n: int, d: int, out: Matrix) -> None: 
 def scatter_rows(
     in_: Matrix, bias: int, factor: int, tokens: int, n: int, rows_per_expert: int, d: int, out: Matrix
 ) -> None: ...
-def activate(
-    activation: Activation,
-    gated: bool,
-    n: int,
-    rows_per_expert: int,
-    d_ff: int,
-    rows: int,
-    seed: int,
-    dropout_p: float,
-    bias: int,
-    product: Matrix,
-    pre: Matrix,
-    hidden: Matrix,
-) -> None: ...
+
+class Block:
+    def __init__(
+        self, n: int, rows_per_expert: int, d_ff: int, gated: bool, rows: int, seed: int, dropout_p: float
+    ) -> None: ...
+
+def activate(activation: Activation, block: Block, bias: int, product: Matrix, pre: Matrix, hidden: Matrix) -> None: ...
 def activate_backward(
     activation: Activation,
-    gated: bool,
-    n: int,
-    rows_per_expert: int,
-    d_ff: int,
-    rows: int,
-    seed: int,
-    dropout_p: float,
+    block: Block,
     pre: Matrix,
     grad_hidden: Matrix,
+    factor: int,
     grad_pre: Matrix,
     hidden: Matrix,
+    grad_factor: int,
     grad_bias: int,
     beta: float,
 ) -> None: ...

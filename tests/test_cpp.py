@@ -44,7 +44,7 @@ class TestActivations:
     def run(self, rows_class, activation, pre, grad):
         hidden, grad_pre = torch.full_like(pre, torch.nan), torch.full_like(pre, torch.nan)
         rows = rows_class(activation, False, torch.float32)
-        rows.activate_backward(pre, grad.clone(), None, grad_pre, hidden, None, 0)
+        rows.activate_backward(pre, grad.clone(), None, None, grad_pre, hidden, None, None, 0)
         again = torch.full_like(pre, torch.nan)
         rows.activate(pre, None, again)
         assert torch.equal(hidden.nan_to_num(), again.nan_to_num())
@@ -90,7 +90,7 @@ def test_bias_gradient(n, gated):
         for rows_class in (cpp_rows.CppRows, TorchRows):
             hidden, grad_pre, grad_bias = torch.empty_like(grad), torch.empty_like(pre), before.clone()
             rows_class("gelu", gated, torch.float32).activate_backward(
-                pre, grad.clone(), None, grad_pre, hidden, grad_bias, beta
+                pre, grad.clone(), None, None, grad_pre, hidden, None, grad_bias, beta
             )
             results.append(grad_bias)
         exact = grad_pre.double().sum(1) + (before.double() if beta else 0)

@@ -1,5 +1,6 @@
 """`moe_ffn` against the specification in float64, and the specification against the formula written out."""
 
+import concurrent.futures
 import itertools
 
 import pytest
@@ -73,7 +74,7 @@ def test_quick_gelu_near_the_largest_float16():
     pre = torch.tensor([[[6e4, -6e4]]], dtype=torch.float16)
     hidden, grad_pre = torch.full_like(pre, torch.nan), torch.full_like(pre, torch.nan)
     TorchRows("quick_gelu", False, torch.float16).activate_backward(
-        pre, torch.ones_like(pre), None, grad_pre, hidden, None, 0
+        pre, torch.ones_like(pre), None, None, grad_pre, hidden, None, None, 0
     )
     assert hidden.flatten().tolist() == [6e4, 0]
     assert grad_pre.flatten().tolist() == [1, 0]
@@ -259,3 +260,46 @@ def test_autocast(dtype):
     assert_parity("y", y, wide, reference)
     y.float().square().sum().backward()
     assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in leaves)
+
+
+class TestScratchMemory:
+    """What a call leaves to the next one on a CPU."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_is_left(self, monkeypatch):
+        monkeypatch.setattr(blocked_ffn.Scratch, "_left", [])
+
+    def left(self):
+        return sum(map(len, itertools.chain.from_iterable(memory.values() for memory in blocked_ffn.Scratch._left)))
+
+    def test_calls_of_other_sizes_and_dtypes(self):
+        for num_tokens, dtype in ((40, torch.float32), (400, torch.bfloat16), (7, torch.float16), (90, torch.float32)):
+            check_ffn(tokens(num_tokens, 16, dtype=dtype), random_ffn(4, 16, 24, dtype=dtype), seed=4)
+        assert self.left() > 0
+
+    def test_training_after_inference_mode(self):
+        parameters = random_ffn(4, 16, 24, dtype=torch.float32)
+        with torch.inference_mode():
+            ewa.functional.moe_ffn(tokens(50, 16, dtype=torch.float32), *parameters, seed=4)
+        check_ffn(tokens(50, 16, dtype=torch.float32), parameters, seed=4)
+
+    def test_much_is_not_left(self, monkeypatch):
+        x, parameters = tokens(50, 16, dtype=torch.float32), random_ffn(4, 16, 24, dtype=torch.float32)
+        ewa.functional.moe_ffn(x, *parameters, seed=4)
+        needed = self.left()
+        assert needed > 50 * 24 * 4
+        for limit, left in ((needed, needed), (needed - 1, 0)):
+            monkeypatch.setattr(blocked_ffn.Scratch, "LEFT_BYTES", limit)
+            blocked_ffn.Scratch.clear()
+            ewa.functional.moe_ffn(x, *parameters, seed=4)
+            assert self.left() == left
+
+    def test_threads_do_not_share(self):
+        parameters = random_ffn(4, 32, 64, dtype=torch.float32)
+        xs = torch.randn(8, 500, 32, generator=torch.Generator().manual_seed(0))
+        expected = [ewa.functional.moe_ffn(x, *parameters, seed=4) for x in xs]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for _ in range(20):
+                found = list(pool.map(lambda x: ewa.functional.moe_ffn(x, *parameters, seed=4), xs))
+                assert all(map(torch.equal, found, expected))
+        assert len(blocked_ffn.Scratch._left) == 1

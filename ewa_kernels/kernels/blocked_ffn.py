@@ -7,11 +7,12 @@ only `pre_activation` is kept, or nothing at all, in which case it is computed a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,19 +33,38 @@ def _rows(backend: str, activation: str, gated: bool, dtype: torch.dtype) -> Tor
     return {"torch": TorchRows, "cpp": CppRows}[backend](activation, gated, dtype)
 
 
-class _Buffers:
-    """Scratch memory that all blocks share: fresh memory can cost more than the arithmetic done in it."""
+class Scratch:
+    """Memory that all blocks share: fresh memory can cost more than the arithmetic done in it.
 
-    def __init__(self, like: Tensor, dtype: torch.dtype):
-        self._like = like
-        self._dtype = dtype
+    On a CPU the next call takes over what the last one left, which is no more than `LEFT_BYTES` in a process.
+    """
+
+    LEFT_BYTES = 2**26
+    _left: ClassVar[list[dict[str, Tensor]]] = []  # one at the most: calls at the same time have memory of their own
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self._device, self._dtype = device, dtype
         self._memory: dict[str, Tensor] = {}
+        if device.type == "cpu":
+            with contextlib.suppress(IndexError):
+                self._memory = self._left.pop()
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        size = math.prod(shape)
+        size = math.prod(shape) * self._dtype.itemsize
         if name not in self._memory or len(self._memory[name]) < size:
-            self._memory[name] = self._like.new_empty(size, dtype=self._dtype)
-        return self._memory[name][:size].view(shape)
+            with torch.inference_mode(False):  # whose tensors could be used nowhere else
+                self._memory[name] = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return self._memory[name][:size].view(self._dtype).view(shape)
+
+    @classmethod
+    def clear(cls) -> None:
+        """Frees what was left."""
+        cls._left.clear()
+
+    def leave(self) -> None:
+        """Says that all is done with."""
+        if self._device.type == "cpu" and sum(map(len, self._memory.values())) <= self.LEFT_BYTES:
+            self._left[:] = [self._memory]
 
 
 class _Block(NamedTuple):
@@ -138,19 +158,20 @@ def moe_ffn_forward(
     weights, top_k = _weights(routing_weights, rows.dtype)
     y = x.new_empty(len(order), d_model)
     pre_activation = x.new_empty((len(order), num_up) if save else 0)
-    buffer = _Buffers(x, rows.dtype)
+    scratch = Scratch(x.device, rows.dtype)
     for block in _blocks(order, expert_offsets, top_k, num_experts, rows.dtype):
         shape, experts = block.rows.shape, block.experts
-        block_x = buffer("x", *shape, d_model)
+        block_x = scratch("x", *shape, d_model)
         rows.gather(x, block.tokens, block_x)
         pre = pre_activation[block.saved].view(*shape, num_up) if save else None
-        product = buffer("pre", *shape, num_up) if pre is None or pre.dtype != rows.dtype else pre
+        product = scratch("pre", *shape, num_up) if pre is None or pre.dtype != rows.dtype else pre
         dropout = Dropout(block.rows, seed, dropout_p) if dropout_p > 0 else None
-        hidden = buffer("hidden", *shape, d_ff)
+        hidden = scratch("hidden", *shape, d_ff)
         rows.up_and_activate(block_x, up_weight[experts], block.of(up_bias), dropout, product, pre, hidden)
-        block_y = buffer("y", *shape, d_model)
+        block_y = scratch("y", *shape, d_model)
         factor = None if weights is None else weights[block.choices]
         rows.down_and_scatter(hidden, down_weight[experts], block.of(down_bias), factor, block.choices, block_y, y)
+    scratch.leave()
     return sum_of_choices(y, top_k), pre_activation, order if save and permutation is None else order.new_empty(0)
 
 
@@ -200,40 +221,39 @@ def moe_ffn_backward(
     grad_down_weight = new(down_weight.shape if need_down_weight else 0)
     grad_down_bias = new((num_experts, d_model) if need_down_bias else 0)
 
-    buffer = _Buffers(x, rows.dtype)
+    scratch = Scratch(x.device, rows.dtype)
     for block in _blocks(permutation, expert_offsets, top_k, num_experts, rows.dtype):
         shape, experts = block.rows.shape, block.experts
-        grad_out = buffer("y", *shape, d_model)
+        grad_out = scratch("y", *shape, d_model)
         rows.gather(grad_y, block.tokens, grad_out)
-        factor = None if weights is None else weights[block.choices].view(*shape, 1)
+        factor = None if weights is None else weights[block.choices]
         if need_down_weight or need_pre:
-            block_x = buffer("x", *shape, d_model)
+            block_x = scratch("x", *shape, d_model)
             rows.gather(x, block.tokens, block_x)
             if len(pre_activation) > 0:
                 pre = pre_activation[block.saved].view(*shape, num_up)
             else:
-                pre = buffer("pre", *shape, num_up)
+                pre = scratch("pre", *shape, num_up)
                 rows.linear(block_x, up_weight[experts], block.of(up_bias), pre)
             dropout = Dropout(block.rows, seed, dropout_p) if dropout_p > 0 else None
-            hidden = buffer("hidden", *shape, d_ff)
+            hidden = scratch("hidden", *shape, d_ff)
             if need_pre:
-                grad_hidden = buffer("grad_hidden", *shape, d_ff)
-                grad_pre = buffer("grad_pre", *shape, num_up) if gated else grad_hidden
-                torch.bmm(grad_out, down_weight[experts], out=grad_hidden)
-                if factor is not None:
-                    if need_routing:
-                        rows.activate(pre, dropout, hidden)
-                        grad_factor = torch.linalg.vecdot(grad_hidden, hidden)
-                        if down_bias is not None:
-                            grad_factor += (grad_out @ down_bias[experts, :, None]).squeeze(-1)
-                        grad_routing[block.choices] = grad_factor.flatten()
-                    grad_hidden.mul_(factor)
+                grad_hidden = scratch("grad_hidden", *shape, d_ff)
+                grad_pre = grad_hidden if factor is None and not gated else scratch("grad_pre", *shape, num_up)
+                grad_factor = grad_routing.new_empty(len(block.choices)) if need_routing else None
                 grad_bias = grad_up_bias[experts] if need_up_bias else None
-                rows.activate_backward(pre, grad_hidden, dropout, grad_pre, hidden, grad_bias, block.beta)
+                torch.bmm(grad_out, down_weight[experts], out=grad_hidden)
+                rows.activate_backward(
+                    pre, grad_hidden, dropout, factor, grad_pre, hidden, grad_factor, grad_bias, block.beta
+                )
+                if grad_factor is not None:
+                    if down_bias is not None:
+                        grad_factor += (grad_out @ down_bias[experts, :, None]).flatten()
+                    grad_routing[block.choices] = grad_factor
             else:
                 rows.activate(pre, dropout, hidden)
         if factor is not None:
-            grad_out.mul_(factor)
+            grad_out.mul_(factor.view(*shape, 1))
         if need_down_bias:
             rows.add_sum(grad_out, grad_down_bias[experts], block.beta)
         if need_down_weight:
@@ -243,6 +263,7 @@ def moe_ffn_backward(
         if need_x:
             torch.bmm(grad_pre, up_weight[experts], out=grad_out)
             rows.scatter(grad_out, block.choices, grad_x)
+    scratch.leave()
     if need_x:
         grad_x = sum_of_choices(grad_x, top_k)
     if routing_weights is not None and need_routing:

@@ -83,23 +83,29 @@ class CppRows(TorchRows):
         pre: Tensor,
         grad_hidden: Tensor,
         dropout: Dropout | None,
+        factor: Tensor | None,
         grad_pre: Tensor,
         hidden: Tensor,
+        grad_factor: Tensor | None,
         grad_bias: Tensor | None,
         beta: int,
     ) -> None:
-        total = _floats(grad_bias)
+        factor, sums, total = _floats(factor), _floats(grad_factor), _floats(grad_bias)
         _C.activate_backward(
-            *self._block(hidden, dropout),
+            self._activation,
+            self._block(hidden, dropout),
             _matrix(pre),
             _matrix(grad_hidden),
+            _address(factor),
             _matrix(grad_pre),
             _matrix(hidden),
+            _address(sums),
             _address(total),
             beta,
         )
-        if grad_bias is not None and total is not None and total is not grad_bias:
-            grad_bias.copy_(total)
+        for narrow, wide in ((grad_factor, sums), (grad_bias, total)):
+            if narrow is not None and wide is not None and narrow is not wide:
+                narrow.copy_(wide)
 
     def _product(self, a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor | None:
         """out = a @ weightᵀ; returns the bias that is left to add."""
@@ -113,14 +119,13 @@ class CppRows(TorchRows):
         self, product: Tensor, bias: Tensor | None, dropout: Dropout | None, pre: Tensor | None, hidden: Tensor
     ) -> None:
         bias = _floats(bias)
-        _C.activate(*self._block(hidden, dropout), _address(bias), _matrix(product), _matrix(pre), _matrix(hidden))
+        block = self._block(hidden, dropout)
+        _C.activate(self._activation, block, _address(bias), _matrix(product), _matrix(pre), _matrix(hidden))
 
-    def _block(
-        self, hidden: Tensor, dropout: Dropout | None
-    ) -> tuple[_C.Activation, bool, int, int, int, int, int, float]:
+    def _block(self, hidden: Tensor, dropout: Dropout | None) -> _C.Block:
         num_experts, n, d_ff = hidden.shape
         rows, seed, p = (0, 0, 0.0) if dropout is None else (_address(dropout.rows), int(dropout.seed), dropout.p)
-        return self._activation, self.gated, num_experts * n, n, d_ff, rows, seed, p
+        return _C.Block(num_experts * n, n, d_ff, self.gated, rows, seed, p)
 
     def _scatter(self, block: Tensor, bias: Tensor | None, factor: Tensor | None, tokens: Tensor, out: Tensor) -> None:
         bias, factor = _floats(bias), _floats(factor)

@@ -140,20 +140,29 @@ class TorchRows:
         pre: Tensor,
         grad_hidden: Tensor,
         dropout: Dropout | None,
+        factor: Tensor | None,
         grad_pre: Tensor,
         hidden: Tensor,
+        grad_factor: Tensor | None,
         grad_bias: Tensor | None,
         beta: int,
     ) -> None:
-        """grad_pre from grad_hidden, and hidden once more; adds grad_pre up in grad_bias.
+        """grad_pre from grad_hidden · factor, and hidden once more; adds grad_pre up in grad_bias.
 
-        grad_hidden is used up: without a gate it may be grad_pre too.
+        grad_hidden is used up: with neither a factor nor a gate it may be grad_pre too. factor is `[e · n]`, and
+        grad_factor, alike, becomes what grad_hidden · hidden is row by row.
         """
         d_ff = hidden.shape[-1]
         gate, value = pre[..., :d_ff], pre[..., d_ff:]
         act = ACTIVATIONS[self.activation]
         act.forward(gate, hidden)
         scale = None if dropout is None else dropout.scale(hidden)
+        if grad_factor is not None:
+            kept = hidden if scale is None else hidden * scale
+            terms = kept * value if self.gated else kept
+            torch.linalg.vecdot(grad_hidden, terms, out=grad_factor.view(hidden.shape[:2]))
+        if factor is not None:
+            grad_hidden.mul_(factor.view(*hidden.shape[:2], 1))
         if scale is not None:
             grad_hidden.mul_(scale)
         if self.gated:
