@@ -18,7 +18,7 @@ from benchmarks.peers import OURS, peers
 SECTIONS = ("layer", "training_step", "experts", "growth")
 BUDGET = {"cpu": 230, "cuda": 540}  # seconds
 # Parts of the budget that go into rounds. What is left is for parity gates, first calls and compiling.
-ROUNDS = {"layer": 0.25, "experts": 0.1, "training_step": 0.12, "growth": 0.04}
+ROUNDS = {"layer": 0.4, "experts": 0.1, "training_step": 0.12, "growth": 0.04}
 # No case begins, and nothing is compiled, when less than these parts of the budget are left.
 RESERVE = {"layer": 0.35, "training_step": 0.1, "growth": 0.03}
 RESERVE_FOR_COMPILING = {"layer": 0.5, "training_step": 0.25}

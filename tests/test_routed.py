@@ -10,6 +10,7 @@ from parity import assert_parity, output_and_grads, random_ffn
 from torch import nn
 
 import ewa_kernels as ewa
+from ewa_kernels.kernels import blocked_ffn
 
 FORMS = ["triton-single", "triton-split", "triton-onchip"]
 BACKENDS = ["cpp", "torch", "reference", *FORMS]
@@ -81,6 +82,22 @@ def test_is_the_loop(backend, options, top_k):
 
 def test_is_the_loop_in_float32_by_cpp():
     check(make(5, 2, backend="cpp", gated=True), tokens(37, 12), torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("block_rows", [64, 2048])
+def test_lockstep(monkeypatch, backend, block_rows):
+    """Groups of other sizes, as far as all have rows; what is left comes by turns."""
+    monkeypatch.setattr(blocked_ffn, "LOCKSTEP_ROWS", 1)
+    monkeypatch.setattr(blocked_ffn, "BLOCK_ROWS", block_rows)
+    blocks, original = [], blocked_ffn._blocks
+    monkeypatch.setattr(blocked_ffn, "_blocks", lambda *args: blocks.append(list(original(*args))) or blocks[-1])
+    check(make(3, 2, dtype=torch.float32, backend=backend, gated=True), tokens(200, 12), torch.float32)
+    shapes = [block.rows.shape for block in blocks[0]]
+    assert len(blocks[0]) == len(blocks[-1])
+    assert shapes[0][0] == 3
+    assert {shape[0] for shape in shapes} == {1, 3}
+    assert [block.beta for block in blocks[0]] == [0] + [1] * (len(shapes) - 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -27,6 +27,8 @@ from ewa_kernels.reference import expert_offsets as equal_offsets
 # Rows of all experts together in a block: enough for the products to run at full speed, few enough for the
 # scratch memory to stay small.
 BLOCK_ROWS = 2048
+# Groups of other sizes advance in lockstep, which makes fewer and larger products, if all have so many rows.
+LOCKSTEP_ROWS = 256
 
 
 def _rows(backend: str, activation: str, gated: bool, dtype: torch.dtype) -> TorchRows:
@@ -86,30 +88,28 @@ def _blocks(
 ) -> Iterator[_Block]:
     """Covers every grouped row once, with no more than some `BLOCK_ROWS` rows at a time of blocks of `dtype`.
 
-    Equal groups differ by one row at most: all experts advance in lockstep, and those last rows come alone. Given
-    offsets are read on the host, and experts take turns.
+    All experts advance in lockstep as far as each of them has rows, and take turns with what is left. Given offsets are
+    read on the host.
     """
     num_rows, device = len(permutation), permutation.device
-    block_rows = BLOCK_ROWS
-    if dtype not in (torch.float32, torch.float64):
-        # One block: 16-bit weight gradients summed up over blocks would be rounded each time.
-        block_rows = max(num_rows * num_experts, 1)
+    # 16-bit weight gradients summed up over blocks would be rounded each time: one block, as far as possible.
+    narrow = dtype not in (torch.float32, torch.float64)
+    block_rows = max(num_rows * num_experts, 1) if narrow else BLOCK_ROWS
     if expert_offsets is None:
         offsets = equal_offsets(num_rows, num_experts)
         # The offsets again, computed where they are needed: a copy from the host may not be captured in a CUDA graph.
         first_row = torch.arange(num_experts, device=device) * num_rows // num_experts
-        common = num_rows // num_experts
-        step = max(block_rows // num_experts, 1)
-        pieces = [(slice(0, num_experts), start, n) for start, n in _even_pieces(common, step)]
-        pieces += [(slice(e, e + 1), common, 1) for e in range(num_experts) if offsets[e + 1] - offsets[e] > common]
     else:
         offsets = expert_offsets.tolist()
         first_row = expert_offsets[:-1].long()
-        pieces = [
-            (slice(e, e + 1), start, n)
-            for e in range(num_experts)
-            for start, n in _even_pieces(offsets[e + 1] - offsets[e], block_rows)
-        ]
+    counts = [end - start for start, end in itertools.pairwise(offsets)]
+    common = min(counts)
+    if expert_offsets is not None and (narrow or common < max(LOCKSTEP_ROWS, max(counts) // 2)):
+        common = 0  # too few rows to read all weights twice for them
+    step = max(block_rows // num_experts, 1)
+    pieces = [(slice(0, num_experts), start, n) for start, n in _even_pieces(common, step)]
+    for e, count in enumerate(counts):
+        pieces += [(slice(e, e + 1), common + start, n) for start, n in _even_pieces(count - common, block_rows)]
     done = 0
     seen: set[int] = set()
     for experts, start, n in pieces:
