@@ -31,7 +31,7 @@ from benchmarks.environment import ROOT
 from benchmarks.layer import training_pass
 from benchmarks.peers import OURS, peers
 from benchmarks.problem import make
-from benchmarks.timing import MAX_ROUNDS, MIN_ROUNDS, Stopwatch, Variant, timed, timing
+from benchmarks.timing import MAX_ROUNDS, MIN_ROUNDS, Stopwatch, Variant, timed, timings
 
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 Result = dict[str, Any]
@@ -61,10 +61,10 @@ def compare(base: str, device: str, cases: Sequence[Case], seconds: float) -> li
                 order = (("base", old), ("new", new))
                 for name, worker in order if i % 2 else order[::-1]:
                     samples[name].append(worker.ask({"round": i})["seconds"])
-            timings = {n: [timing(phase) for phase in zip(*taken, strict=True)] for n, taken in samples.items()}
+            before, after = (timings(samples[name]) for name in ("base", "new"))
             result: Result = {"name": request["name"]}
-            phases = PHASES if len(timings["new"]) == len(PHASES) else PHASES[-1:]
-            for phase, then, now in zip(phases, timings["base"], timings["new"], strict=True):
+            phases = PHASES if len(after) == len(PHASES) else PHASES[-1:]
+            for phase, then, now in zip(phases, before, after, strict=True):
                 result[phase] = {"base": then.as_dict(), "new": now.as_dict(), "ratio": now.median / then.median}
             results.append(result)
     return results

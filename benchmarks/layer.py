@@ -14,9 +14,9 @@ from benchmarks import timing
 from benchmarks.cases import PHASES, Case
 from benchmarks.floors import Floors
 from benchmarks.parity import Function, Gate, WrongResultError
-from benchmarks.peers import Peer
+from benchmarks.peers import BMM, Peer
 from benchmarks.problem import Problem, make
-from benchmarks.timing import Stopwatch, Timing, Variant, interleaved
+from benchmarks.timing import Sample, Stopwatch, Variant
 
 Result = dict[str, Any]
 
@@ -25,7 +25,7 @@ def training_pass(function: Function, problem: Problem, watch: Stopwatch) -> Var
     """Forward and backward as a variant of three phases: forward, backward and both. Tokens are dealt anew."""
     leaves = list(problem.leaves.values())
 
-    def variant() -> tuple[float, ...]:
+    def variant() -> Sample:
         watch.start()
         y = function(problem, None)
         watch.lap()
@@ -75,8 +75,9 @@ def run(case: Case, device: str, peers: Sequence[Peer], seconds: float, compilin
     del gates
     watch = Stopwatch(device)
     variants = {name: training_pass(function, own, watch) for name, (function, own) in able.items()}
-    for name, timings in interleaved(variants, seconds).items():
-        results[name] |= _measured(case, timings) | _resources(*able[name], device)
+    samples = timing.rounds(variants, seconds)
+    for name, taken in samples.items():
+        results[name] |= _measured(case, taken, samples.get(BMM)) | _resources(*able[name], device)
     return list(results.values())
 
 
@@ -98,11 +99,15 @@ def _call(function: Function, problem: Problem) -> tuple[Tensor, ...]:
     return torch.autograd.grad(y, list(problem.leaves.values()), problem.grad_y)
 
 
-def _measured(case: Case, timings: list[Timing]) -> Result:
-    phases: Result = {"intensity": round(case.operations("both") / case.least_bytes("both"), 3)}
-    for phase, taken in zip(PHASES, timings, strict=True):
-        phases[phase] = {**taken.as_dict(), "tflops": round(case.operations(phase) / taken.median / 1e9, 4)}
-    return phases
+def _measured(case: Case, samples: list[Sample], baseline: list[Sample] | None) -> Result:
+    """Of each phase: milliseconds, TFLOP/s, and how many times as long as the baseline it takes."""
+    result: Result = {"intensity": round(case.operations("both") / case.least_bytes("both"), 3)}
+    for phase, taken in zip(PHASES, timing.timings(samples), strict=True):
+        result[phase] = {**taken.as_dict(), "tflops": round(case.operations(phase) / taken.median / 1e9, 4)}
+    if baseline is not None:
+        for phase, ratio in zip(PHASES, timing.ratios(samples, baseline), strict=True):
+            result[phase]["to_bmm"] = ratio.as_dict()
+    return result
 
 
 def relate(case: Case, results: Sequence[Result], floors: Floors) -> None:

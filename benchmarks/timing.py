@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -24,7 +24,7 @@ SLEEP_CYCLES = 500_000
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per call."""
+    """Milliseconds per call, or a ratio."""
 
     median: float
     p20: float
@@ -35,8 +35,10 @@ class Timing:
         return {name: round(value, 5) for name, value in asdict(self).items()}
 
 
+# What a call takes, in seconds of each phase.
+Sample = tuple[float, ...]
 # A variant is called once a round, does its work, and tells how long each phase of it took, in seconds.
-Variant = Callable[[], tuple[float, ...]]
+Variant = Callable[[], Sample]
 
 
 class Stopwatch:
@@ -67,7 +69,7 @@ class Stopwatch:
         else:
             self._times.append(time.perf_counter())
 
-    def read(self) -> tuple[float, ...]:
+    def read(self) -> Sample:
         if self.cuda:
             self._marks[-1].synchronize()
             pairs = zip(self._marks, self._marks[1:], strict=False)
@@ -78,7 +80,7 @@ class Stopwatch:
 def timed(function: Callable[[], object], watch: Stopwatch) -> Variant:
     """`function` as a variant of one phase."""
 
-    def variant() -> tuple[float, ...]:
+    def variant() -> Sample:
         watch.start()
         function()
         watch.lap()
@@ -90,15 +92,22 @@ def timed(function: Callable[[], object], watch: Stopwatch) -> Variant:
 def interleaved(
     variants: Mapping[str, Variant], seconds: float, min_rounds: int = MIN_ROUNDS, max_rounds: int = MAX_ROUNDS
 ) -> dict[str, list[Timing]]:
+    """`rounds`, and for each variant the timing of each phase."""
+    return {name: timings(taken) for name, taken in rounds(variants, seconds, min_rounds, max_rounds).items()}
+
+
+def rounds(
+    variants: Mapping[str, Variant], seconds: float, min_rounds: int = MIN_ROUNDS, max_rounds: int = MAX_ROUNDS
+) -> dict[str, list[Sample]]:
     """Calls every variant once a round, for `seconds`, after a round of warm-up that does not count.
 
     Each round begins with another variant, so that none always follows the same one.
 
     Returns:
-        for each variant the timing of each phase.
+        for each variant a sample of each round.
     """
     names = list(variants)
-    samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
     for name in names:
         variants[name]()
     deadline = time.monotonic() + seconds
@@ -108,13 +117,23 @@ def interleaved(
         first = i % len(names) if names else 0
         for name in names[first:] + names[:first]:
             samples[name].append(variants[name]())
-    return {name: [timing(phase) for phase in zip(*taken, strict=True)] for name, taken in samples.items()}
+    return samples
 
 
-def timing(seconds: tuple[float, ...]) -> Timing:
-    """Of at least two samples."""
-    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-    return Timing(1e3 * statistics.median(seconds), 1e3 * fifths[0], 1e3 * fifths[-1], len(seconds))
+def timings(samples: Sequence[Sequence[float]]) -> list[Timing]:
+    """Of each phase, from at least two samples."""
+    return [_timing([1e3 * seconds for seconds in phase]) for phase in zip(*samples, strict=True)]
+
+
+def ratios(samples: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]]) -> list[Timing]:
+    """Of each phase: what one takes ÷ what the other takes in the same round, when the machine is in the same mood."""
+    phases = zip(zip(*samples, strict=True), zip(*baseline, strict=True), strict=True)
+    return [_timing([a / b for a, b in zip(*phase, strict=True)]) for phase in phases]
+
+
+def _timing(values: Sequence[float]) -> Timing:
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return Timing(statistics.median(values), fifths[0], fifths[-1], len(values))
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:

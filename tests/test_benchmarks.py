@@ -247,6 +247,18 @@ def test_when_time_is_short_cases_are_named_and_left_out():
     assert "growth" not in result
 
 
+def test_ratios_are_of_the_same_round():
+    """A machine that is twice as slow in some rounds changes none of them."""
+    slow = [1, 2, 1, 2, 1]
+    (ratio,) = timing.ratios([(3 * s,) for s in slow], [(2 * s,) for s in slow])
+    assert ratio == timing.Timing(1.5, 1.5, 1.5, 5)
+    run = {"layer": []}
+    for case, p20, median in (("fast", 0.8, 0.9), ("as fast", 0.9, 1.01), ("slow", 1.01, 1.02)):
+        phase = {"to_bmm": {"p20": p20, "median": median, "p80": 1.2}}
+        run["layer"].append({"case": case, "dtype": "fp32", "peer": OURS, **dict.fromkeys(PHASES, phase)})
+    assert list(report.ratio_table(run).columns[-1].cells) == ["", "level", "missed"]
+
+
 def test_report_and_pictures(tiny_run, tmp_path):
     from rich.console import Console
 
@@ -278,8 +290,8 @@ def test_readme_table_is_what_the_json_says(tiny_run, tmp_path):
     assert "old" not in text
     assert f"commit `{tiny_run['environment']['commit']}`" in text
     assert tiny_run["environment"]["device"] in text
-    ours, bmm = (next(r for r in tiny_run["layer"] if r["peer"] == name) for name in (OURS, BMM))
-    assert f"| {ours['both']['median'] / bmm['both']['median']:.2f} |" in text
+    ratio = next(r for r in tiny_run["layer"] if r["peer"] == OURS)["both"]["to_bmm"]
+    assert f"| {ratio['median']:.2f} ({report.spread(ratio)}) |" in text
     report.write_readme(readme, tmp_path)
     assert readme.read_text() == text
     with pytest.raises(ValueError, match="must have the lines"):
