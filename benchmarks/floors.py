@@ -29,9 +29,12 @@ class Floors:
         return Floors(rates, max(self.copy_rate, other.copy_rate))
 
     def seconds(self, case: Case, phase: str) -> float:
-        """Below which no implementation gets: the larger of arithmetic and memory traffic."""
+        """Below which no implementation gets: the larger of arithmetic and memory traffic.
+
+        16-bit numbers may be multiplied in float32 too, where that is faster.
+        """
         phases = ("forward", "backward") if phase == "both" else (phase,)
-        rate = self.matrix_rates[case.dtype_name]
+        rate = max(self.matrix_rates[case.dtype_name], self.matrix_rates.get("fp32", 0.0))
         return sum(max(case.operations(p) / rate, case.least_bytes(p) / self.copy_rate) for p in phases)
 
 

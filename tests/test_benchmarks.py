@@ -202,6 +202,8 @@ def test_cases():
     assert FLOORS.best(floors.Floors({"fp32": 2e12}, 1e9)) == floors.Floors(FLOORS.matrix_rates | {"fp32": 2e12}, 1e10)
     fast_memory = floors.Floors({"fp32": 1e3}, 1e12)
     assert fast_memory.seconds(case, "both") == pytest.approx(case.operations("both") / 1e3)
+    slow_halves = floors.Floors({"fp16": 1e2, "fp32": 1e3}, 1e12)
+    assert slow_halves.seconds(replace(case, dtype=torch.float16), "both") == fast_memory.seconds(case, "both")
 
 
 # --- results ---
