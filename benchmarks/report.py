@@ -44,7 +44,7 @@ def print_run(run: Run, console: Console) -> None:
         for group in cases_of(run).values():
             measured = any("why_not" not in r for r in group)
             head = f"{group[0]['case']}, {group[0]['dtype']}"
-            console.print(layer_table(group) if measured else f"{head}: {group[0]['why_not']}")
+            console.print(layer_table(group) if measured else escape(f"{head}: {group[0]['why_not']}"))
         console.print(ratio_table(run))
     if run.get("experts"):
         console.print(experts_table(run["experts"]), targets_table(run))
@@ -179,7 +179,7 @@ def _row(case: tuple[str, str], group: list[Run], columns: list[str]) -> tuple[s
     ratio = of_floor = memory = "–"
     if ours is not None:
         of_floor = f"{ours['both']['of_floor']:.0%}"
-    if ours is not None and bmm is not None:
+    if ours is not None and bmm is not None and "to_bmm" in ours["both"]:
         ratio = f"{ours['both']['to_bmm']['median']:.2f} ({spread(ours['both']['to_bmm'])})"
         memory = f"{ours['peak_bytes'] / bmm['peak_bytes']:.2f}"
     return (", ".join(case), *times, ratio, of_floor, memory)

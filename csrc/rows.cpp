@@ -56,6 +56,15 @@ EWA_CLONES void affine_row(int64_t n, const float* from, const float* bias, floa
     }
 }
 
+// What is finite stays so in float16, which ends at 65,504.
+EWA_CLONES void saturate_row(int64_t n, float* row) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+        const float nearest = std::min(std::max(row[j], -65504.0f), 65504.0f);
+        row[j] = std::fabs(row[j]) < INFINITY ? nearest : row[j];
+    }
+}
+
 template <class T>
 T* elements(const Matrix& matrix, int64_t at) {
     return static_cast<T*>(matrix.at) + at;
@@ -250,6 +259,8 @@ void activate(Activation activation, const Block& block, const float* bias, Matr
                 if (of_expert == nullptr && keeps_product) return products;
                 float* to = chunk.room(pre, from);
                 affine_row(n, products, of_expert == nullptr ? nullptr : of_expert + column, 1.0f, to);
+                // Backward would find an infinity where forward had none.
+                if (pre.type == Type::float16) saturate_row(n, to);
                 chunk.write(pre, from, n);
                 return const_cast<const float*>(to);
             };

@@ -219,7 +219,9 @@ def partition(permutation: Any, expert_offsets: Any, routing_weights: Any, x: Te
     steps = expert_offsets.diff()
     if expert_offsets[0] != 0 or expert_offsets[-1] != num_rows or bool((steps < 0).any()):
         raise ValueError(f"expert_offsets must rise from 0 to {rows} = {num_rows}, got {expert_offsets.tolist()}")
-    if not torch.equal(permutation.sort().values, torch.arange(num_rows, dtype=permutation.dtype)):
+    if not torch.equal(
+        permutation.sort().values, torch.arange(num_rows, dtype=permutation.dtype, device=permutation.device)
+    ):
         raise ValueError(f"permutation must hold each of 0…{num_rows - 1} once")
 
 

@@ -163,6 +163,17 @@ class TestNarrow:
         assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in layer.parameters())
 
 
+def test_what_float16_cannot_hold_between_products_has_finite_gradients(monkeypatch):
+    """Products in float32 have no such limit, the pre-activation that is kept for backward has."""
+    monkeypatch.setattr(cpp_rows, "product_dtype", lambda _: torch.float32)
+    x = torch.full((4, 2), 3e4, dtype=torch.float16, requires_grad=True)
+    weights = torch.full((1, 3, 2), 2.0, dtype=torch.float16), torch.full((1, 2, 3), 2.0**-8, dtype=torch.float16)
+    y = ewa.functional.moe_ffn(x, weights[0], None, weights[1], None, seed=0, activation="relu", backend="cpp")
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert y.isfinite().all()
+    assert grad.flatten().tolist() == [2 * 3 * 2 * 2.0**-8] * 8
+
+
 def test_products_are_made_where_they_are_fast(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert cpp_rows.product_dtype(torch.bfloat16) == cpp_rows.product_dtype(torch.float16) == torch.float32

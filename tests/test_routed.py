@@ -84,6 +84,13 @@ def test_is_the_loop_in_float32_by_cpp():
     check(make(5, 2, backend="cpp", gated=True), tokens(37, 12), torch.float32)
 
 
+def test_another_default_device_changes_nothing():
+    layer, x = make(4, 2, dtype=torch.float32), tokens(20, 12, dtype=torch.float32)
+    expected = layer(x)
+    with torch.device("meta"):
+        assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
 @pytest.mark.parametrize("block_rows", [64, 2048])
 def test_lockstep(monkeypatch, backend, block_rows):

@@ -1,7 +1,8 @@
 """The layer's forward and backward, block by block of grouped rows: matrix products by PyTorch, the rest by `Rows`.
 
 All experts advance in lockstep, so that each product is one batched call. A block goes through gather, both
-projections and scatter before the next one starts: `hidden` as a whole is never stored, and for backward
+projections and scatter before the next one starts: but for products in 16 bits, which are made in one block,
+`hidden` as a whole is never stored, and for backward
 only `pre_activation` is kept, or nothing at all, in which case it is computed again.
 """
 

@@ -15,7 +15,7 @@ if extension.WHY_NOT is None:
 
 def random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
     """`ewa_kernels.reference.random_permutation` for a seed on the CPU."""
-    out = torch.empty(num_tokens, dtype=torch.int32)
+    out = torch.empty(num_tokens, dtype=torch.int32, device="cpu")
     _C.random_permutation(num_tokens, int(seed), out.data_ptr())
     return out
 

@@ -147,7 +147,7 @@ class TorchRows:
         grad_bias: Tensor | None,
         beta: int,
     ) -> None:
-        """grad_pre from grad_hidden · factor, and hidden once more; adds grad_pre up in grad_bias.
+        """grad_pre from grad_hidden · factor, and hidden once more; grad_bias = beta · grad_bias + its sum.
 
         grad_hidden is used up: with neither a factor nor a gate it may be grad_pre too. factor is `[e · n]`, and
         grad_factor, alike, becomes what grad_hidden · hidden is row by row.
