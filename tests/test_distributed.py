@@ -32,7 +32,7 @@ def torchrun(num_processes, script, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
-        [*command, str(script), *map(str, arguments)],
+        [*command, str(TESTS / "distributed" / "leave.py"), str(script), *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
