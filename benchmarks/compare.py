@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from benchmarks.environment import ROOT
 from benchmarks.layer import training_pass
 from benchmarks.peers import OURS, peers
 from benchmarks.problem import make
-from benchmarks.timing import MAX_ROUNDS, MIN_ROUNDS, Stopwatch, Variant, timed, timings
+from benchmarks.timing import Sample, Stopwatch, Variant, ratios, rounds, timed, timings
 
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 Result = dict[str, Any]
@@ -53,19 +52,15 @@ def compare(base: str, device: str, cases: Sequence[Case], seconds: float) -> li
             if failed:
                 results.append({"name": request["name"], "why_not": failed[0]})
                 continue
-            deadline = time.monotonic() + seconds / len(requests)
-            samples: dict[str, list[list[float]]] = {"base": [], "new": []}
-            for i in range(MAX_ROUNDS):
-                if i >= MIN_ROUNDS and time.monotonic() > deadline:
-                    break
-                order = (("base", old), ("new", new))
-                for name, worker in order if i % 2 else order[::-1]:
-                    samples[name].append(worker.ask({"round": i})["seconds"])
-            before, after = (timings(samples[name]) for name in ("base", "new"))
+            variants = {name: worker.sample for name, worker in (("base", old), ("new", new))}
+            samples = rounds(variants, seconds / len(requests))
+            before, after = timings(samples["base"]), timings(samples["new"])
             result: Result = {"name": request["name"]}
             phases = PHASES if len(after) == len(PHASES) else PHASES[-1:]
-            for phase, then, now in zip(phases, before, after, strict=True):
-                result[phase] = {"base": then.as_dict(), "new": now.as_dict(), "ratio": now.median / then.median}
+            for phase, then, now, ratio in zip(
+                phases, before, after, ratios(samples["new"], samples["base"]), strict=True
+            ):
+                result[phase] = {"base": then.as_dict(), "new": now.as_dict(), "ratio": ratio.median}
             results.append(result)
     return results
 
@@ -132,6 +127,10 @@ class _Worker:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return self._read()
+
+    def sample(self) -> Sample:
+        """Seconds of a call, by phase."""
+        return self.ask({"round": True})["seconds"]
 
     def _read(self) -> Result:
         assert self._process.stdout is not None
