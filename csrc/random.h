@@ -19,7 +19,9 @@ EWA_ANYWHERE uint32_t mix32(uint32_t h) {
     return h ^ h >> 16;
 }
 
-// The i-th word of a seed.
+// The i-th word of a seed, which are two 32-bit keys of ewa_kernels/reference.py. The first 13 are for the permutation's
+// rounds, or for rounding; that after them is for dropout.
+constexpr int dropout_word = 13;
 EWA_ANYWHERE uint64_t seed_word(uint64_t seed, int i) { return mix64(seed + (i + 1) * 0x9E3779B97F4A7C15u); }
 
 // 16 random bits for element k of an expert: mix32(mix32(expert ^ key₀) + mix32(k/2 ^ key₁)), the lower or upper half.
@@ -43,7 +45,7 @@ struct DropoutKeys {
     uint32_t row, column;
 
     EWA_ANYWHERE explicit DropoutKeys(uint64_t seed)
-        : row(static_cast<uint32_t>(seed_word(seed, 13))), column(static_cast<uint32_t>(seed_word(seed, 13) >> 32)) {}
+        : row(static_cast<uint32_t>(seed_word(seed, dropout_word))), column(static_cast<uint32_t>(seed_word(seed, dropout_word) >> 32)) {}
     EWA_ANYWHERE uint32_t of_row(int64_t i) const { return mix32(static_cast<uint32_t>(i) ^ row); }
     EWA_ANYWHERE uint32_t of_column(int64_t j) const { return mix32(static_cast<uint32_t>(j) ^ column); }
 };
