@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
-CXX_SOURCES = ("bindings", "permutation", "rows", "experts_cpu")
+CXX_SOURCES = ("bindings", "permutation", "rows", "products", "experts_cpu")
 CUDA_SOURCES = ("experts_cuda",)
 ARCHITECTURES = "80 86 89 90a 100 120"
 PTX = "80"  # for every GPU that is not listed, compiled by its driver

@@ -5,6 +5,7 @@
 
 #include "experts.h"
 #include "permutation.h"
+#include "products.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -89,10 +90,60 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "activate_backward",
         [](ewa::Activation activation, const ewa::Block& block, Matrix pre, Matrix grad_hidden, uintptr_t factor,
-           Matrix grad_pre, Matrix hidden, uintptr_t grad_factor, uintptr_t grad_bias, float beta) {
+           Matrix grad_pre, Matrix hidden, uintptr_t grad_factor) {
             ewa::activate_backward(activation, block, matrix(pre), matrix(grad_hidden), pointer<const float>(factor),
-                                   matrix(grad_pre), matrix(hidden), pointer<float>(grad_factor),
-                                   pointer<float>(grad_bias), beta);
+                                   matrix(grad_pre), matrix(hidden), pointer<float>(grad_factor));
+        },
+        unlocked);
+
+    m.def("have_products", [](int32_t type) { return ewa::have_products(static_cast<ewa::Type>(type)); });
+    py::class_<ewa::Tokens>(m, "Tokens").def(py::init([](Matrix rows, uintptr_t which, uintptr_t factor) {
+        return ewa::Tokens{matrix(rows), pointer<const int64_t>(which), pointer<const float>(factor)};
+    }));
+    py::class_<ewa::TimesWeights>(m, "TimesWeights")
+        .def(py::init([](const std::vector<int64_t>& rows, int64_t k, int64_t n, const ewa::Tokens& tokens, Matrix weights,
+                         bool transposed, bool bfloat16) {
+            return ewa::TimesWeights{ewa::Groups(rows), k, n, tokens, {matrix(weights), transposed}, bfloat16};
+        }))
+        .def("workspace_floats", [](const ewa::TimesWeights& product) { return ewa::workspace_floats(product); });
+    py::class_<ewa::Outer>(m, "Outer")
+        .def(py::init([](const std::vector<int64_t>& rows, int64_t m, int64_t n, const ewa::Tokens& left,
+                         const ewa::Tokens& right, bool bfloat16) {
+            return ewa::Outer{ewa::Groups(rows), m, n, left, right, bfloat16};
+        }))
+        .def("workspace_floats", [](const ewa::Outer& product) { return ewa::workspace_floats(product); });
+    m.def(
+        "multiply_and_activate",
+        [](const ewa::TimesWeights& product, uintptr_t workspace, uintptr_t result, ewa::Activation activation,
+           const ewa::Block& block, uintptr_t bias, Matrix pre, Matrix hidden) {
+            const auto then =
+                ewa::activate_rows(activation, block, pointer<const float>(bias), matrix(pre), matrix(hidden));
+            ewa::multiply(product, pointer<float>(workspace), pointer<float>(result), then);
+        },
+        unlocked);
+    m.def(
+        "multiply_and_scatter",
+        [](const ewa::TimesWeights& product, uintptr_t workspace, uintptr_t bias, uintptr_t factor, uintptr_t tokens,
+           Matrix out) {
+            const auto then = ewa::scatter_to_rows(product.n, pointer<const float>(bias), pointer<const float>(factor),
+                                                   pointer<const int64_t>(tokens), matrix(out));
+            ewa::multiply(product, pointer<float>(workspace), nullptr, then);
+        },
+        unlocked);
+    m.def(
+        "multiply_and_activate_backward",
+        [](const ewa::TimesWeights& product, uintptr_t workspace, ewa::Activation activation, const ewa::Block& block,
+           Matrix pre, uintptr_t factor, Matrix grad_pre, Matrix hidden, uintptr_t grad_factor) {
+            const auto then =
+                ewa::activate_backward_rows(activation, block, matrix(pre), pointer<const float>(factor),
+                                            matrix(grad_pre), matrix(hidden), pointer<float>(grad_factor));
+            ewa::multiply(product, pointer<float>(workspace), nullptr, then);
+        },
+        unlocked);
+    m.def(
+        "multiply_outer",
+        [](const ewa::Outer& product, uintptr_t workspace, float beta, Matrix result, uintptr_t sums) {
+            ewa::multiply(product, pointer<float>(workspace), beta, matrix(result), pointer<float>(sums));
         },
         unlocked);
 

@@ -15,3 +15,9 @@
 #else
 #define EWA_CLONES
 #endif
+
+// Functions for AVX-512, which are only called where the processor has it, and what they use of bfloat16 only where it
+// has that too. Older compilers do not know all of it.
+#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 10))
+#define EWA_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#endif

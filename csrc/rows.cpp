@@ -9,7 +9,6 @@
 #include "random.h"
 
 namespace ewa {
-namespace {
 
 // Each of these rows has a function of its own: a loop inside an OpenMP region cannot be cloned per processor.
 EWA_CLONES void widen_row(Type type, int64_t n, const uint16_t* __restrict__ from, float* __restrict__ to) {
@@ -19,6 +18,16 @@ EWA_CLONES void widen_row(Type type, int64_t n, const uint16_t* __restrict__ fro
     } else {
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) to[j] = widen(Half{from[j]});
+    }
+}
+
+EWA_CLONES void affine_row(int64_t n, const float* from, const float* bias, float factor, float* to) {
+    if (bias == nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) to[j] = from[j] * factor;
+    } else {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) to[j] = (from[j] + bias[j]) * factor;
     }
 }
 
@@ -32,10 +41,7 @@ EWA_CLONES void narrow_row(Type type, int64_t n, const float* __restrict__ from,
     }
 }
 
-EWA_CLONES void add_row(int64_t n, const float* row, float* sum) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) sum[j] += row[j];
-}
+namespace {
 
 // In an order that depends on the processor's vectors alone.
 EWA_CLONES float dot_row(int64_t n, const float* a, const float* b) {
@@ -43,17 +49,6 @@ EWA_CLONES float dot_row(int64_t n, const float* a, const float* b) {
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; ++j) sum += a[j] * b[j];
     return sum;
-}
-
-// to = (from + bias) * factor; bias may be null, `to` may be `from`.
-EWA_CLONES void affine_row(int64_t n, const float* from, const float* bias, float factor, float* to) {
-    if (bias == nullptr) {
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) to[j] = from[j] * factor;
-    } else {
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) to[j] = (from[j] + bias[j]) * factor;
-    }
 }
 
 // What is finite stays so in float16, which ends at 65,504.
@@ -68,6 +63,10 @@ EWA_CLONES void saturate_row(int64_t n, float* row) {
 template <class T>
 T* elements(const Matrix& matrix, int64_t at) {
     return static_cast<T*>(matrix.at) + at;
+}
+
+const void* address(const Matrix& matrix, int64_t at) {
+    return static_cast<const char*>(matrix.at) + at * (matrix.type == Type::float32 ? sizeof(float) : sizeof(uint16_t));
 }
 
 // n elements, rounded if `out` is narrower. One of the two is float32, or both are of one type.
@@ -106,28 +105,34 @@ struct Chunk {
 
 }  // namespace
 
+RowFunction store_rows(int64_t d, Matrix out) {
+    return [=](int64_t, int64_t i, Matrix in, int64_t row) { convert(in, row * d, d, out, i * d); };
+}
+
 void gather_rows(Matrix in, const int64_t* tokens, int64_t n, int64_t d, Matrix out) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; ++i) convert(in, tokens[i] * d, d, out, i * d);
 }
 
-void scatter_rows(Matrix in, const float* bias, const float* factor, const int64_t* tokens, int64_t n,
-                  int64_t rows_per_expert, int64_t d, Matrix out) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n; ++i) {
-        if (bias == nullptr && factor == nullptr) {
-            convert(in, i * d, d, out, tokens[i] * d);
-            continue;
-        }
-        const float* add = bias == nullptr ? nullptr : bias + i / rows_per_expert * d;
+RowFunction scatter_to_rows(int64_t d, const float* bias, const float* factor, const int64_t* tokens, Matrix out) {
+    return [=](int64_t e, int64_t i, Matrix in, int64_t row) {
+        if (bias == nullptr && factor == nullptr) return convert(in, row * d, d, out, tokens[i] * d);
+        const float* add = bias == nullptr ? nullptr : bias + e * d;
         Chunk from, to;
         for (int64_t j = 0; j < d; j += chunk_columns) {
-            const int64_t n_columns = std::min(chunk_columns, d - j), at = tokens[i] * d + j;
-            affine_row(n_columns, from.read(in, i * d + j, n_columns), add == nullptr ? nullptr : add + j,
+            const int64_t n = std::min(chunk_columns, d - j), at = tokens[i] * d + j;
+            affine_row(n, from.read(in, row * d + j, n), add == nullptr ? nullptr : add + j,
                        factor == nullptr ? 1.0f : factor[i], to.room(out, at));
-            to.write(out, at, n_columns);
+            to.write(out, at, n);
         }
-    }
+    };
+}
+
+void scatter_rows(Matrix in, const float* bias, const float* factor, const int64_t* tokens, int64_t n,
+                  int64_t rows_per_expert, int64_t d, Matrix out) {
+    const RowFunction row = scatter_to_rows(d, bias, factor, tokens, out);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; ++i) row(i / rows_per_expert, i, in, i);
 }
 
 namespace {
@@ -243,56 +248,55 @@ const Rows rows_of[] = {
 
 }  // namespace
 
-void activate(Activation activation, const Block& block, const float* bias, Matrix product, Matrix pre, Matrix hidden) {
+RowFunction activate_rows(Activation activation, const Block& block, const float* bias, Matrix pre, Matrix hidden) {
     const auto forward = rows_of[static_cast<int>(activation)].forward;
-    const bool keeps_product = pre.at == product.at || pre.at == nullptr;
     const Dropout dropout(block);
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < block.n; ++i) {
+    return [=](int64_t e, int64_t i, Matrix product, int64_t row) {
+        const bool in_place = address(pre, i * block.columns()) == address(product, row * block.columns());
         Chunk gate, value, scale, out;
-        const float* of_expert = bias == nullptr ? nullptr : bias + i / block.rows_per_expert * block.columns();
+        const float* of_expert = bias == nullptr ? nullptr : bias + e * block.columns();
         for (int64_t j = 0; j < block.d_ff; j += chunk_columns) {
             const int64_t n = std::min(chunk_columns, block.d_ff - j);
             const auto pre_activation = [&](Chunk& chunk, int64_t column) {
-                const int64_t from = i * block.columns() + column;
-                const float* products = chunk.read(product, from, n);
-                if (of_expert == nullptr && keeps_product) return products;
-                float* to = chunk.room(pre, from);
+                const float* products = chunk.read(product, row * block.columns() + column, n);
+                if (of_expert == nullptr && (in_place || pre.at == nullptr)) return products;
+                const int64_t at = i * block.columns() + column;
+                float* to = chunk.room(pre, at);
                 affine_row(n, products, of_expert == nullptr ? nullptr : of_expert + column, 1.0f, to);
                 // Backward would find an infinity where forward had none.
                 if (pre.type == Type::float16) saturate_row(n, to);
-                chunk.write(pre, from, n);
+                chunk.write(pre, at, n);
                 return const_cast<const float*>(to);
             };
             const float* gates = pre_activation(gate, j);
             const float* values = block.gated ? pre_activation(value, block.d_ff + j) : nullptr;
+            if (hidden.at == nullptr) continue;
             forward(n, gates, values, dropout.scale(i, j, n, scale), out.room(hidden, i * block.d_ff + j));
             out.write(hidden, i * block.d_ff + j, n);
         }
-    }
+    };
 }
 
-void activate_backward(Activation activation, const Block& block, Matrix pre, Matrix grad_hidden, const float* factor,
-                       Matrix grad_pre, Matrix hidden, float* grad_factor, float* grad_bias, float beta) {
-    const int64_t columns = block.columns();
+void activate(Activation activation, const Block& block, const float* bias, Matrix product, Matrix pre, Matrix hidden) {
+    const RowFunction row = activate_rows(activation, block, bias, pre, hidden);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < block.n; ++i) row(i / block.rows_per_expert, i, product, i);
+}
+
+RowFunction activate_backward_rows(Activation activation, const Block& block, Matrix pre, const float* factor,
+                                   Matrix grad_pre, Matrix hidden, float* grad_factor) {
     const auto backward = rows_of[static_cast<int>(activation)].backward;
     const Dropout dropout(block);
-    // Each chunk of an expert's rows has a sum of its own, so that the order of additions is always the same.
-    constexpr int64_t summed_rows = 64;
-    const int64_t experts = block.n / block.rows_per_expert;
-    const int64_t sums_per_expert = (block.rows_per_expert + summed_rows - 1) / summed_rows;
-    std::vector<float> sums(grad_bias == nullptr ? 0 : experts * sums_per_expert * columns);
-
-    const auto row = [&](int64_t i, float* sum) {
+    return [=](int64_t, int64_t i, Matrix grad_hidden, int64_t row) {
         Chunk gate, value, scale, upstream, grad_gate, grad_value, out;
         float dot = 0;
         for (int64_t j = 0; j < block.d_ff; j += chunk_columns) {
-            const int64_t n = std::min(chunk_columns, block.d_ff - j);
-            const int64_t at = i * block.d_ff + j, gate_at = i * columns + j, value_at = gate_at + block.d_ff;
+            const int64_t n = std::min(chunk_columns, block.d_ff - j), at = i * block.d_ff + j;
+            const int64_t gate_at = i * block.columns() + j, value_at = gate_at + block.d_ff;
             BackwardRow of{};
             of.factor = factor == nullptr ? 1.0f : factor[i];
             of.gate = gate.read(pre, gate_at, n);
-            of.grad_hidden = upstream.read(grad_hidden, at, n);
+            of.grad_hidden = upstream.read(grad_hidden, row * block.d_ff + j, n);
             of.scale = dropout.scale(i, j, n, scale);
             of.grad_gate = grad_gate.room(grad_pre, gate_at);
             of.hidden = out.room(hidden, at);
@@ -305,26 +309,16 @@ void activate_backward(Activation activation, const Block& block, Matrix pre, Ma
             out.write(hidden, at, n);
             grad_gate.write(grad_pre, gate_at, n);
             if (block.gated) grad_value.write(grad_pre, value_at, n);
-            if (sum == nullptr) continue;
-            add_row(n, of.grad_gate, sum + j);
-            if (block.gated) add_row(n, of.grad_value, sum + block.d_ff + j);
         }
         if (grad_factor != nullptr) grad_factor[i] = dot;
     };
+}
+
+void activate_backward(Activation activation, const Block& block, Matrix pre, Matrix grad_hidden, const float* factor,
+                       Matrix grad_pre, Matrix hidden, float* grad_factor) {
+    const RowFunction row = activate_backward_rows(activation, block, pre, factor, grad_pre, hidden, grad_factor);
 #pragma omp parallel for schedule(static)
-    for (int64_t s = 0; s < experts * sums_per_expert; ++s) {
-        const int64_t end = (s / sums_per_expert + 1) * block.rows_per_expert;
-        const int64_t first = end - block.rows_per_expert + s % sums_per_expert * summed_rows;
-        for (int64_t i = first; i < std::min(first + summed_rows, end); ++i)
-            row(i, grad_bias == nullptr ? nullptr : sums.data() + s * columns);
-    }
-    if (grad_bias == nullptr) return;
-    for (int64_t e = 0; e < experts; ++e) {
-        float* total = grad_bias + e * columns;
-        for (int64_t j = 0; j < columns; ++j) total[j] = beta == 0.0f ? 0.0f : beta * total[j];
-        for (int64_t s = e * sums_per_expert; s < (e + 1) * sums_per_expert; ++s)
-            add_row(columns, sums.data() + s * columns, total);
-    }
+    for (int64_t i = 0; i < block.n; ++i) row(i / block.rows_per_expert, i, grad_hidden, i);
 }
 
 }  // namespace ewa

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "elements.h"
 
@@ -18,12 +19,25 @@ struct Matrix {
     Type type;
 };
 
+// What is done to row `row` of a matrix, which is row i of a block, and expert e's. Called by several threads at a time.
+using RowFunction = std::function<void(int64_t e, int64_t i, Matrix matrix, int64_t row)>;
+
+// To float32 from 16 bits, and back.
+void widen_row(Type type, int64_t n, const uint16_t* from, float* to);
+void narrow_row(Type type, int64_t n, const float* from, uint16_t* to);
+// to = (from + bias) * factor; bias may be null, `to` may be `from`.
+void affine_row(int64_t n, const float* from, const float* bias, float factor, float* to);
+
+// out[i] = row, d elements.
+RowFunction store_rows(int64_t d, Matrix out);
+
 // out[i] = in[tokens[i]], rows of d elements.
 void gather_rows(Matrix in, const int64_t* tokens, int64_t n, int64_t d, Matrix out);
 
 // out[tokens[i]] = (in[i] + bias[i / rows_per_expert]) * factor[i]; bias [experts, d] or null, factor [n] or null.
 void scatter_rows(Matrix in, const float* bias, const float* factor, const int64_t* tokens, int64_t n,
                   int64_t rows_per_expert, int64_t d, Matrix out);
+RowFunction scatter_to_rows(int64_t d, const float* bias, const float* factor, const int64_t* tokens, Matrix out);
 
 // A block of n rows, rows_per_expert of each expert in turn.
 struct Block {
@@ -40,14 +54,15 @@ struct Block {
 };
 
 // pre = product + bias[expert]; hidden = dropout(act(pre)), or of act(gate) * value. bias [experts, columns] or null; pre
-// may be null, or product itself.
+// may be null, or product itself; hidden may be null.
 void activate(Activation activation, const Block& block, const float* bias, Matrix product, Matrix pre, Matrix hidden);
+RowFunction activate_rows(Activation activation, const Block& block, const float* bias, Matrix pre, Matrix hidden);
 
 // From grad_hidden [n, d_ff], times factor [n] if that is not null: grad_pre, which with neither a factor nor a gate may
-// be grad_hidden itself, and hidden once more. What is null of these is not computed:
-//   grad_factor [n] = grad_hidden · hidden, row by row
-//   grad_bias [experts, columns] = beta·grad_bias + the sum of grad_pre over each expert's rows
+// be grad_hidden itself, hidden once more, and if it is not null, grad_factor [n] = grad_hidden · hidden, row by row.
 void activate_backward(Activation activation, const Block& block, Matrix pre, Matrix grad_hidden, const float* factor,
-                       Matrix grad_pre, Matrix hidden, float* grad_factor, float* grad_bias, float beta);
+                       Matrix grad_pre, Matrix hidden, float* grad_factor);
+RowFunction activate_backward_rows(Activation activation, const Block& block, Matrix pre, const float* factor,
+                                   Matrix grad_pre, Matrix hidden, float* grad_factor);
 
 }  // namespace ewa

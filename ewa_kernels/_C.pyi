@@ -36,9 +36,48 @@ def activate_backward(
     grad_pre: Matrix,
     hidden: Matrix,
     grad_factor: int,
-    grad_bias: int,
-    beta: float,
 ) -> None: ...
+def have_products(type: int) -> bool: ...
+
+class Tokens:
+    def __init__(self, matrix: Matrix, rows: int, factor: int) -> None: ...
+
+# `rows`: of each expert.
+class TimesWeights:
+    def __init__(
+        self, rows: Sequence[int], k: int, n: int, tokens: Tokens, weights: Matrix, transposed: bool, bfloat16: bool
+    ) -> None: ...
+    def workspace_floats(self) -> int: ...
+
+class Outer:
+    def __init__(self, rows: Sequence[int], m: int, n: int, left: Tokens, right: Tokens, bfloat16: bool) -> None: ...
+    def workspace_floats(self) -> int: ...
+
+def multiply_and_activate(
+    product: TimesWeights,
+    workspace: int,
+    result: int,
+    activation: Activation,
+    block: Block,
+    bias: int,
+    pre: Matrix,
+    hidden: Matrix,
+) -> None: ...
+def multiply_and_scatter(
+    product: TimesWeights, workspace: int, bias: int, factor: int, tokens: int, out: Matrix
+) -> None: ...
+def multiply_and_activate_backward(
+    product: TimesWeights,
+    workspace: int,
+    activation: Activation,
+    block: Block,
+    pre: Matrix,
+    factor: int,
+    grad_pre: Matrix,
+    hidden: Matrix,
+    grad_factor: int,
+) -> None: ...
+def multiply_outer(product: Outer, workspace: int, beta: float, result: Matrix, sums: int) -> None: ...
 
 # Which architectures the CUDA part is compiled for, as "80 86"; None without it.
 cuda: str | None

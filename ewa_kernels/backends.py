@@ -30,7 +30,7 @@ _DESCRIPTIONS: dict[str | tuple[str, str], str] = {
     "triton": "Triton: the layer in one launch forward and one backward, averaging in one for each tensor",
     "cuda": "CUDA, one launch for all tensors",
     "cpp": "C++",
-    ("moe_ffn", "cpp"): "PyTorch's matrix products, and in C++ what lies between them",
+    ("moe_ffn", "cpp"): "C++, in part with PyTorch's matrix products",
     ("adamw", "torch"): "PyTorch's fused AdamW, and then average_experts_",
 }
 

@@ -16,7 +16,7 @@ import pybind11
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("tests/test_experts.py", "tests/test_optim.py")
-CXX_SOURCES = ("bindings.cpp", "permutation.cpp", "rows.cpp", "experts_cpu.cpp")
+CXX_SOURCES = tuple(sorted(path.name for path in (ROOT / "csrc").glob("*.cpp")))
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 VARIANTS = {
     "sanitized": (f"-O1 -fopenmp {SANITIZERS}", CXX_SOURCES),
@@ -58,7 +58,7 @@ def run_tests(variant: str, *arguments: str) -> None:
             environment["LD_PRELOAD"] = " ".join(runtime.stdout.strip() for runtime in runtimes)
             # Python and torch leave memory to the end of the process, and load C++ that does as it likes.
             environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_odr_violation=0"
-        tests = (*TESTS, "tests/test_cpp.py") if variant == "sanitized" else TESTS
+        tests = (*TESTS, "tests/test_cpp.py", "tests/test_products.py") if variant == "sanitized" else TESTS
         command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *tests, *arguments]
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
 

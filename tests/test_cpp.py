@@ -11,6 +11,7 @@ from parity import assert_parity, check_ffn, output_and_grads, random_ffn
 import ewa_kernels as ewa
 from ewa_kernels import backends
 from ewa_kernels.kernels import blocked_ffn, cpp_rows, extension
+from ewa_kernels.kernels.scratch import Scratch
 from ewa_kernels.kernels.torch_rows import TorchRows
 
 CPU = torch.device("cpu")
@@ -39,14 +40,18 @@ def wide_range():
     return torch.cat((near, far, -far, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 88.0, -88.0, 1e9, -1e9])))
 
 
+def make_rows(rows_class, activation="gelu", gated=False):
+    return rows_class(activation, gated, torch.float32, Scratch(torch.device("cpu"), torch.float32))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 class TestActivations:
     def run(self, rows_class, activation, pre, grad):
         hidden, grad_pre = torch.full_like(pre, torch.nan), torch.full_like(pre, torch.nan)
-        rows = rows_class(activation, False, torch.float32)
-        rows.activate_backward(pre, grad.clone(), None, None, grad_pre, hidden, None, None, 0)
+        rows, number = make_rows(rows_class, activation), torch.zeros(1, dtype=torch.int64)
+        rows.activate_backward(pre, grad.clone(), number, None, None, grad_pre, hidden, None)
         again = torch.full_like(pre, torch.nan)
-        rows.activate(pre, None, again)
+        rows.activate(pre, None, number, None, None, again)
         assert torch.equal(hidden.nan_to_num(), again.nan_to_num())
         return hidden, grad_pre
 
@@ -79,24 +84,6 @@ class TestActivations:
         assert activation in ("relu", "identity") or grad_pre.isnan().all()
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
-def test_bias_gradient(n, gated):
-    """Over chunks that end inside a group, written and added to."""
-    torch.manual_seed(0)
-    pre, grad = torch.randn(3, n, 14 if gated else 7), torch.randn(3, n, 7)
-    for beta, before in ((0, torch.full((3, pre.shape[-1]), torch.nan)), (1, torch.randn(3, pre.shape[-1]))):
-        results = []
-        for rows_class in (cpp_rows.CppRows, TorchRows):
-            hidden, grad_pre, grad_bias = torch.empty_like(grad), torch.empty_like(pre), before.clone()
-            rows_class("gelu", gated, torch.float32).activate_backward(
-                pre, grad.clone(), None, None, grad_pre, hidden, None, grad_bias, beta
-            )
-            results.append(grad_bias)
-        exact = grad_pre.double().sum(1) + (before.double() if beta else 0)
-        assert_parity("grad_bias", results[0], exact, results[1])
-
-
 def weighted(*operands, **options):
     """`grouped_ffn` with the routing weights as one more operand."""
     return ewa.functional.grouped_ffn(*operands[:5], routing_weights=operands[5], **options)
@@ -121,7 +108,7 @@ class TestNarrow:
         check_ffn(x, parameters, seed=3, gated=gated, backend="cpp", **options)
 
     def test_more_than_one_block(self, monkeypatch, products, dtype):
-        monkeypatch.setattr(blocked_ffn, "BLOCK_ROWS", 64)
+        monkeypatch.setattr(blocked_ffn, "rows_in_a_block", lambda *_: 64)
         x = torch.randn(203, 16, generator=torch.Generator().manual_seed(7)).to(dtype)
         check_ffn(x, random_ffn(4, 16, 24, dtype=dtype), seed=4, backend="cpp")
 
@@ -176,6 +163,7 @@ def test_what_float16_cannot_hold_between_products_has_finite_gradients(monkeypa
 
 def test_products_are_made_where_they_are_fast(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(cpp_rows, "have_products", lambda _: False)
     assert cpp_rows.product_dtype(torch.bfloat16) == cpp_rows.product_dtype(torch.float16) == torch.float32
     assert cpp_rows.product_dtype(torch.float32) == torch.float32
 

@@ -414,7 +414,7 @@ class TestAttach:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 class TestAutocast:
     def test_layer_is_the_layer_in_16_bits(self, dtype):
-        """To the bit, in training and eval; gradients are those rounded to 16 bits, in float32.
+        """To the bit, in training and eval; gradients in float32, perhaps those rounded to 16 bits.
 
         But where the processor has no products in 16 bits, autocast rounds no weights.
         """
@@ -436,7 +436,7 @@ class TestAutocast:
                 for p, q in zip(layer.parameters(), narrow.parameters(), strict=True):
                     assert p.grad.dtype == torch.float32
                     scale = float(q.grad.abs().max())
-                    torch.testing.assert_close(p.grad, q.grad.float(), rtol=tolerance, atol=tolerance * scale)
+                    torch.testing.assert_close(p.grad.to(dtype), q.grad, rtol=tolerance, atol=tolerance * scale)
             else:
                 with torch.autocast("cpu", dtype):
                     assert torch.equal(y, layer.fuse()(x))

@@ -10,6 +10,7 @@ from parity import assert_parity, check_ffn, random_ffn
 
 import ewa_kernels as ewa
 from ewa_kernels.kernels import blocked_ffn
+from ewa_kernels.kernels.scratch import Scratch
 from ewa_kernels.kernels.torch_rows import TorchRows
 
 ACTIVATIONS = ["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "identity"]
@@ -73,8 +74,9 @@ def test_quick_gelu_near_the_largest_float16():
     """1.702 · pre is none any more."""
     pre = torch.tensor([[[6e4, -6e4]]], dtype=torch.float16)
     hidden, grad_pre = torch.full_like(pre, torch.nan), torch.full_like(pre, torch.nan)
-    TorchRows("quick_gelu", False, torch.float16).activate_backward(
-        pre, torch.ones_like(pre), None, None, grad_pre, hidden, None, None, 0
+    rows = TorchRows("quick_gelu", False, torch.float16, Scratch(pre.device, pre.dtype))
+    rows.activate_backward(
+        pre, torch.ones_like(pre), torch.zeros(1, dtype=torch.int64), None, None, grad_pre, hidden, None
     )
     assert hidden.flatten().tolist() == [6e4, 0]
     assert grad_pre.flatten().tolist() == [1, 0]
@@ -139,7 +141,7 @@ def test_non_contiguous_inputs(backend):
 @pytest.mark.parametrize("num_tokens", [200, 203])
 def test_more_than_one_block(monkeypatch, num_tokens, gated):
     """Blocks end inside a group, and 16-bit gradients are not summed up over them."""
-    monkeypatch.setattr(blocked_ffn, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(blocked_ffn, "rows_in_a_block", lambda *_: 64)
     for backend, dtype in itertools.product(("cpp", "torch"), (torch.float32, torch.bfloat16)):
         parameters = random_ffn(4, 16, 24, gated=gated, dtype=dtype)
         check_ffn(tokens(num_tokens, 16, dtype=dtype), parameters, seed=4, gated=gated, backend=backend)
@@ -267,10 +269,10 @@ class TestScratchMemory:
 
     @pytest.fixture(autouse=True)
     def _nothing_is_left(self, monkeypatch):
-        monkeypatch.setattr(blocked_ffn.Scratch, "_left", [])
+        monkeypatch.setattr(Scratch, "_left", [])
 
     def left(self):
-        return sum(map(len, itertools.chain.from_iterable(memory.values() for memory in blocked_ffn.Scratch._left)))
+        return sum(map(len, itertools.chain.from_iterable(memory.values() for memory in Scratch._left)))
 
     def test_calls_of_other_sizes_and_dtypes(self):
         for num_tokens, dtype in ((40, torch.float32), (400, torch.bfloat16), (7, torch.float16), (90, torch.float32)):
@@ -289,8 +291,8 @@ class TestScratchMemory:
         needed = self.left()
         assert needed > 50 * 24 * 4
         for limit, left in ((needed, needed), (needed - 1, 0)):
-            monkeypatch.setattr(blocked_ffn.Scratch, "LEFT_BYTES", limit)
-            blocked_ffn.Scratch.clear()
+            monkeypatch.setattr(Scratch, "LEFT_BYTES", limit)
+            Scratch.clear()
             ewa.functional.moe_ffn(x, *parameters, seed=4)
             assert self.left() == left
 
@@ -302,4 +304,4 @@ class TestScratchMemory:
             for _ in range(20):
                 found = list(pool.map(lambda x: ewa.functional.moe_ffn(x, *parameters, seed=4), xs))
                 assert all(map(torch.equal, found, expected))
-        assert len(blocked_ffn.Scratch._left) == 1
+        assert len(Scratch._left) == 1

@@ -128,7 +128,8 @@ class TestRouted:
         assert ewa.restore_moe_(model) is model
         assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
         assert vars(model.layers[0]).keys() == vars(original.layers[0]).keys()
-        torch.testing.assert_close(model(tokens()), expected)
+        scale = float(expected.detach().abs().max())
+        torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-6 * scale)
         original.load_state_dict(model.state_dict())
 
 

@@ -10,7 +10,8 @@ from parity import assert_parity, output_and_grads, random_ffn
 from torch import nn
 
 import ewa_kernels as ewa
-from ewa_kernels.kernels import blocked_ffn
+from ewa_kernels.kernels import blocked_ffn, blocks
+from ewa_kernels.kernels.cpp_rows import have_products
 
 FORMS = ["triton-single", "triton-split", "triton-onchip"]
 BACKENDS = ["cpp", "torch", "reference", *FORMS]
@@ -92,19 +93,31 @@ def test_another_default_device_changes_nothing():
 
 
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("products", ["ours", "PyTorch's"])
 @pytest.mark.parametrize("block_rows", [64, 2048])
-def test_lockstep(monkeypatch, backend, block_rows):
-    """Groups of other sizes, as far as all have rows; what is left comes by turns."""
-    monkeypatch.setattr(blocked_ffn, "LOCKSTEP_ROWS", 1)
-    monkeypatch.setattr(blocked_ffn, "BLOCK_ROWS", block_rows)
-    blocks, original = [], blocked_ffn._blocks
-    monkeypatch.setattr(blocked_ffn, "_blocks", lambda *args: blocks.append(list(original(*args))) or blocks[-1])
+def test_groups_of_other_sizes_advance_together(monkeypatch, backend, products, block_rows):
+    """By products of PyTorch's as far as all have rows; what is left comes by turns."""
+    monkeypatch.setattr(blocks, "LOCKSTEP_ROWS", 1)
+    monkeypatch.setattr(blocked_ffn, "rows_in_a_block", lambda *_: block_rows)
+    if products == "PyTorch's":
+        monkeypatch.setattr(blocked_ffn, "have_products", lambda _: False)
+    passes = []
+    monkeypatch.setattr(blocked_ffn, "blocks", lambda *args: passes.append(blocks.blocks(*args)) or passes[-1])
     check(make(3, 2, dtype=torch.float32, backend=backend, gated=True), tokens(200, 12), torch.float32)
-    shapes = [block.rows.shape for block in blocks[0]]
-    assert len(blocks[0]) == len(blocks[-1])
-    assert shapes[0][0] == 3
-    assert {shape[0] for shape in shapes} == {1, 3}
-    assert [block.beta for block in blocks[0]] == [0] + [1] * (len(shapes) - 1)
+    forward, backward = (
+        [(block.experts, block.counts, block.beta) for block in of_pass] for of_pass in (passes[0], passes[-1])
+    )
+    assert forward == backward
+    assert forward[0][0] == slice(0, 3)
+    assert [beta for *_, beta in forward] == [0] + [1] * (len(forward) - 1)
+    counts = [counts for _, counts, _ in forward]
+    if backend == "cpp" and products == "ours" and have_products(torch.float32):
+        assert len(counts) == round(400 / block_rows) or len(counts) == 1
+        assert {len(of_block) for of_block in counts} == {3}
+        assert len(set(map(sum, counts))) <= 3
+    else:
+        assert {len(of_block) for of_block in counts} == {1, 3}
+        assert all(len(set(of_block)) == 1 for of_block in counts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

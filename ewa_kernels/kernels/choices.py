@@ -8,7 +8,11 @@ from torch import Tensor
 
 def sum_of_choices(rows: Tensor, top_k: int) -> Tensor:
     """Σ_j rows[t·k + j], in an order that depends on the shape alone: `[T·k, D]` → `[T, D]`."""
-    return rows if top_k == 1 else rows.view(-1, top_k, rows.shape[1]).sum(1)
+    if top_k == 1:
+        return rows
+    rows = rows.view(-1, top_k, rows.shape[1])
+    # Of two the same sum, in a third of the time on a CPU.
+    return rows[:, 0] + rows[:, 1] if top_k == 2 else rows.sum(1)
 
 
 def grad_of_bias_factor(

@@ -1,16 +1,16 @@
-"""What is done to a block of grouped rows between matrix products, in PyTorch calls, on any device.
-
-A block has e experts and n rows of each: tensors are `[e, n, …]`, contiguous, and written into, never made here.
-"""
+"""What is done to a block of grouped rows, in PyTorch calls, on any device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ewa_kernels.kernels.blocks import Block
+from ewa_kernels.kernels.copies import in_dtype
+from ewa_kernels.kernels.scratch import Scratch
 from ewa_kernels.reference import dropout_scale
 
 aten = torch.ops.aten
@@ -57,106 +57,204 @@ ACTIVATIONS = {
 }
 
 
-class Dropout(NamedTuple):
-    """Of a block of hidden: `rows` `[e, n]`, int64, are grouped rows; the seed is on their device."""
+# What `look_up` gives: rows of tokens, in whatever form a class takes them.
+LookedUp: TypeAlias = Any
 
-    rows: Tensor
+
+class Dropout(NamedTuple):
+    """Of hidden; the seed is on the device of the rows."""
+
     seed: Tensor
     p: float
 
-    def scale(self, hidden: Tensor) -> Tensor:
-        """What hidden is multiplied by."""
-        return dropout_scale(self.rows, hidden.shape[-1], self.seed, self.p, hidden.dtype)
-
 
 class TorchRows:
-    """Biases are `[e, …]` or None, and so is what is dropped.
+    """The parts of a layer's forward and backward, for a block at a time whose experts have n rows each.
 
-    A block is of `dtype`, in which matrix products are made. Tensors of tokens, and what is kept for backward, may be
-    of another dtype.
+    Rows are `[e, n, …]`, contiguous, of `dtype`, in which matrix products are made, and in scratch memory. Tensors of
+    tokens, and what is kept for backward, may be of another dtype. Biases, factors `[e · n]`, by which rows are
+    multiplied, and dropout may be None.
     """
 
-    def __init__(self, activation: str, gated: bool, dtype: torch.dtype):
+    any_counts = False  # whether the experts of a block may have any number of rows each
+
+    def __init__(self, activation: str, gated: bool, dtype: torch.dtype, scratch: Scratch):
         self.activation = activation
         self.gated = gated
         self.dtype = dtype
+        self.scratch = scratch
 
-    def gather(self, x: Tensor, tokens: Tensor, out: Tensor) -> None:
-        """out = x[tokens], `[T, D]` → `[e, n, D]`."""
-        torch.index_select(x, 0, tokens, out=out.flatten(0, 1))
+    @property
+    def sums_in_16_bits(self) -> bool:
+        """Whether gradients would be rounded after each block that is added to them."""
+        return self.dtype.itemsize == 2
 
-    def scatter(self, block: Tensor, tokens: Tensor, out: Tensor) -> None:
-        """out[tokens] = block, `[e, n, D]` → `[T, D]`."""
-        out[tokens] = block.flatten(0, 1)
+    def gradient_dtype(self, ndim: int, dtype: torch.dtype, num_blocks: int) -> torch.dtype:
+        """In which the gradient of a parameter of `ndim` dimensions is made, which is to be of `dtype` in the end."""
+        return self.dtype
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """out = x @ weightᵀ + bias."""
-        if bias is None:
-            torch.bmm(x, weight.mT, out=out)
-        else:
-            torch.baddbmm(bias.unsqueeze(1), x, weight.mT, out=out)
+    # For the layer, with the parameters of all experts.
 
-    def up_and_activate(
+    def parameter(self, parameter: Tensor) -> Tensor:
+        """As the methods below take it: under autocast x is in its dtype and the parameters are not."""
+        return in_dtype(parameter, self.dtype)
+
+    def look_up(self, block: Block, x: Tensor, name: str) -> LookedUp:
+        """x[tokens]."""
+        out = self._new(block, name, x.shape[1])
+        self.gather(x, block.tokens, out)
+        return out
+
+    def scaled(self, block: Block, x: LookedUp, factor: Tensor) -> LookedUp:
+        """x · factor, of what was looked up, which is used up."""
+        return x.mul_(factor.view(*x.shape[:2], 1))
+
+    def up(
         self,
-        x: Tensor,
+        block: Block,
+        x: LookedUp,
         weight: Tensor,
         bias: Tensor | None,
         dropout: Dropout | None,
+        pre: Tensor | None,
+    ) -> Tensor:
+        """hidden = dropout(act(pre)) for pre = x @ weightᵀ + bias, which is kept if it is given, `[rows, columns]`."""
+        num_up, d_ff = weight.shape[1], weight.shape[1] // (2 if self.gated else 1)
+        bias = None if bias is None else block.of(bias)
+        if pre is not None:
+            pre = pre.view(len(block.counts), block.counts[0], num_up)
+        product = pre if pre is not None and pre.dtype == self.dtype else self._new(block, "pre", num_up)
+        bias = self.multiply(x, block.of(weight).mT, bias, product)
+        hidden = self._new(block, "hidden", d_ff)
+        self.activate(product, bias, block.rows, dropout, pre, hidden)
+        return hidden
+
+    def down(
+        self, block: Block, hidden: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor | None, y: Tensor
+    ) -> None:
+        """y[choices] = (hidden @ weightᵀ + bias) · factor."""
+        bias = None if bias is None else block.of(bias)
+        product = self._new(block, "y", weight.shape[1])
+        bias = self.multiply(hidden, block.of(weight).mT, bias, product)
+        self.scatter(product, bias, factor, block.choices, y)
+
+    def pre_activation(self, block: Block, x: LookedUp, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ weightᵀ + bias, `[rows, columns]`."""
+        bias = None if bias is None else block.of(bias)
+        pre = self._new(block, "pre", weight.shape[1])
+        bias = self.multiply(x, block.of(weight).mT, bias, pre)
+        if bias is not None:
+            pre += bias.unsqueeze(1)
+        return pre.flatten(0, 1)
+
+    def hidden_again(self, block: Block, pre: Tensor, dropout: Dropout | None) -> Tensor:
+        """From pre `[rows, columns]`."""
+        hidden = self._new(block, "hidden", pre.shape[1] // (2 if self.gated else 1))
+        self.activate(pre.view(*hidden.shape[:2], pre.shape[1]), None, block.rows, dropout, None, hidden)
+        return hidden
+
+    def down_backward(
+        self,
+        block: Block,
+        grad_y: LookedUp,
+        weight: Tensor,
+        pre: Tensor,
+        dropout: Dropout | None,
+        factor: Tensor | None,
+        grad_factor: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """grad_pre, and hidden once more, from pre `[rows, columns]`; grad_factor, if it is given, is filled with
+        grad_hidden · hidden, row by row."""
+        grad_hidden = self._new(block, "grad_hidden", weight.shape[2])
+        self.multiply(grad_y, block.of(weight), None, grad_hidden)
+        in_place = factor is None and not self.gated
+        grad_pre = grad_hidden if in_place else self._new(block, "grad_pre", pre.shape[1])
+        hidden = self._new(block, "hidden", weight.shape[2])
+        pre = pre.view(*hidden.shape[:2], pre.shape[1])
+        self.activate_backward(pre, grad_hidden, block.rows, dropout, factor, grad_pre, hidden, grad_factor)
+        return grad_pre, hidden
+
+    def weight_gradient(
+        self, block: Block, left: LookedUp, right: LookedUp, grad: Tensor | None, grad_bias: Tensor | None
+    ) -> None:
+        """grad = beta · grad + leftᵀ @ right, `[e, left's columns, right's]`; grad_bias = beta · grad_bias + the sum of
+        left over rows. Without `grad` there need be no `right`."""
+        if grad is not None:
+            block.of(grad).baddbmm_(left.mT, right, beta=block.beta)
+        if grad_bias is not None and block.beta == 0:
+            torch.sum(left, 1, out=block.of(grad_bias))
+        elif grad_bias is not None:
+            block.of(grad_bias).add_(left.sum(1))
+
+    def up_backward(self, block: Block, grad_pre: Tensor, weight: Tensor, grad_x: Tensor) -> None:
+        """grad_x[choices] = grad_pre @ weight."""
+        product = self._new(block, "y", weight.shape[2])
+        self.multiply(grad_pre, block.of(weight), None, product)
+        self.scatter(product, None, None, block.choices, grad_x)
+
+    def _new(self, block: Block, name: str, columns: int) -> Tensor:
+        return self.scratch(name, len(block.counts), block.counts[0], columns)
+
+    # What the above is made of: `[e, n, …]` in, `out` filled.
+
+    def gather(self, x: Tensor, tokens: Tensor, out: Tensor) -> None:
+        """out = x[tokens]."""
+        torch.index_select(x, 0, tokens, out=out.flatten(0, 1))
+
+    def multiply(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor | None:
+        """out = a @ b + bias; returns the bias if that is still to be added."""
+        if bias is None:
+            torch.bmm(a, b, out=out)
+        else:
+            torch.baddbmm(bias.unsqueeze(1), a, b, out=out)
+        return None
+
+    def scatter(self, block: Tensor, bias: Tensor | None, factor: Tensor | None, tokens: Tensor, out: Tensor) -> None:
+        """out[tokens] = (block + bias) · factor; the block is used up."""
+        assert bias is None, "added by multiply"
+        if factor is not None:
+            block.mul_(factor.view(*block.shape[:2], 1))
+        out[tokens] = block.flatten(0, 1)
+
+    def activate(
+        self,
         product: Tensor,
+        bias: Tensor | None,
+        rows: Tensor,
+        dropout: Dropout | None,
         pre: Tensor | None,
         hidden: Tensor,
     ) -> None:
-        """pre = x @ weightᵀ + bias, by way of `product`, which it may be, or None; hidden = dropout(act(pre))."""
-        self.linear(x, weight, bias, product)
-        self.activate(product, dropout, hidden)
-
-    def down_and_scatter(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        factor: Tensor | None,
-        choices: Tensor,
-        product: Tensor,
-        y: Tensor,
-    ) -> None:
-        """y[choices] = (hidden @ weightᵀ + bias) · factor, by way of `product`; factor `[e · n]` or None."""
-        self.linear(hidden, weight, bias, product)
-        if factor is not None:
-            product.mul_(factor.view(*product.shape[:2], 1))
-        self.scatter(product, choices, y)
-
-    def activate(self, pre: Tensor, dropout: Dropout | None, hidden: Tensor) -> None:
-        """hidden = dropout(act(pre)), or of act(gate) · value."""
+        """pre = product + bias, unless it is None, and in place if it is product; hidden = dropout(act(pre)), or of
+        act(gate) · value."""
+        assert bias is None, "added by multiply"
         d_ff = hidden.shape[-1]
-        ACTIVATIONS[self.activation].forward(pre[..., :d_ff], hidden)
+        ACTIVATIONS[self.activation].forward(product[..., :d_ff], hidden)
         if self.gated:
-            hidden.mul_(pre[..., d_ff:])
+            hidden.mul_(product[..., d_ff:])
         if dropout is not None:
-            hidden.mul_(dropout.scale(hidden))
+            hidden.mul_(self._dropout_scale(rows, dropout, hidden))
 
     def activate_backward(
         self,
         pre: Tensor,
         grad_hidden: Tensor,
+        rows: Tensor,
         dropout: Dropout | None,
         factor: Tensor | None,
         grad_pre: Tensor,
         hidden: Tensor,
         grad_factor: Tensor | None,
-        grad_bias: Tensor | None,
-        beta: int,
     ) -> None:
-        """grad_pre from grad_hidden · factor, and hidden once more; grad_bias = beta · grad_bias + its sum.
+        """grad_pre from grad_hidden · factor, hidden once more, and grad_factor, see `down_backward`.
 
-        grad_hidden is used up: with neither a factor nor a gate it may be grad_pre too. factor is `[e · n]`, and
-        grad_factor, alike, becomes what grad_hidden · hidden is row by row.
+        grad_hidden is used up: with neither a factor nor a gate it may be grad_pre too.
         """
         d_ff = hidden.shape[-1]
         gate, value = pre[..., :d_ff], pre[..., d_ff:]
         act = ACTIVATIONS[self.activation]
         act.forward(gate, hidden)
-        scale = None if dropout is None else dropout.scale(hidden)
+        scale = None if dropout is None else self._dropout_scale(rows, dropout, hidden)
         if grad_factor is not None:
             kept = hidden if scale is None else hidden * scale
             terms = kept * value if self.gated else kept
@@ -172,12 +270,7 @@ class TorchRows:
         if scale is not None:
             hidden.mul_(scale)
         act.backward(grad_hidden, gate, grad_pre[..., :d_ff])
-        if grad_bias is not None:
-            self.add_sum(grad_pre, grad_bias, beta)
 
-    def add_sum(self, block: Tensor, total: Tensor, beta: int) -> None:
-        """total = beta · total + the sum over rows, `[e, n, c]` → `[e, c]`."""
-        if beta == 0:
-            torch.sum(block, 1, out=total)
-        else:
-            total += block.sum(1)
+    def _dropout_scale(self, rows: Tensor, dropout: Dropout, hidden: Tensor) -> Tensor:
+        scale = dropout_scale(rows, hidden.shape[-1], dropout.seed, dropout.p, hidden.dtype)
+        return scale.view(hidden.shape)

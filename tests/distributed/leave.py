@@ -1,4 +1,4 @@
-"""torchrun tests/distributed/leave.py SCRIPT ARGUMENTS: runs the script, and leaves without taking the interpreter down.
+"""torchrun tests/distributed/leave.py SCRIPT ARGUMENTS: runs it, and leaves without taking the interpreter down.
 
 Groups in which functional collectives ran, and those are DTensor's, outlive `destroy_process_group`. A gloo thread that
 is then still to free a tensor of Python's asks for the interpreter while that ends, and the process aborts, about once

@@ -1,0 +1,195 @@
+// The operands of a matrix product, and how they are packed: see tile.h.
+#pragma once
+
+#include "tile.h"
+
+#ifdef EWA_AVX512
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "elements.h"
+#include "products.h"
+
+namespace ewa {
+
+// Words (see tile.h) of a sum that are packed together: a panel of the left operand stays in the first cache.
+constexpr int64_t most_words = 384;
+// Rows of the result that one thread makes at a time, and columns that it goes through together: for so many words what
+// both need of the operands stays in the second cache.
+constexpr int64_t task_rows = 8 * tile_rows, block_columns = 256;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t padded(int64_t columns) { return ceil_div(columns, tile_columns) * tile_columns; }
+
+// 0 … total in parts of `most` or less, all alike large up to one.
+struct Parts {
+    int64_t total, count;
+
+    Parts(int64_t total, int64_t most) : total(total), count(ceil_div(total, most)) {}
+    int64_t start(int64_t i) const { return count == 0 ? 0 : total * i / count; }
+    int64_t size(int64_t i) const { return start(i + 1) - start(i); }
+};
+
+// result [m, n] = left [m, k] · right [k, n] of one expert, whose operands begin at these of their rows.
+struct Product {
+    int64_t m, n, k, words;
+    int64_t left_row, right_row, result_row;
+
+    int64_t right_size() const { return padded(n) * words; }
+    Parts parts() const { return {words, most_words}; }
+};
+
+struct Operand {
+    Tokens tokens;
+    int64_t columns;     // in memory
+    bool sum_over_rows;  // else over columns
+};
+
+template <bool bfloat16>
+using Element = std::conditional_t<bfloat16, uint16_t, float>;
+
+// Of one row, for what is read of it at a time: words of a row, or columns of those of a task or a block.
+static_assert(task_rows <= most_words && block_columns <= most_words);
+template <bool bfloat16>
+struct Memory {
+    float floats[most_words];
+};
+template <>
+struct Memory<true> {
+    float floats[2 * most_words];
+    uint16_t narrow[2 * most_words];
+};
+
+// Elements column … column + n − 1 of a row as a product takes them: in place, or in `memory`.
+template <bool bfloat16>
+const Element<bfloat16>* read(const Operand& from, int64_t row, int64_t column, int64_t n, Memory<bfloat16>& memory) {
+    const Tokens& tokens = from.tokens;
+    const int64_t at = (tokens.rows == nullptr ? row : tokens.rows[row]) * from.columns + column;
+    const float* floats = static_cast<const float*>(tokens.matrix.at) + at;
+    const uint16_t* narrow = static_cast<const uint16_t*>(tokens.matrix.at) + at;
+    if constexpr (bfloat16)
+        if (tokens.factor == nullptr) return narrow;
+    if (tokens.matrix.type != Type::float32) {
+        widen_row(tokens.matrix.type, n, narrow, memory.floats);
+        floats = memory.floats;
+    }
+    if (tokens.factor != nullptr) {
+        affine_row(n, floats, nullptr, tokens.factor[row], memory.floats);
+        floats = memory.floats;
+    }
+    if constexpr (bfloat16) {
+        narrow_row(Type::bfloat16, n, floats, memory.narrow);
+        return memory.narrow;
+    } else {
+        return floats;
+    }
+}
+
+// The next 16 words of one row of which there are n elements.
+EWA_AVX512 EWA_INLINE __m512 words_of_row(const float* from, int64_t n) {
+    return _mm512_maskz_loadu_ps(first_lanes(n), from);
+}
+EWA_AVX512 EWA_INLINE __m512 words_of_row(const uint16_t* from, int64_t n) {
+    const __mmask32 mask = n >= 2 * lanes ? ~0u : (1u << std::max<int64_t>(n, 0)) - 1;
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, from));
+}
+
+// 16 words, of n columns of one row, or two, of which the second one may be null.
+EWA_AVX512 EWA_INLINE __m512 words_of_columns(const float* row, const float*, int64_t n) {
+    return _mm512_maskz_loadu_ps(first_lanes(n), row);
+}
+EWA_AVX512 EWA_INLINE __m512i widened(const uint16_t* from, int64_t n) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), from));
+}
+EWA_AVX512 EWA_INLINE __m512 words_of_columns(const uint16_t* row, const uint16_t* next, int64_t n) {
+    __m512i words = widened(row, n);
+    if (next != nullptr) words = _mm512_or_si512(words, _mm512_slli_epi32(widened(next, n), 16));
+    return _mm512_castsi512_ps(words);
+}
+
+// Words word … of `rows` rows, of which a sum is over the columns: a panel [words][step].
+template <bool bfloat16>
+EWA_AVX512 void pack_columns(const Operand& from, int64_t row, int64_t rows, int64_t word, int64_t words, int64_t step,
+                             float* panel) {
+    constexpr int64_t terms = bfloat16 ? 2 : 1;
+    Memory<bfloat16> memory[lanes];
+    const Element<bfloat16>* at[lanes];
+    const int64_t n = std::min(words * terms, from.columns - word * terms);
+    for (int i = 0; i < rows; ++i) at[i] = read(from, row + i, word * terms, n, memory[i]);
+    const __mmask16 width = first_lanes(step);
+    for (int64_t p = 0; p < words; p += lanes) {
+        __m512 block[lanes];
+        for (int i = 0; i < lanes; ++i)
+            block[i] = i < rows ? words_of_row(at[i] + p * terms, n - p * terms) : _mm512_setzero_ps();
+        transpose(block);
+        for (int i = 0; i < std::min(words - p, lanes); ++i)
+            _mm512_mask_storeu_ps(panel + (p + i) * step, width, block[i]);
+    }
+}
+// The rows that a word of a sum over rows is made of; bfloat16 has a second one, unless that is past the last one.
+template <bool bfloat16>
+struct RowsOfWord {
+    const Element<bfloat16>*first, *second;
+
+    RowsOfWord(const Operand& from, int64_t row, int64_t k, int64_t word, int64_t column, int64_t n,
+               Memory<bfloat16> (&memory)[2]) {
+        constexpr int64_t terms = bfloat16 ? 2 : 1;
+        first = read(from, row + word * terms, column, n, memory[0]);
+        second = bfloat16 && word * terms + 1 < k ? read(from, row + word * terms + 1, column, n, memory[1]) : nullptr;
+    }
+    // n columns, and zeros up to `width`.
+    EWA_AVX512 void pack(int64_t column, int64_t n, int64_t width, float* to) const {
+        for (int64_t j = 0; j < width; j += lanes) {
+            const auto* next = second == nullptr ? nullptr : second + column + j;
+            _mm512_mask_storeu_ps(to + j, first_lanes(width - j), words_of_columns(first + column + j, next, n - j));
+        }
+    }
+    // Of the i-th column.
+    float sum(int64_t i) const {
+        if constexpr (bfloat16)
+            return widen(BFloat16{first[i]}) + (second == nullptr ? 0.0f : widen(BFloat16{second[i]}));
+        else
+            return first[i];
+    }
+};
+
+// Words word … and columns column … of the right operand, in panels of tile_columns.
+template <bool bfloat16>
+EWA_AVX512 void pack_right(const Operand& right, const Product& product, int64_t word, int64_t words, int64_t column,
+                           float* panels) {
+    const int64_t columns = std::min(block_columns, product.n - column);
+    Memory<bfloat16> memory[2];
+    for (int64_t p = 0; right.sum_over_rows && p < words; ++p) {
+        const RowsOfWord<bfloat16> rows(right, product.right_row, product.k, word + p, column, columns, memory);
+        for (int64_t j = 0; j < columns; j += tile_columns)
+            rows.pack(j, columns - j, tile_columns, panels + j * words + p * tile_columns);
+    }
+    for (int64_t j = 0; !right.sum_over_rows && j < padded(columns); j += lanes)
+        pack_columns<bfloat16>(right, product.right_row + column + j, std::clamp<int64_t>(columns - j, 0, lanes), word,
+                               words, tile_columns,
+                               panels + j / tile_columns * tile_columns * words + j % tile_columns);
+}
+
+// Words word … of rows first … of the left operand, in panels of so many rows; its terms are added to `sums`, which may
+// be null.
+template <bool bfloat16>
+EWA_AVX512 void pack_left(const Operand& left, const Product& product, int64_t first, const Parts& rows, int64_t word,
+                          int64_t words, float* panels, double* sums) {
+    Memory<bfloat16> memory[2];
+    float of_these[task_rows] = {};
+    for (int64_t p = 0; left.sum_over_rows && p < words; ++p) {
+        const RowsOfWord<bfloat16> of_word(left, product.left_row, product.k, word + p, first, rows.total, memory);
+        for (int64_t i = 0; i < rows.count; ++i)
+            of_word.pack(rows.start(i), rows.size(i), rows.size(i), panels + rows.start(i) * words + p * rows.size(i));
+        for (int64_t i = 0; sums != nullptr && i < rows.total; ++i) of_these[i] += of_word.sum(i);
+    }
+    for (int64_t i = 0; sums != nullptr && i < rows.total; ++i) sums[i] += of_these[i];
+    for (int64_t i = 0; !left.sum_over_rows && i < rows.count; ++i)
+        pack_columns<bfloat16>(left, product.left_row + first + rows.start(i), rows.size(i), word, words, rows.size(i),
+                               panels + rows.start(i) * words);
+}
+
+}  // namespace ewa
+#endif

@@ -1,0 +1,128 @@
+"""How grouped rows are cut into blocks, which go through both projections one after the other."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ewa_kernels.reference import expert_offsets as equal_offsets
+
+# Of pre-activation in a block: enough for the products to run at full speed and for the host's work to be little, few
+# enough for the scratch memory to stay small.
+BLOCK_BYTES = 2**25
+# Groups of other sizes advance in lockstep, which makes fewer and larger products, if all have so many rows.
+LOCKSTEP_ROWS = 256
+
+
+def rows_in_a_block(num_up: int, dtype: torch.dtype) -> int:
+    """Of all experts together, about."""
+    return max(BLOCK_BYTES // (num_up * dtype.itemsize), 1)
+
+
+class Block(NamedTuple):
+    """Rows of some experts, `counts[i]` of the i-th one."""
+
+    experts: slice
+    counts: list[int]
+    rows: Tensor  # [sum of counts], int64, grouped rows
+    tokens: Tensor  # alike: of each row
+    choices: Tensor  # alike; the tokens if k = 1
+    saved: slice  # where pre_activation keeps them: in block order
+    beta: int  # 0: the first block of its experts, which writes their gradients; 1: adds to them
+
+    @property
+    def numbers(self) -> range:
+        """Of the experts."""
+        return range(self.experts.start, self.experts.stop)
+
+    def of(self, parameter: Tensor) -> Tensor:
+        return parameter[self.experts]
+
+
+class _Piece(NamedTuple):
+    """Rows first[i] … first[i] + counts[i] − 1 of the i-th of some experts' own rows."""
+
+    experts: slice
+    first: list[int]
+    counts: list[int]
+
+
+def blocks(
+    permutation: Tensor,
+    expert_offsets: Tensor | None,
+    top_k: int,
+    num_experts: int,
+    block_rows: int | None,
+    any_counts: bool,
+) -> list[Block]:
+    """Each grouped row once. All experts advance together. Where those of a block must have equally many rows, they do
+    so as far as each of them has rows, and take turns with what is left. Given offsets are read on the host.
+
+    Args:
+        block_rows: of all experts together, about; None: as few blocks as possible.
+        any_counts: whether experts of a block may have any number of rows each.
+    """
+    num_rows, device = len(permutation), permutation.device
+    if expert_offsets is None:
+        offsets = equal_offsets(num_rows, num_experts)
+        # The offsets again, computed where they are needed: a copy from the host may not be captured in a CUDA graph.
+        first_row = torch.arange(num_experts, device=device) * num_rows // num_experts
+    else:
+        offsets = expert_offsets.tolist()
+        first_row = expert_offsets[:-1].long()
+    counts = [end - start for start, end in itertools.pairwise(offsets)]
+    if any_counts:
+        pieces = _together(counts, 1 if block_rows is None else max(round(num_rows / block_rows), 1))
+    else:
+        pieces = _by_turns(counts, block_rows, lockstep=expert_offsets is None)
+    result: list[Block] = []
+    done, seen = 0, set[int]()
+    for experts, first, of_experts in pieces:
+        if len(set(zip(first, of_experts, strict=True))) == 1:
+            own_rows = torch.arange(first[0], first[0] + of_experts[0], device=device)
+            rows = (first_row[experts, None] + own_rows).flatten()
+        else:
+            starts = [offset + start for offset, start in zip(offsets[:-1], first, strict=True)]
+            rows = torch.cat([torch.arange(s, s + n, device=device) for s, n in zip(starts, of_experts, strict=True)])
+        choices = permutation[rows].long()
+        tokens = choices // top_k if top_k > 1 else choices
+        saved = slice(done, done := done + len(rows))
+        result.append(Block(experts, of_experts, rows, tokens, choices, saved, beta=int(experts.start in seen)))
+        seen.update(result[-1].numbers)
+    return result
+
+
+def _together(counts: list[int], num_blocks: int) -> list[_Piece]:
+    of_experts = [_even(count, num_blocks) for count in counts]
+    return [
+        _Piece(slice(0, len(counts)), [first for first, _ in pieces], [n for _, n in pieces])
+        for pieces in zip(*of_experts, strict=True)
+    ]
+
+
+def _by_turns(counts: list[int], block_rows: int | None, lockstep: bool) -> list[_Piece]:
+    num_experts, common = len(counts), min(counts)
+    if not lockstep and (block_rows is None or common < max(LOCKSTEP_ROWS, max(counts) // 2)):
+        common = 0  # too few rows to read all weights twice for them
+    size = common * num_experts if block_rows is None else block_rows
+    pieces = [
+        _Piece(slice(0, num_experts), [first] * num_experts, [n] * num_experts)
+        for first, n in _about(common, size // num_experts)
+    ]
+    for e, count in enumerate(counts):
+        alone = _about(count - common, count if block_rows is None else block_rows)
+        pieces += [_Piece(slice(e, e + 1), [common + first], [n]) for first, n in alone]
+    return pieces
+
+
+def _about(total: int, size: int) -> list[tuple[int, int]]:
+    """(start, length) of pieces of about a size. No small one is left over: each reads all weights again."""
+    return _even(total, max(round(total / max(size, 1)), min(total, 1)))
+
+
+def _even(total: int, count: int) -> list[tuple[int, int]]:
+    starts = [total * i // count for i in range(count)] + [total]
+    return [(start, end - start) for start, end in itertools.pairwise(starts)]

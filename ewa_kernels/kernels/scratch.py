@@ -1,0 +1,44 @@
+"""Memory to work in."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Memory that all blocks share: fresh memory can cost more than the arithmetic done in it.
+
+    On a CPU the next call takes over what the last one left, which is no more than `LEFT_BYTES` in a process.
+    """
+
+    LEFT_BYTES = 2**27
+    _left: ClassVar[list[dict[str, Tensor]]] = []  # one at the most: calls at the same time have memory of their own
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self._device, self._dtype = device, dtype
+        self._memory: dict[str, Tensor] = {}
+        if device.type == "cpu":
+            with contextlib.suppress(IndexError):
+                self._memory = self._left.pop()
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        size = math.prod(shape) * self._dtype.itemsize
+        if name not in self._memory or len(self._memory[name]) < size:
+            with torch.inference_mode(False):  # whose tensors could be used nowhere else
+                self._memory[name] = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return self._memory[name][:size].view(self._dtype).view(shape)
+
+    @classmethod
+    def clear(cls) -> None:
+        """Frees what was left."""
+        cls._left.clear()
+
+    def leave(self) -> None:
+        """Says that all is done with."""
+        if self._device.type == "cpu" and sum(map(len, self._memory.values())) <= self.LEFT_BYTES:
+            self._left[:] = [self._memory]
