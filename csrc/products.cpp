@@ -27,8 +27,9 @@ int64_t max_threads() {
 #ifdef EWA_AVX512
 namespace {
 
-// So many at least, so that threads of unequal speed end at about the same time: another program may use a core too.
-constexpr int64_t tasks_per_thread = 4;
+// So many at least, so that threads of unequal speed end at about the same time: another program may use a core too. Each
+// reads all of the right operand that is packed.
+constexpr int64_t tasks_per_thread = 2;
 // Of the right operand so much is packed at a time: of several experts 2 MB for each thread, about its share of the third
 // cache, but no more than 64 MB; of one 12 MB. If that has more, its sum is made in several batches.
 constexpr int64_t right_words_per_thread = int64_t{1} << 19, most_right_words = int64_t{1} << 24;
