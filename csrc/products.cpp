@@ -31,9 +31,9 @@ namespace {
 // reads all of the right operand that is packed.
 constexpr int64_t tasks_per_thread = 2;
 // Of the right operand so much is packed at a time: of several experts 2 MB for each thread, about its share of the third
-// cache, but no more than 64 MB; of one 12 MB. If that has more, its sum is made in several batches.
+// cache, but no more than 64 MB; of one 8 MB. If that has more, its sum is made in several batches.
 constexpr int64_t right_words_per_thread = int64_t{1} << 19, most_right_words = int64_t{1} << 24;
-constexpr int64_t right_words_of_one = int64_t{3} << 20;
+constexpr int64_t right_words_of_one = int64_t{1} << 21;
 
 int64_t this_thread() {
 #ifdef _OPENMP
