@@ -114,11 +114,13 @@ PYBIND11_MODULE(_C, m) {
         .def("workspace_floats", [](const ewa::Outer& product) { return ewa::workspace_floats(product); });
     m.def(
         "multiply_and_activate",
-        [](const ewa::TimesWeights& product, uintptr_t workspace, uintptr_t result, ewa::Activation activation,
-           const ewa::Block& block, uintptr_t bias, Matrix pre, Matrix hidden) {
+        [](const ewa::TimesWeights& product, uintptr_t workspace, ewa::Activation activation, const ewa::Block& block,
+           uintptr_t bias, Matrix pre, Matrix hidden) {
+            const ewa::Matrix kept = matrix(pre);
             const auto then =
-                ewa::activate_rows(activation, block, pointer<const float>(bias), matrix(pre), matrix(hidden));
-            ewa::multiply(product, pointer<float>(workspace), pointer<float>(result), then);
+                ewa::activate_rows(activation, block, pointer<const float>(bias), kept, matrix(hidden));
+            float* const result = kept.type == ewa::Type::float32 ? static_cast<float*>(kept.at) : nullptr;
+            ewa::multiply(product, pointer<float>(workspace), result, then);
         },
         unlocked);
     m.def(

@@ -49,6 +49,8 @@ struct Operand {
 
 template <bool bfloat16>
 using Element = std::conditional_t<bfloat16, uint16_t, float>;
+template <bool bfloat16>
+constexpr int64_t terms_of_word = bfloat16 ? 2 : 1;
 
 // Of one row, for what is read of it at a time: words of a row, or columns of those of a task or a block.
 static_assert(task_rows <= most_words && block_columns <= most_words);
@@ -113,7 +115,7 @@ EWA_AVX512 EWA_INLINE __m512 words_of_columns(const uint16_t* row, const uint16_
 template <bool bfloat16>
 EWA_AVX512 void pack_columns(const Operand& from, int64_t row, int64_t rows, int64_t word, int64_t words, int64_t step,
                              float* panel) {
-    constexpr int64_t terms = bfloat16 ? 2 : 1;
+    constexpr int64_t terms = terms_of_word<bfloat16>;
     Memory<bfloat16> memory[lanes];
     const Element<bfloat16>* at[lanes];
     const int64_t n = std::min(words * terms, from.columns - word * terms);
@@ -128,6 +130,7 @@ EWA_AVX512 void pack_columns(const Operand& from, int64_t row, int64_t rows, int
             _mm512_mask_storeu_ps(panel + (p + i) * step, width, block[i]);
     }
 }
+
 // The rows that a word of a sum over rows is made of; bfloat16 has a second one, unless that is past the last one.
 template <bool bfloat16>
 struct RowsOfWord {
@@ -135,7 +138,7 @@ struct RowsOfWord {
 
     RowsOfWord(const Operand& from, int64_t row, int64_t k, int64_t word, int64_t column, int64_t n,
                Memory<bfloat16> (&memory)[2]) {
-        constexpr int64_t terms = bfloat16 ? 2 : 1;
+        constexpr int64_t terms = terms_of_word<bfloat16>;
         first = read(from, row + word * terms, column, n, memory[0]);
         second = bfloat16 && word * terms + 1 < k ? read(from, row + word * terms + 1, column, n, memory[1]) : nullptr;
     }

@@ -102,10 +102,12 @@ struct Plan {
             const int64_t most_rows = std::max(ceil_div(rows, tasks), 2 * tile_rows);
             const int64_t parts = products[first].parts().count;
             const int64_t part_size = padded(products[first].n) * most_words;
-            const bool whole = size <= right_words_of_one || end > first + 1 || parts == 1;
-            const Parts ranges(parts, whole ? parts + 1 : std::max<int64_t>(right_words_of_one / part_size, 1));
-            if (whole) add_batch(first, end, most_rows, {{0, INT64_MAX}, true, true, {}, {}});
-            for (int64_t i = 0; !whole && i < ranges.count; ++i)
+            if (size <= right_words_of_one || end > first + 1 || parts == 1) {
+                add_batch(first, end, most_rows, {{0, INT64_MAX}, true, true, {}, {}});
+                continue;
+            }
+            const Parts ranges(parts, std::max<int64_t>(right_words_of_one / part_size, 1));
+            for (int64_t i = 0; i < ranges.count; ++i)
                 add_batch(first, end, most_rows,
                           {{ranges.start(i), ranges.start(i + 1)}, false, i + 1 == ranges.count, {}, {}});
         }
@@ -193,7 +195,9 @@ void run(const Plan& plan, const Operand& left, const Operand& right, float* wor
     }
 }
 
-int64_t words_of(int64_t terms, bool bfloat16) { return bfloat16 ? ceil_div(terms, 2) : terms; }
+int64_t words_of(int64_t terms, bool bfloat16) {
+    return ceil_div(terms, bfloat16 ? terms_of_word<true> : terms_of_word<false>);
+}
 
 Plan plan_of(const TimesWeights& of) {
     std::vector<Product> products;

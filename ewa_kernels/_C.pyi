@@ -56,7 +56,6 @@ class Outer:
 def multiply_and_activate(
     product: TimesWeights,
     workspace: int,
-    result: int,
     activation: Activation,
     block: Block,
     bias: int,

@@ -94,3 +94,8 @@ def check_ffn(
             assert_parity(name, value, exact[name], baseline[name], slack)
         else:  # the gradient of an expert without tokens, or of a layer without any
             assert torch.equal(value, torch.zeros_like(value)), f"{name} must be zero"
+
+
+def weighted(*operands: Tensor | None, **options: object) -> Tensor:
+    """`grouped_ffn` with the routing weights as one more operand."""
+    return ewa.functional.grouped_ffn(*operands[:5], routing_weights=operands[5], **options)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from parity import assert_parity, check_ffn, output_and_grads, random_ffn
+from parity import assert_parity, check_ffn, output_and_grads, random_ffn, weighted
 
 import ewa_kernels as ewa
 from ewa_kernels import backends
@@ -82,11 +82,6 @@ class TestActivations:
         hidden, grad_pre = self.run(cpp_rows.CppRows, activation, pre, torch.ones_like(pre))
         assert hidden.isnan().all()
         assert activation in ("relu", "identity") or grad_pre.isnan().all()
-
-
-def weighted(*operands, **options):
-    """`grouped_ffn` with the routing weights as one more operand."""
-    return ewa.functional.grouped_ffn(*operands[:5], routing_weights=operands[5], **options)
 
 
 @pytest.mark.parametrize("products", ["in 16 bits", "in float32"])

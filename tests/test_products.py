@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from parity import assert_parity, check_ffn, output_and_grads, random_ffn
+from parity import assert_parity, check_ffn, output_and_grads, random_ffn, weighted
 
 import ewa_kernels as ewa
 from ewa_kernels.kernels import blocked_ffn
@@ -69,9 +69,6 @@ def test_groups_of_any_size(monkeypatch, products, dtype, counts, block_rows):
         "gated": True,
         "activation": "silu",
     }
-
-    def weighted(*operands, **kwargs):
-        return ewa.functional.grouped_ffn(*operands[:5], routing_weights=operands[5], **kwargs)
 
     operands = (x, *random_ffn(3, 24, 40, gated=True, dtype=dtype), weights)
     wide = tuple(t.double() for t in operands)

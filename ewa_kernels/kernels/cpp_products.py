@@ -61,7 +61,7 @@ class CppProducts(CppRows):
         dropout: Dropout | None,
         pre: Tensor | None,
     ) -> Tensor:
-        hidden = self._new(block, "hidden", weight.shape[1] // (2 if self.gated else 1))
+        hidden = self._new(block, "hidden", self._d_ff(weight.shape[1]))
         self._multiply_and_activate(block, x, weight, bias, dropout, pre, hidden)
         return hidden
 
@@ -83,9 +83,8 @@ class CppProducts(CppRows):
         bias = floats(bias)
         _C.multiply_and_activate(
             *self._product(block, x, weight, transposed=True),
-            pre.data_ptr() if pre is not None and pre.dtype == torch.float32 else 0,
             self.cpp_activation,
-            self.cpp_block(block.rows, 1, weight.shape[1] // (2 if self.gated else 1), dropout),
+            self.cpp_block(block.rows, 1, self._d_ff(weight.shape[1]), dropout),
             address(bias),
             matrix(pre),
             matrix(hidden),
@@ -114,7 +113,7 @@ class CppProducts(CppRows):
         _C.multiply_and_scatter(*product, address(bias), address(factor), block.choices.data_ptr(), matrix(out))
 
     def hidden_again(self, block: Block, pre: Tensor, dropout: Dropout | None) -> Tensor:
-        hidden = self._new(block, "hidden", pre.shape[1] // (2 if self.gated else 1))
+        hidden = self._new(block, "hidden", self._d_ff(pre.shape[1]))
         self.activate(pre[:, None], None, block.rows, dropout, None, hidden[:, None])
         return hidden
 

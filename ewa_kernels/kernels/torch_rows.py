@@ -119,13 +119,12 @@ class TorchRows:
         pre: Tensor | None,
     ) -> Tensor:
         """hidden = dropout(act(pre)) for pre = x @ weightᵀ + bias, which is kept if it is given, `[rows, columns]`."""
-        num_up, d_ff = weight.shape[1], weight.shape[1] // (2 if self.gated else 1)
-        bias = None if bias is None else block.of(bias)
+        num_up = weight.shape[1]
         if pre is not None:
             pre = pre.view(len(block.counts), block.counts[0], num_up)
         product = pre if pre is not None and pre.dtype == self.dtype else self._new(block, "pre", num_up)
-        bias = self.multiply(x, block.of(weight).mT, bias, product)
-        hidden = self._new(block, "hidden", d_ff)
+        bias = self._linear(block, x, weight, bias, product)
+        hidden = self._new(block, "hidden", self._d_ff(num_up))
         self.activate(product, bias, block.rows, dropout, pre, hidden)
         return hidden
 
@@ -133,23 +132,21 @@ class TorchRows:
         self, block: Block, hidden: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor | None, y: Tensor
     ) -> None:
         """y[choices] = (hidden @ weightᵀ + bias) · factor."""
-        bias = None if bias is None else block.of(bias)
         product = self._new(block, "y", weight.shape[1])
-        bias = self.multiply(hidden, block.of(weight).mT, bias, product)
+        bias = self._linear(block, hidden, weight, bias, product)
         self.scatter(product, bias, factor, block.choices, y)
 
     def pre_activation(self, block: Block, x: LookedUp, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x @ weightᵀ + bias, `[rows, columns]`."""
-        bias = None if bias is None else block.of(bias)
         pre = self._new(block, "pre", weight.shape[1])
-        bias = self.multiply(x, block.of(weight).mT, bias, pre)
+        bias = self._linear(block, x, weight, bias, pre)
         if bias is not None:
             pre += bias.unsqueeze(1)
         return pre.flatten(0, 1)
 
     def hidden_again(self, block: Block, pre: Tensor, dropout: Dropout | None) -> Tensor:
         """From pre `[rows, columns]`."""
-        hidden = self._new(block, "hidden", pre.shape[1] // (2 if self.gated else 1))
+        hidden = self._new(block, "hidden", self._d_ff(pre.shape[1]))
         self.activate(pre.view(*hidden.shape[:2], pre.shape[1]), None, block.rows, dropout, None, hidden)
         return hidden
 
@@ -191,6 +188,13 @@ class TorchRows:
         product = self._new(block, "y", weight.shape[2])
         self.multiply(grad_pre, block.of(weight), None, product)
         self.scatter(product, None, None, block.choices, grad_x)
+
+    def _linear(self, block: Block, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor | None:
+        """out = x @ weightᵀ + bias; returns the bias if that is still to be added."""
+        return self.multiply(x, block.of(weight).mT, None if bias is None else block.of(bias), out)
+
+    def _d_ff(self, num_up: int) -> int:
+        return num_up // (2 if self.gated else 1)
 
     def _new(self, block: Block, name: str, columns: int) -> Tensor:
         return self.scratch(name, len(block.counts), block.counts[0], columns)
