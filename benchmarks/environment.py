@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -22,7 +23,8 @@ def environment(device: str = "cpu") -> dict[str, str | int | dict[str, str]]:
     """Commit, device, clocks, versions and day."""
     cuda = device == "cuda"
     return {
-        "commit": _run("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12") or "unknown",
+        "commit": _run("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12")
+        or os.environ.get("EWA_COMMIT", "unknown"),  # for a copy without its history
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "kind": device,

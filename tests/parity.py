@@ -83,7 +83,7 @@ def check_ffn(
 ) -> None:
     """Output and all gradients of `moe_ffn`, against the specification in float64."""
     operands = (x, *parameters)
-    grad_y = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(x.dtype)
+    grad_y = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(x)
     wide = tuple(t.double() if t is not None else None for t in operands)
     exact = output_and_grads(ewa.reference.moe_ffn, wide, grad_y.double(), **options)
     baseline = output_and_grads(ewa.reference.moe_ffn, operands, grad_y, **options)

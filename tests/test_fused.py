@@ -19,10 +19,16 @@ from ewa_kernels.kernels.fused.activations import activate, activate_with_slope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ["triton-single", "triton-split", "triton-onchip"]
+# On a GPU the last one is for 16 bits alone.
+FLOAT32_FORMS = FORMS if DEVICE == "cpu" else FORMS[:2]
 # The dtypes in which every case runs. bfloat16 has cases of its own: the interpreter rounds it towards zero, and so
 # each rounding errs by up to a unit in the last place in place of half a one.
 DTYPES = [torch.float32, torch.float16]
 BFLOAT16_SLACK = 1.0 if DEVICE == "cuda" else 2.0
+
+
+def dtype_for(form):
+    return torch.float32 if form in FLOAT32_FORMS else torch.float16
 
 
 def tokens(*shape, dtype=torch.float32):
@@ -41,8 +47,9 @@ def num_programs(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "dtype"), [(f, d) for f in FORMS for d in DTYPES if d == torch.float16 or f in FLOAT32_FORMS]
+)
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "d_model", "d_ff"),
     [
@@ -63,8 +70,9 @@ def test_every_shape(num_tokens, num_experts, d_model, d_ff, form, dtype, num_pr
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_option(form, gated, bias, dropout_p):
-    weights = parameters(3, 24, 40, gated=gated, bias=bias)
-    check_ffn(tokens(70, 24), weights, seed=3, gated=gated, dropout_p=dropout_p, backend=form)
+    dtype = dtype_for(form)
+    weights = parameters(3, 24, 40, gated=gated, bias=bias, dtype=dtype)
+    check_ffn(tokens(70, 24, dtype=dtype), weights, seed=3, gated=gated, dropout_p=dropout_p, backend=form)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -83,7 +91,7 @@ def test_bfloat16(form):
     check_ffn(x, weights, seed=3, gated=True, backend=form, slack=BFLOAT16_SLACK)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FLOAT32_FORMS)
 def test_float32_to_a_millionth(form):
     x, weights = tokens(75, 24), parameters(4, 24, 40)
     grad_y = torch.randn_like(x)
@@ -141,7 +149,7 @@ def test_activations_of_what_is_not_finite(name):
 class TestGivenPartition:
     @pytest.mark.parametrize("offsets", [[0, 50, 50, 51, 70], [0, 0, 0, 0, 70], [0, 32, 64, 70, 70]])
     def test_ragged(self, offsets, form, num_programs):
-        x, weights = tokens(70, 24), parameters(4, 24, 40)
+        x, weights = tokens(70, 24, dtype=dtype_for(form)), parameters(4, 24, 40, dtype=dtype_for(form))
         options = {
             "permutation": torch.randperm(70, generator=torch.Generator().manual_seed(0)).to(DEVICE),
             "expert_offsets": torch.tensor(offsets, device=DEVICE),
@@ -157,7 +165,7 @@ class TestGivenPartition:
 
     def test_strided(self, form):
         """A column of a router's [T, k] table is not contiguous."""
-        x, weights = tokens(67, 16), parameters(4, 16, 24)
+        x, weights = tokens(67, 16, dtype=dtype_for(form)), parameters(4, 16, 24, dtype=dtype_for(form))
         permutation = torch.randperm(67, device=DEVICE).int()
         offsets = torch.tensor([0, 3, 40, 41, 67], dtype=torch.int32, device=DEVICE)
         y = ewa.functional.grouped_ffn(x, *weights, permutation=permutation, expert_offsets=offsets, backend=form)
@@ -166,7 +174,7 @@ class TestGivenPartition:
         assert torch.equal(ewa.functional.grouped_ffn(x, *weights, backend=form, **options), y)
 
     def test_the_random_one_given_is_the_random_one(self, form):
-        x, weights = tokens(67, 16), parameters(4, 16, 24)
+        x, weights = tokens(67, 16, dtype=dtype_for(form)), parameters(4, 16, 24, dtype=dtype_for(form))
         options = {
             "permutation": ewa.functional.random_permutation(67, 5, device=DEVICE),
             "expert_offsets": torch.tensor(ewa.functional.expert_offsets(67, 4), device=DEVICE),
@@ -180,21 +188,21 @@ class TestGivenPartition:
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**63 - 1, 12345678901234567])
 def test_permutation_is_the_specified_one(num_tokens, seed):
     expected = ewa.reference.random_permutation(num_tokens, seed)
-    assert torch.equal(partition.random_permutation(num_tokens, torch.tensor(seed)).cpu(), expected)
     on_device = torch.tensor(seed, device=DEVICE)
     assert torch.equal(partition.random_permutation(num_tokens, on_device).cpu(), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_permutation_saved_by_the_forward(form):
-    weights = parameters(2, 16, 16)
-    *_, drawn = ops.moe_ffn(tokens(77, 16), *weights, None, torch.tensor(9), None, None, "gelu", False, 0.0, True, form)
+    x, weights = tokens(77, 16, dtype=dtype_for(form)), parameters(2, 16, 16, dtype=dtype_for(form))
+    *_, drawn = ops.moe_ffn(x, *weights, None, torch.tensor(9), None, None, "gelu", False, 0.0, True, form)
     assert torch.equal(drawn.cpu(), ewa.reference.random_permutation(77, 9))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_tokens(form):
-    check_ffn(tokens(0, 16), parameters(3, 16, 24), seed=0, backend=form)
+    dtype = dtype_for(form)
+    check_ffn(tokens(0, 16, dtype=dtype), parameters(3, 16, 24, dtype=dtype), seed=0, backend=form)
 
 
 def test_split_k_adds_up(monkeypatch):
@@ -247,13 +255,15 @@ def test_unwritten_memory_is_never_read(monkeypatch, form):
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+    dtype = dtype_for(form)
     for num_tokens, gated in [(41, True), (3, False)]:
-        check_ffn(tokens(num_tokens, 17), parameters(4, 17, 24, gated=gated), seed=1, gated=gated, backend=form)
+        weights = parameters(4, 17, 24, gated=gated, dtype=dtype)
+        check_ffn(tokens(num_tokens, 17, dtype=dtype), weights, seed=1, gated=gated, backend=form)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_stays_in_its_row(form):
-    x, weights = tokens(70, 17), parameters(3, 17, 33)
+    x, weights = tokens(70, 17, dtype=dtype_for(form)), parameters(3, 17, 33, dtype=dtype_for(form))
     clean = ewa.functional.moe_ffn(x, *weights, seed=1, backend=form)
     x[13, 5] = torch.nan
     y = ewa.functional.moe_ffn(x, *weights, seed=1, backend=form)
@@ -296,27 +306,27 @@ def test_recompute_saves_x_alone():
 class TestWorkspace:
     def test_left_clean(self):
         check_ffn(tokens(70, 16), parameters(3, 16, 24), seed=1, backend="triton-single")
-        (counters,) = workspace._counters.values()
-        assert not counters.any()
+        assert workspace._counters
+        assert not any(counters.any() for counters in workspace._counters.values())
 
     def test_not_used_again_after_an_error(self):
         def launch():
-            with workspace.zeroed_counters(10, torch.device(DEVICE)) as counters:
+            with workspace.zeroed_counters(10, torch.device(DEVICE, 0)) as counters:
                 counters.fill_(7)
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             launch()
-        with workspace.zeroed_counters(10, torch.device(DEVICE)) as counters:
+        with workspace.zeroed_counters(10, torch.device(DEVICE, 0)) as counters:
             assert not counters.any()
 
     def test_grows(self):
-        with workspace.zeroed_counters(5000, torch.device(DEVICE)) as counters:
+        with workspace.zeroed_counters(5000, torch.device(DEVICE, 0)) as counters:
             assert len(counters) >= 5000
             assert not counters.any()
 
     def test_two_at_once_are_two(self):
-        device = torch.device(DEVICE)
+        device = torch.device(DEVICE, 0)
         with workspace.zeroed_counters(10, device) as first, workspace.zeroed_counters(10, device) as second:
             assert first.data_ptr() != second.data_ptr()
 

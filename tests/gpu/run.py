@@ -8,6 +8,7 @@ next to what the benchmarks write. Exit code: 0 if all sections passed.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import importlib.util
 import json
 import os
@@ -22,46 +23,58 @@ ROOT = Path(__file__).parent.parent.parent
 NOT_RUN = 125  # for want of time
 SMALL = [sys.executable, "tests/gpu/small.py"]
 BENCHMARKS = [sys.executable, "-m", "benchmarks", "--device", "cuda"]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
 if importlib.util.find_spec("xdist"):
-    PYTEST += ["-n", "6"]  # most of the time is Triton compiling, on the host
+    PYTEST += ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 4)))]  # most of the time is Triton compiling
+if importlib.util.find_spec("pytest_timeout"):
+    PYTEST += ["--timeout", "90", "--timeout-method", "thread"]  # a kernel that waits for ever costs one test
+
+Section = tuple[list[str], int]  # a command, and the seconds it may take
 
 
-def sections(output: Path) -> dict[str, tuple[list[str], int]]:
-    """{name: (command, seconds it may take)}, in the order in which they run."""
+def sections(output: Path) -> list[dict[str, Section]]:
+    """By name, in the order in which they run; those of one dict at the same time."""
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
-    return {
-        "build": ([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 60),
-        "report": ([sys.executable, "-m", "ewa_kernels"], 15),
-        "parity": ([*PYTEST, "tests/test_fused.py"], 80),
-        "gpu": ([*PYTEST, "tests/gpu/test_gpu.py"], 110),
-        "routed": ([*PYTEST, "tests/test_routed.py", "tests/gpu/test_gpu_routed.py"], 70),
-        "experts": ([*PYTEST, "tests/gpu/test_gpu_experts.py"], 40),
-        "memcheck": ([*sanitizer, "memcheck", *SMALL], 40),
-        # Of shared memory alone: that programs hand results over in order is for repetition to show (section "gpu").
-        "racecheck": ([*sanitizer, "racecheck", *SMALL], 40),
+    return [
+        {"build": ([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 80)},
+        {"report": ([sys.executable, "-m", "ewa_kernels"], 20)},
+        {
+            "tests": ([*PYTEST, "tests/test_fused.py", "tests/test_routed.py", "tests/gpu"], 200),
+            "memcheck": ([*sanitizer, "memcheck", *SMALL], 200),
+            # Of shared memory alone: that programs hand results over in order is for repetition to show (tests/gpu).
+            "racecheck": ([*sanitizer, "racecheck", *SMALL], 200),
+            "initcheck": ([*sanitizer, "initcheck", *SMALL], 200),
+            "synccheck": ([*sanitizer, "synccheck", *SMALL], 200),
+        },
         # The budget is less than the limit: what does not fit is left out, and what was measured is written.
-        "benchmarks": ([*BENCHMARKS, "--budget", "75", "--output", str(output)], 100),
-        "initcheck": ([*sanitizer, "initcheck", *SMALL], 40),
-        "synccheck": ([*sanitizer, "synccheck", *SMALL], 40),
-    }
+        {"benchmarks": ([*BENCHMARKS, "--budget", "200", "--output", str(output)], 260)},
+    ]
 
 
-def run(command: list[str], limit: int, log, architecture: str = "") -> int:
-    """Runs a command, its output to the console and the log; 124 if it took too long. CUDA for one architecture."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+def run(command: list[str], limit: float, log, architecture: str = "", prefix: str = "") -> int:
+    """Runs a command, its output to the console and the log; 124 if it took too long, 127 if there is no such program.
+
+    Compiles CUDA for one architecture.
+    """
+    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *paths]), "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)
     environment.setdefault("EWA_CUDA_ARCHITECTURES", architecture)
     if command[0] == "compute-sanitizer":
         # Else tensors are pieces of large allocations, and an access beyond one is within another.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    except FileNotFoundError as error:
+        print(error)
+        return 127
+    with process:
 
         def copy_output() -> None:
             for line in process.stdout:
-                print(line, end="", flush=True)
-                log.write(line)
+                print(prefix + line, end="", flush=True)
+                log.write(prefix + line)
 
         reader = threading.Thread(target=copy_output)
         reader.start()
@@ -87,11 +100,12 @@ def device() -> dict[str, str]:
         sys.exit(f"make gpu needs a CUDA device, torch and triton:\n{result.stderr}")
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return {**json.loads(result.stdout), "python": sys.version.split()[0], "commit": commit or "unknown"}
+    commit = commit or os.environ.get("EWA_COMMIT", "unknown")  # for a copy without its history
+    return {**json.loads(result.stdout), "python": sys.version.split()[0], "commit": commit}
 
 
 def main() -> int:
-    names = list(sections(Path()))
+    names = [name for group in sections(Path()) for name in group]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=names, default=names, help="default: all")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all sections together")
@@ -106,21 +120,23 @@ def main() -> int:
     architecture = "90a" if capability == "90" else capability
     begin = time.monotonic()
     with (output / "gpu.log").open("w") as log:
-        for name, (command, limit) in sections(output).items():
-            if name not in arguments.sections:
-                continue
+
+        def take(name: str, section: Section, prefix: str) -> None:
+            command, limit = section
             print(f"\n=== {name}: {' '.join(command)}", flush=True)
             log.write(f"\n=== {name}\n")
             start = time.monotonic()
-            limit = min(limit, round(60 * arguments.minutes - (start - begin)))
-            try:
-                returncode = run(command, limit, log, architecture) if limit > 0 else NOT_RUN
-            except FileNotFoundError as error:
-                print(error)
-                returncode = 127
+            limit = min(limit, 60 * arguments.minutes - (start - begin))
+            returncode = run(command, limit, log, architecture, prefix) if limit > 0 else NOT_RUN
             seconds = round(time.monotonic() - start, 1)
             summary["sections"][name] = {"returncode": returncode, "seconds": seconds}
             (output / "gpu.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+        for group in sections(output):
+            chosen = {name: section for name, section in group.items() if name in arguments.sections}
+            with concurrent.futures.ThreadPoolExecutor(len(group)) as pool:
+                for name, section in chosen.items():
+                    pool.submit(take, name, section, f"{name}: " if len(chosen) > 1 else "")
     print()
     for name, result in summary["sections"].items():
         outcome = {0: "passed", NOT_RUN: "not run"}.get(result["returncode"], "FAILED")

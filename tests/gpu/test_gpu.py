@@ -37,8 +37,8 @@ def kernels(function):
     ("num_tokens", "d_model", "d_ff"),
     [
         pytest.param(50432, 384, 1536, id="ViT-S"),
-        pytest.param(50432, 768, 3072, id="ViT-B"),
-        pytest.param(50431, 770, 3075, id="odd sizes"),
+        pytest.param(12608, 768, 3072, id="ViT-B, 64 images"),
+        pytest.param(12607, 770, 3075, id="odd sizes"),
         pytest.param(777, 768, 3072, id="few tokens"),
     ],
 )
@@ -308,5 +308,5 @@ def test_memory_kept_for_backward():
     y = layer(x)
     kept = torch.cuda.memory_allocated() - before
     expected = 20000 * (2 * (3072 + 768) + 4)
-    assert kept <= expected + 2**16, (kept, expected)
+    assert kept <= expected + 2**22, (kept, expected)  # blocks of memory have remainders; hidden would be 123 MB
     assert y.requires_grad
