@@ -61,6 +61,19 @@ def test_a_driver_older_than_the_build(monkeypatch):
         assert fine or f"built with CUDA 12.6, the driver is for {driver // 1000}." in reason
 
 
+def test_a_compiler_need_not_look_into_the_driver(monkeypatch):
+    """Which backend is slower than need be is looked up in every call, in a compiled model too."""
+    monkeypatch.setattr(extension, "WHY_NOT_CUDA", None)
+    monkeypatch.setattr(backends, "_warned", set())
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def function(x):
+        backends._warn_once_of_slowness("moe_ffn", "triton", torch.device("cuda"))
+        return x + 1
+
+    assert function(torch.zeros(2)).tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
 def test_parameters_with_no_elements_count_their_steps(found_inf):
     """As torch's fused AdamW does."""

@@ -99,8 +99,8 @@ def device() -> dict[str, str]:
     if result.returncode:
         sys.exit(f"make gpu needs a CUDA device, torch and triton:\n{result.stderr}")
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    commit = commit or os.environ.get("EWA_COMMIT", "unknown")  # for a copy without its history
+    commit = os.environ.get("EWA_COMMIT")  # of a copy without its history
+    commit = commit or subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
     return {**json.loads(result.stdout), "python": sys.version.split()[0], "commit": commit}
 
 

@@ -89,7 +89,9 @@ def test_float32_follows_torch(precision):
     torch.backends.cuda.matmul.fp32_precision = precision
     try:
         weights = parameters(4, 384, 1536, dtype=torch.float32)
-        check_ffn(tokens(4099, 384, dtype=torch.float32), weights, seed=3, backend="triton")
+        # Tensor cores read of a float32 what tf32 has of it, where PyTorch's products round to it first.
+        slack = 4.0 if precision == "tf32" else 1.0
+        check_ffn(tokens(4099, 384, dtype=torch.float32), weights, seed=3, backend="triton", slack=slack)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
