@@ -23,8 +23,10 @@ def environment(device: str = "cpu") -> dict[str, str | int | dict[str, str]]:
     """Commit, device, clocks, versions and day."""
     cuda = device == "cuda"
     return {
-        "commit": _run("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12")
-        or os.environ.get("EWA_COMMIT", "unknown"),  # for a copy without its history
+        # The variable is for a copy without its history.
+        "commit": os.environ.get("EWA_COMMIT")
+        or _run("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12")
+        or "unknown",
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "kind": device,
