@@ -28,7 +28,7 @@ NUM_OPTIONS = 5
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-@torch.compiler.assume_constant_result  # a compiler cannot look into the call
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # which a compiler cannot look into
 def old_driver() -> str | None:
     """Why the driver cannot run the CUDA part; None if it can: what was built with its own major version, or older."""
     driver, built = _C.cuda_versions()

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ewa_kernels.kernels.fused.configs import ceil_div
 from ewa_kernels.kernels.fused.epilogues import (
+    group_rows,
+    load_pre,
     store_grad_pre,
     store_rows,
     store_split,
-    sum_block,
     sum_blocks,
     sum_splits,
 )
@@ -25,6 +26,7 @@ from ewa_kernels.kernels.fused.layer import Layer
 from ewa_kernels.kernels.fused.partition import load_seed
 from ewa_kernels.kernels.fused.tiles import (
     FIRST_COUNTER,
+    block_of_tile,
     clamp_columns,
     draw_ticket,
     first_block_of_expert,
@@ -71,9 +73,11 @@ def backward_kernel(
     grad_down_bias,  # gradients that no ticket asks for are never touched
     grad_pre,  # scratch [R, F or 2F], by grouped row
     hidden,  # scratch [R, F], by grouped row, times the routing weight
+    grouped_grad_y,  # scratch [R, D], by grouped row
+    grouped_x,  # scratch [R, D], by grouped row
     partial_routing,  # float32 [⌈F / (BLOCK_N / PARTS)⌉, R], by grouped row, or None
     partial_up,  # float32 scratch [row blocks, F or 2F], or None without grad_up_bias
-    partial_down,  # float32 scratch [row blocks, D]
+    partial_down,  # float32 scratch [row blocks, D], or None without grad_down_bias
     partial_weight,  # float32 scratch, a tile for each ticket for a weight, or None if num_splits = 1
     counters,
     seed,
@@ -100,6 +104,7 @@ def backward_kernel(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     DROPOUT: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether pre_activation is loaded before it is needed
     EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
     ALIGNED: tl.constexpr,  # 8 divides D and F
     PRECISION: tl.constexpr,
@@ -111,7 +116,8 @@ def backward_kernel(
 ):
     """Tickets, in this order, each kind up to its `end_…`:
 
-    pre: grad_pre and hidden of a row block, by columns of hidden; sums: grad_y summed over a row block;
+    pre: grad_pre and hidden of a row block, by columns of hidden; sums: grad_y and x of a row block, by grouped
+    row (looked up in each step of the weights' products, they would not be there in time), and grad_y's sum over it;
     biases: the sums of all row blocks of an expert; down, up: a tile of a weight's gradient;
     x: grad_x of a row block. All but the first two wait until those of their expert are done.
 
@@ -130,9 +136,8 @@ def backward_kernel(
         if (ticket < end_pre) | (ticket >= end_up):
             # --- rows: grad_hidden = grad_y[token] @ down_weight, or grad_x[token] = grad_pre @ up_weight ---
             is_pre = ticket < end_pre
-            tile = tl.where(is_pre, ticket, ticket - end_up)
-            column_tile = tile // num_blocks
-            block = tile - column_tile * num_blocks
+            tiles = tl.cdiv(tl.where(is_pre, d_ff, d_model), BLOCK_N)
+            block, column_tile = block_of_tile(tl.where(is_pre, ticket, ticket - end_up), tiles, num_blocks)
             expert, first_row, end = rows_of_block(block, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
             if first_row < end:
                 row = first_row + tl.arange(0, BLOCK_M)
@@ -169,30 +174,32 @@ def backward_kernel(
                     factor = None
                     if routing_weights is not None:
                         factor = tl.load(routing_weights + choice).to(tl.float32)
+                    first_column = column_tile * BLOCK_N
+                    stop = tl.minimum(first_column + BLOCK_N, d_ff)
+                    gate, value = load_pre(
+                        pre_activation, row, end, first_column, stop, d_ff, GATED, BLOCK_N // PARTS
+                    )  # fmt: skip
                     store_grad_pre(
-                        acc, row, end, block, column_tile * BLOCK_N, pre_activation, grad_pre, hidden, partial_up,
-                        factor, partial_routing, num_rows, key, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT,
-                        BLOCK_M, BLOCK_N, PARTS,
+                        acc, gate, value, row, end, block, first_column, stop, pre_activation, grad_pre, hidden,
+                        partial_up, factor, partial_routing, num_rows, key, threshold, scale, d_ff, ACTIVATION, GATED,
+                        DROPOUT, AHEAD, BLOCK_M, BLOCK_N, PARTS,
                     )  # fmt: skip
                     if SINGLE:
                         signal(counters + FIRST_COUNTER + expert)
                 else:
                     store_rows(
-                        acc, row, end, choice, column_tile * BLOCK_N, None, None, grad_x, d_model, BLOCK_M, BLOCK_N,
+                        acc, None, row, end, choice, column_tile * BLOCK_N, None, grad_x, d_model, BLOCK_M, BLOCK_N,
                         PARTS,
                     )  # fmt: skip
         elif ticket < end_sums:
-            # --- grad_y summed over a row block ---
-            tile = ticket - end_pre
-            column_tile = tile // num_blocks
-            block = tile - column_tile * num_blocks
+            # --- grad_y and x by grouped row, and grad_y summed over a row block ---
+            block, column_tile = block_of_tile(ticket - end_pre, tl.cdiv(d_model, BLOCK_N), num_blocks)
             expert, first_row, end = rows_of_block(block, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
             if first_row < end:
-                column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-                partial = partial_down + block.to(tl.int64) * d_model
-                sum_block(
-                    grad_y, permutation, routing_weights, first_row, end, column, d_model, partial, TOP_K, BLOCK_M
-                )
+                group_rows(
+                    grad_y, x, permutation, routing_weights, block, first_row, end, column_tile * BLOCK_N, d_model,
+                    grouped_grad_y, grouped_x, partial_down, TOP_K, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
                 if SINGLE:
                     signal(counters + FIRST_COUNTER + expert)
         elif ticket < end_biases:
@@ -214,12 +221,13 @@ def backward_kernel(
                     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
                     out = grad_up_bias + expert.to(tl.int64) * num_up
                     sum_blocks(partial_up, first_block, blocks, column, num_up, out)
-            if column_tile >= up_tiles:
-                column = (column_tile - up_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-                out = grad_down_bias + expert.to(tl.int64) * d_model
-                sum_blocks(partial_down, first_block, blocks, column, d_model, out)
+            if partial_down is not None:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
+                if column_tile >= up_tiles:
+                    column = (column_tile - up_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+                    out = grad_down_bias + expert.to(tl.int64) * d_model
+                    sum_blocks(partial_down, first_block, blocks, column, d_model, out)
         else:
-            # --- weights: grad_down = grad_y[token]ᵀ @ hidden, or grad_up = grad_preᵀ @ x[token] ---
+            # --- weights: grad_down = grouped_grad_yᵀ @ hidden, or grad_up = grad_preᵀ @ grouped_x ---
             is_down = ticket < end_down
             tile = tl.where(is_down, ticket - end_biases, ticket - end_down)
             size_m = tl.where(is_down, d_model, num_up)
@@ -241,26 +249,27 @@ def backward_kernel(
             start += split * length
             end = tl.minimum(start + length, end)
 
-            a = tl.where(is_down, grad_y, grad_pre)
-            b = tl.where(is_down, hidden, x)
+            a = tl.where(is_down, grouped_grad_y, grad_pre)
+            b = tl.where(is_down, hidden, grouped_x)
             m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
             a_column = clamp_columns(m, size_m, ALIGNED)
             b_column = clamp_columns(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), size_n, ALIGNED)
+            k = tl.arange(0, BLOCK_K)
+            a_ptrs = a + (start + k).to(tl.int64)[:, None] * size_m + a_column[None, :]
+            b_ptrs = b + (start + k).to(tl.int64)[:, None] * size_n + b_column[None, :]
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for first in range(start, end, BLOCK_K):
-                row = first + tl.arange(0, BLOCK_K)
-                inside = row < end
-                token = tl.load(permutation + row, mask=inside, other=0) // TOP_K
-                a_row = tl.where(is_down, token, row).to(tl.int64) * size_m
-                b_row = tl.where(is_down, row, token).to(tl.int64) * size_n
-                a_tile = tl.load(a + a_row[:, None] + a_column[None, :], mask=inside[:, None], other=0.0)
-                b_tile = tl.load(b + b_row[:, None] + b_column[None, :], mask=inside[:, None], other=0.0)
+                inside = (k < end - first)[:, None]
+                a_tile = tl.load(a_ptrs, mask=inside, other=0.0)
+                b_tile = tl.load(b_ptrs, mask=inside, other=0.0)
                 acc = multiply(a_tile.T, b_tile, acc, PRECISION)
+                a_ptrs += BLOCK_K * size_m
+                b_ptrs += BLOCK_K * size_n
 
             out = tl.where(is_down, grad_down_weight, grad_up_weight)
             out += expert.to(tl.int64) * size_m * size_n
             if partial_weight is None:
-                store_rows(acc, m, size_m, m, tile_n * BLOCK_N, None, None, out, size_n, BLOCK_M, BLOCK_N, PARTS)
+                store_rows(acc, None, m, size_m, m, tile_n * BLOCK_N, None, out, size_n, BLOCK_M, BLOCK_N, PARTS)
             else:
                 first_split = ticket - end_biases - split
                 partial = partial_weight + first_split.to(tl.int64) * (BLOCK_M * BLOCK_N)
@@ -313,7 +322,8 @@ def launch_backward(
         grad is not None for grad in (grad_x, grad_up_weight, grad_up_bias, grad_down_weight)
     )
     pre_tickets = num_blocks * tiles(layer.d_ff) if need_pre else 0
-    sum_tickets = num_blocks * tiles(layer.d_model) if grad_down_bias is not None else 0
+    need_weights = grad_up_weight is not None or grad_down_weight is not None
+    sum_tickets = num_blocks * tiles(layer.d_model) if need_weights or grad_down_bias is not None else 0
     bias_tickets = layer.num_experts * (
         (tiles(num_up) if grad_up_bias is not None else 0) + (tiles(layer.d_model) if grad_down_bias is not None else 0)
     )
@@ -338,6 +348,9 @@ def launch_backward(
 
     grad_pre = scratch(layer.num_rows, num_up, dtype=x.dtype) if need_pre else None
     hidden = scratch(layer.num_rows, layer.d_ff, dtype=x.dtype) if need_pre else None
+    grouped_grad_y, grouped_x = (
+        scratch(layer.num_rows, layer.d_model, dtype=x.dtype) if sum_tickets else None for _ in range(2)
+    )
     partial_up = scratch(num_blocks, num_up) if grad_up_bias is not None else None
     pieces = tiles(layer.d_ff) * tile.parts
     partial_routing = scratch(pieces, layer.num_rows) if need_routing else None
@@ -367,9 +380,11 @@ def launch_backward(
                 grad_down_bias=_first_of(grad_down_bias, up_weight),
                 grad_pre=_first_of(grad_pre, x),
                 hidden=_first_of(hidden, x),
+                grouped_grad_y=_first_of(grouped_grad_y, x),
+                grouped_x=_first_of(grouped_x, x),
                 partial_routing=partial_routing,
                 partial_up=partial_up,
-                partial_down=_first_of(partial_down, partial_up, up_weight),
+                partial_down=partial_down,
                 partial_weight=partial_weight,
                 counters=counters,
                 num_blocks=num_blocks,
@@ -385,6 +400,7 @@ def launch_backward(
                 SINGLE=single,
                 EVEN_K=layer.d_model % tile.block_k == 0 and layer.d_ff % tile.block_k == 0,
                 ALIGNED=layer.aligned,
+                AHEAD=tile.per_multiprocessor == 1 and layer.routing_weights is None,  # if there are registers for it
                 **layer.arguments,
                 **tile.launch_options(),
             )

@@ -67,10 +67,10 @@ _UNALIGNED: Table = {  # each element is loaded by itself, into registers
     "onchip unaligned": (),
 }
 _HOPPER: Table = {
-    "forward": (Tile(128, 256, 64, 4, 8, 3), Tile(256, 128, 64, 4, 8, 3), Tile(128, 128, 64, 2, 8, 3)),
-    "forward tight": (Tile(128, 256, 64, 8, 8, 3), Tile(256, 128, 64, 8, 8, 3), Tile(128, 128, 64, 2, 8, 3)),
-    "backward": (Tile(128, 256, 64, 8, 8, 3), Tile(256, 128, 64, 16, 8, 3), Tile(128, 128, 64, 4, 8, 3)),
-    "backward tight": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 4, 8, 3)),
+    "forward": (Tile(128, 256, 64, 4, 8, 4), Tile(128, 128, 64, 4, 4, 3, 2)),
+    "forward tight": (Tile(128, 256, 64, 8, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2)),
+    "backward": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2)),
+    "backward tight": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2)),
     "onchip": (Tile(128, 64, 128, 2, 8, 2),),
     "onchip tight": (Tile(128, 32, 128, 2, 8, 2),),
     **_UNALIGNED,

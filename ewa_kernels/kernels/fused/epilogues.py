@@ -9,31 +9,32 @@ import triton
 import triton.language as tl
 
 from ewa_kernels.kernels.fused.activations import activate, activate_with_slope, dropout_scale
-from ewa_kernels.kernels.fused.tiles import halves, pairs
+from ewa_kernels.kernels.fused.tiles import halves, halves_of_row, pairs
 
-_SUM_ROWS = tl.constexpr(32)  # rows at a time in sums over rows
+_SUM_BLOCKS = tl.constexpr(32)  # row blocks at a time in sums over them
 
 
 @triton.jit
 def store_up(
-    acc, row, end, expert, first_column, up_bias, pre_activation, hidden, seed, threshold, scale, d_ff,
+    acc, bias, row, end, first_column, pre_activation, hidden, seed, threshold, scale, d_ff,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """pre_activation and hidden of a tile `acc` `[BLOCK_M, WIDTH]`, part by part: whole, it takes too many registers.
+    """pre_activation and hidden, those that are not None, of `acc` `[BLOCK_M, WIDTH]` + `bias` `[WIDTH]`, by parts.
 
     Gated: even columns are gates, odd ones values, so that both of a hidden column are in one thread.
     """
     if PARTS > 1:
         left, right = halves(acc, BLOCK_M, WIDTH)
+        left_bias, right_bias = halves_of_row(bias, WIDTH)
         step: tl.constexpr = WIDTH // 4 if GATED else WIDTH // 2
         store_up(
-            left, row, end, expert, first_column, up_bias, pre_activation, hidden, seed, threshold, scale, d_ff,
+            left, left_bias, row, end, first_column, pre_activation, hidden, seed, threshold, scale, d_ff,
             ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2, PARTS // 2,
         )  # fmt: skip
         store_up(
-            right, row, end, expert, first_column + step, up_bias, pre_activation, hidden, seed, threshold, scale,
-            d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2, PARTS // 2,
+            right, right_bias, row, end, first_column + step, pre_activation, hidden, seed, threshold, scale, d_ff,
+            ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2, PARTS // 2,
         )  # fmt: skip
     else:
         columns: tl.constexpr = WIDTH // 2 if GATED else WIDTH
@@ -41,19 +42,14 @@ def store_up(
         column = first_column + tl.arange(0, columns)
         inside = (row < end)[:, None] & (column < d_ff)[None, :]
         pre_row = row.to(tl.int64)[:, None] * num_up + column[None, :]
-        bias_row = expert.to(tl.int64) * num_up + column
+        acc += bias[None, :]
         if GATED:
             gate, value = pairs(acc, BLOCK_M, WIDTH)
-            if up_bias is not None:
-                gate += tl.load(up_bias + bias_row, mask=column < d_ff, other=0.0).to(tl.float32)[None, :]
-                value += tl.load(up_bias + bias_row + d_ff, mask=column < d_ff, other=0.0).to(tl.float32)[None, :]
             if pre_activation is not None:
                 tl.store(pre_activation + pre_row, gate, mask=inside)
                 tl.store(pre_activation + pre_row + d_ff, value, mask=inside)
             result = activate(gate, ACTIVATION) * value
         else:
-            if up_bias is not None:
-                acc += tl.load(up_bias + bias_row, mask=column < d_ff, other=0.0).to(tl.float32)[None, :]
             if pre_activation is not None:
                 tl.store(pre_activation + pre_row, acc, mask=inside)
             result = activate(acc, ACTIVATION)
@@ -64,29 +60,49 @@ def store_up(
 
 
 @triton.jit
+def load_pre(pre_activation, row, end, first_column, stop, d_ff, GATED: tl.constexpr, WIDTH: tl.constexpr):
+    """pre_activation of `WIDTH` columns of hidden, those before `stop`, as it is stored; gated: gate and value."""
+    num_up = d_ff * 2 if GATED else d_ff
+    column = first_column + tl.arange(0, WIDTH)
+    inside = (row < end)[:, None] & (column < stop)[None, :]
+    index = row.to(tl.int64)[:, None] * num_up + column[None, :]
+    gate = tl.load(pre_activation + index, mask=inside, other=0.0)
+    value = tl.load(pre_activation + index + d_ff, mask=inside, other=0.0) if GATED else gate
+    return gate, value
+
+
+@triton.jit
 def store_grad_pre(
-    acc, row, end, block, first_column, pre_activation, grad_pre, hidden, partial_up, factor, partial_routing, num_rows,
-    seed, threshold, scale, d_ff,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
+    acc, gate, value, row, end, block, first_column, stop, pre_activation, grad_pre, hidden, partial_up, factor,
+    partial_routing, num_rows, seed, threshold, scale, d_ff,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """From `acc`, grad_y @ down_weight: grad_pre, hidden once more, and grad_pre summed over the block's rows.
 
+    `gate` and `value`: pre_activation of the first part, by `load_pre`, if AHEAD. Then each part loads those of the
+    next, so that nobody waits for memory; returned are those of the columns after these, up to `stop`. Else, where
+    another program has work meanwhile and registers are few, each part loads its own.
     `factor` is the rows' routing weight, or None: then grad_pre and hidden are multiplied by it, and
     `partial_routing` `[pieces of F, R]` (if not None) gets its gradient's share of these columns.
     """
     if PARTS > 1:
         left, right = halves(acc, BLOCK_M, WIDTH)
-        store_grad_pre(
-            left, row, end, block, first_column, pre_activation, grad_pre, hidden, partial_up, factor, partial_routing,
-            num_rows, seed, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2, PARTS // 2,
+        gate, value = store_grad_pre(
+            left, gate, value, row, end, block, first_column, stop, pre_activation, grad_pre, hidden, partial_up,
+            factor, partial_routing, num_rows, seed, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, AHEAD,
+            BLOCK_M, WIDTH // 2, PARTS // 2,
         )  # fmt: skip
-        store_grad_pre(
-            right, row, end, block, first_column + WIDTH // 2, pre_activation, grad_pre, hidden, partial_up, factor,
-            partial_routing, num_rows, seed, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2,
-            PARTS // 2,
+        return store_grad_pre(
+            right, gate, value, row, end, block, first_column + WIDTH // 2, stop, pre_activation, grad_pre, hidden,
+            partial_up, factor, partial_routing, num_rows, seed, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT,
+            AHEAD, BLOCK_M, WIDTH // 2, PARTS // 2,
         )  # fmt: skip
     else:
+        wanted = first_column + WIDTH if AHEAD else first_column
+        next_gate, next_value = load_pre(pre_activation, row, end, wanted, stop, d_ff, GATED, WIDTH)
+        if not AHEAD:
+            gate, value = next_gate, next_value
         column = first_column + tl.arange(0, WIDTH)
         num_up = d_ff * 2 if GATED else d_ff
         exists = column < d_ff
@@ -94,13 +110,12 @@ def store_grad_pre(
         pre_row = row.to(tl.int64)[:, None] * num_up + column[None, :]
         partial_row = block.to(tl.int64) * num_up + column
         hidden_row = row.to(tl.int64)[:, None] * d_ff + column[None, :]
-        pre = tl.load(pre_activation + pre_row, mask=inside, other=0.0).to(tl.float32)
-        act, slope = activate_with_slope(pre, ACTIVATION)
+        act, slope = activate_with_slope(gate.to(tl.float32), ACTIVATION)
         if DROPOUT:
             kept = dropout_scale(row, column, seed, threshold, scale)
             acc *= kept
         if GATED:
-            value = tl.load(pre_activation + pre_row + d_ff, mask=inside, other=0.0).to(tl.float32)
+            value = value.to(tl.float32)
         if factor is not None:
             if partial_routing is not None:
                 share = acc * act * value if GATED else acc * act
@@ -122,6 +137,7 @@ def store_grad_pre(
         else:
             tl.store(hidden + hidden_row, act, mask=inside)
             _store_and_sum(acc * slope, pre_row, inside, grad_pre, partial_row, exists, partial_up)
+        return next_gate, next_value
 
 
 @triton.jit
@@ -134,24 +150,30 @@ def _store_and_sum(tile, index, inside, out, total_index, exists, total):
 
 @triton.jit
 def store_rows(
-    acc, row, end, target, first_column, bias, factor, out, num_columns,
+    acc, bias, row, end, target, first_column, factor, out, num_columns,
     BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out[target] = (acc + bias) · factor, either if not None, for rows before `end`, part by part."""
+    """out[target] = (acc + bias) · factor, either if not None, for rows before `end`, by parts."""
     if PARTS > 1:
         left, right = halves(acc, BLOCK_M, WIDTH)
-        half: tl.constexpr = WIDTH // 2
-        right_column = first_column + half
-        store_rows(left, row, end, target, first_column, bias, factor, out, num_columns, BLOCK_M, half, PARTS // 2)
-        store_rows(right, row, end, target, right_column, bias, factor, out, num_columns, BLOCK_M, half, PARTS // 2)
-    else:
-        column = first_column + tl.arange(0, WIDTH)
-        exists = column < num_columns
+        left_bias, right_bias = None, None
         if bias is not None:
-            acc += tl.load(bias + column, mask=exists, other=0.0).to(tl.float32)[None, :]
+            left_bias, right_bias = halves_of_row(bias, WIDTH)
+        half: tl.constexpr = WIDTH // 2
+        store_rows(
+            left, left_bias, row, end, target, first_column, factor, out, num_columns, BLOCK_M, half, PARTS // 2
+        )  # fmt: skip
+        store_rows(
+            right, right_bias, row, end, target, first_column + half, factor, out, num_columns, BLOCK_M, half,
+            PARTS // 2,
+        )  # fmt: skip
+    else:
+        if bias is not None:
+            acc += bias[None, :]
         if factor is not None:
             acc *= factor[:, None]
-        inside = (row < end)[:, None] & exists[None, :]
+        column = first_column + tl.arange(0, WIDTH)
+        inside = (row < end)[:, None] & (column < num_columns)[None, :]
         tl.store(out + target.to(tl.int64)[:, None] * num_columns + column[None, :], acc, mask=inside)
 
 
@@ -187,25 +209,26 @@ def sum_splits(
 
 
 @triton.jit
-def sum_block(
-    grad_y, permutation, routing_weights, first_row, end, column, d_model, partial,
-    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
+def group_rows(
+    grad_y, x, permutation, routing_weights, block, first_row, end, first_column, d_model, grouped_grad_y, grouped_x,
+    partial, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """partial = grad_y (times the routing weight, if any) summed over a row block."""
+    """Of a row block: grad_y and x by grouped row; partial = grad_y (times the routing weight) summed over its rows."""
+    column = first_column + tl.arange(0, WIDTH)
     exists = column < d_model
-    end = tl.minimum(end, first_row + BLOCK_M)
-    total = tl.zeros(column.shape, tl.float32)
-    for first in range(0, BLOCK_M, _SUM_ROWS):
-        row = first_row + first + tl.arange(0, _SUM_ROWS)
-        choice = tl.load(permutation + row, mask=row < end, other=0)
-        token = (choice // TOP_K).to(tl.int64)
-        inside = (row < end)[:, None] & exists[None, :]
-        tile = tl.load(grad_y + token[:, None] * d_model + column[None, :], mask=inside, other=0.0)
-        tile = tile.to(tl.float32)
+    row = first_row + tl.arange(0, BLOCK_M)
+    choice = tl.load(permutation + row, mask=row < end, other=0)
+    inside = (row < end)[:, None] & exists[None, :]
+    source = (choice // TOP_K).to(tl.int64)[:, None] * d_model + column[None, :]
+    target = row.to(tl.int64)[:, None] * d_model + column[None, :]
+    tile = tl.load(grad_y + source, mask=inside, other=0.0)
+    tl.store(grouped_x + target, tl.load(x + source, mask=inside), mask=inside)
+    tl.store(grouped_grad_y + target, tile, mask=inside)
+    if partial is not None:
+        total = tile.to(tl.float32)
         if routing_weights is not None:
-            tile *= tl.load(routing_weights + choice, mask=row < end, other=0.0).to(tl.float32)[:, None]
-        total += tl.sum(tile, 0)
-    tl.store(partial + column, total, mask=exists)
+            total *= tl.load(routing_weights + choice, mask=row < end, other=0.0).to(tl.float32)[:, None]
+        tl.store(partial + block.to(tl.int64) * d_model + column, tl.sum(total, 0), mask=exists)
 
 
 @triton.jit
@@ -213,8 +236,8 @@ def sum_blocks(partial, first_block, num_blocks, column, num_columns, out):
     """out = the sum of an expert's row blocks, always in the same order."""
     exists = column < num_columns
     total = tl.zeros(column.shape, tl.float32)
-    for first in range(0, num_blocks, _SUM_ROWS):
-        block = first + tl.arange(0, _SUM_ROWS)
+    for first in range(0, num_blocks, _SUM_BLOCKS):
+        block = first + tl.arange(0, _SUM_BLOCKS)
         index = (first_block + block).to(tl.int64)[:, None] * num_columns + column[None, :]
         total += tl.sum(tl.load(partial + index, mask=(block < num_blocks)[:, None] & exists[None, :], other=0.0), 0)
     tl.store(out + column, total, mask=exists)

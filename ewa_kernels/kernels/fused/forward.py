@@ -156,6 +156,13 @@ def forward_kernel(
             k = tl.arange(0, BLOCK_K)
             a_ptrs = a + a_row.to(tl.int64)[:, None] * size_k + k[None, :]
             b_ptrs = b + (expert.to(tl.int64) * size_n + b_row)[:, None] * size_k + k[None, :]
+            # Loaded before the products, so that nobody waits for them after.
+            bias = tl.zeros((BLOCK_N,), tl.float32)
+            bias_index = expert.to(tl.int64) * size_n + b_row
+            if up_bias is not None and FORM != "down":
+                bias += tl.load(up_bias + bias_index, mask=tl.where(is_up, n, -1) >= 0, other=0.0).to(tl.float32)
+            if down_bias is not None and FORM != "up":
+                bias += tl.load(down_bias + bias_index, mask=tl.where(is_up, -1, n) >= 0, other=0.0).to(tl.float32)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for first_k in range(0, size_k, BLOCK_K):
                 if EVEN_K:
@@ -171,21 +178,18 @@ def forward_kernel(
 
             if is_up:
                 store_up(
-                    acc, row, end, expert, column_tile * up_columns, up_bias, pre_activation, hidden, key, threshold,
-                    scale, d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, BLOCK_N, PARTS,
+                    acc, bias, row, end, column_tile * up_columns, pre_activation, hidden, key, threshold, scale,
+                    d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, BLOCK_N, PARTS,
                 )  # fmt: skip
                 if FORM == "single":
                     signal(counters + FIRST_COUNTER + block)
             else:
                 choice = tl.load(permutation + source)
-                bias = None
-                if down_bias is not None:
-                    bias = down_bias + expert.to(tl.int64) * d_model
                 factor = None
                 if routing_weights is not None:
                     factor = tl.load(routing_weights + choice).to(tl.float32)
                 store_rows(
-                    acc, row, end, choice, column_tile * BLOCK_N, bias, factor, y, d_model, BLOCK_M, BLOCK_N, PARTS
+                    acc, bias, row, end, choice, column_tile * BLOCK_N, factor, y, d_model, BLOCK_M, BLOCK_N, PARTS
                 )
         if FORM == "single":
             ticket = draw_ticket(counters)

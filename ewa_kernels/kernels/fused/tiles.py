@@ -96,6 +96,17 @@ def rows_of_block(
 
 
 @triton.jit
+def block_of_tile(tile, tiles, num_blocks):
+    """(row block, column tile), where each block has `tiles`: first all of some blocks, which are read once then."""
+    group = tl.cdiv(tl.num_programs(0), tiles)  # these keep all programs busy
+    first = tile // (group * tiles) * group
+    group = tl.minimum(group, num_blocks - first)
+    rest = tile - first * tiles
+    column_tile = rest // group
+    return first + rest - column_tile * group, column_tile
+
+
+@triton.jit
 def first_block_of_expert(
     expert, expert_offsets, num_rows, num_experts, BLOCK_M: tl.constexpr, MAX_EXPERTS: tl.constexpr
 ):  # fmt: skip
@@ -136,6 +147,12 @@ def multiply(a, b, acc, PRECISION: tl.constexpr):
 def halves(tile, M: tl.constexpr, N: tl.constexpr):
     """Left and right half of a tile `[M, N]`; no data moves between threads."""
     return tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def halves_of_row(row, N: tl.constexpr):
+    """Left and right half of a row `[N]`."""
+    return tl.split(tl.permute(tl.reshape(row, (2, N // 2)), (1, 0)))
 
 
 @triton.jit
