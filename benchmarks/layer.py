@@ -24,17 +24,18 @@ Result = dict[str, Any]
 def training_pass(function: Function, problem: Problem, watch: Stopwatch) -> Variant:
     """Forward and backward as a variant of three phases: forward, backward and both. Tokens are dealt anew."""
     leaves = list(problem.leaves.values())
+    y: Tensor
+
+    def forward() -> None:
+        nonlocal y
+        y = function(problem, None)
+
+    def backward() -> None:
+        torch.autograd.grad(y, leaves, problem.grad_y)
 
     def variant() -> Sample:
-        watch.start()
-        y = function(problem, None)
-        watch.lap()
-        (forward,) = watch.read()
-        watch.start()  # on a GPU with a cold cache again
-        torch.autograd.grad(y, leaves, problem.grad_y)
-        watch.lap()
-        (backward,) = watch.read()
-        return forward, backward, forward + backward
+        taken = watch.phase(forward), watch.phase(backward)
+        return *taken, sum(taken)
 
     return variant
 
@@ -134,7 +135,7 @@ def _host_ms(call: functools.partial[Any]) -> float:
     samples = []
     for _ in range(5):
         torch.cuda.synchronize()
-        torch.cuda._sleep(20 * timing.SLEEP_CYCLES)
+        torch.cuda._sleep(int(timing.CYCLES_PER_SECOND * timing.MAX_HEAD_START))
         start = time.perf_counter()
         call()
         samples.append(time.perf_counter() - start)

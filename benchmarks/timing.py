@@ -17,8 +17,10 @@ from torch.profiler import ProfilerActivity, profile
 MIN_ROUNDS, MAX_ROUNDS = 5, 41
 # Twice NVIDIA's largest second cache: writing it leaves nothing of what a kernel will read.
 FLUSH_BYTES = 2**28
-# Some 0.3 ms, in which the host gets ahead of the GPU, so that kernels are timed and not Python.
-SLEEP_CYCLES = 500_000
+# The GPU sleeps before a phase, while the host gets ahead of it, so that kernels are timed and not Python: at most so
+# many seconds (who waits for the GPU never gets ahead), of so many cycles or fewer.
+MAX_HEAD_START = 0.02
+CYCLES_PER_SECOND = 2e9
 
 
 @dataclass(frozen=True)
@@ -41,51 +43,38 @@ Variant = Callable[[], Sample]
 
 
 class Stopwatch:
-    """Time on a device: `start`, and then `lap` after each phase; `read` gives the seconds of each.
+    """Times phases on a device.
 
-    On a GPU the phases are timed by events, with a cold second cache at `start`; on a CPU by the clock.
+    On a GPU by events, with a cold second cache, and asleep at first: as long as the host took in the call before. On a
+    CPU by the clock.
     """
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if self.cuda else None
+        self._host: dict[Callable[[], object], float] = {}
 
-    def start(self) -> None:
-        """Begins a measurement of one phase, or of several without a pause in between."""
-        if self.flush is not None:
-            self.flush.zero_()
-            torch.cuda._sleep(SLEEP_CYCLES)
-            self._marks: list[torch.cuda.Event] = []
-        else:
-            self._times: list[float] = []
-        self.lap()
-
-    def lap(self) -> None:
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._times.append(time.perf_counter())
-
-    def read(self) -> Sample:
-        if self.cuda:
-            self._marks[-1].synchronize()
-            pairs = zip(self._marks, self._marks[1:], strict=False)
-            return tuple(start.elapsed_time(end) / 1e3 for start, end in pairs)
-        return tuple(end - start for start, end in zip(self._times, self._times[1:], strict=False))
+    def phase(self, function: Callable[[], object]) -> float:
+        """Seconds that a call takes; what it returns is dropped."""
+        if self.flush is None:
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        torch.cuda._sleep(int(CYCLES_PER_SECOND * self._host.get(function, MAX_HEAD_START)))
+        before.record()
+        start = time.perf_counter()
+        function()
+        self._host[function] = min(1.5 * (time.perf_counter() - start) + 1e-4, MAX_HEAD_START)
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
 
 
 def timed(function: Callable[[], object], watch: Stopwatch) -> Variant:
     """`function` as a variant of one phase."""
-
-    def variant() -> Sample:
-        watch.start()
-        function()
-        watch.lap()
-        return watch.read()
-
-    return variant
+    return lambda: (watch.phase(function),)
 
 
 def interleaved(

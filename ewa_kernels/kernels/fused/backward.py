@@ -196,10 +196,12 @@ def backward_kernel(
             block, column_tile = block_of_tile(ticket - end_pre, tl.cdiv(d_model, BLOCK_N), num_blocks)
             expert, first_row, end = rows_of_block(block, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
             if first_row < end:
-                group_rows(
-                    grad_y, x, permutation, routing_weights, block, first_row, end, column_tile * BLOCK_N, d_model,
-                    grouped_grad_y, grouped_x, partial_down, TOP_K, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+                half: tl.constexpr = BLOCK_N // 2  # the whole takes too many registers
+                for first_column in range(column_tile * BLOCK_N, (column_tile + 1) * BLOCK_N, half):
+                    group_rows(
+                        grad_y, x, permutation, routing_weights, block, first_row, end, first_column, d_model,
+                        grouped_grad_y, grouped_x, partial_down, TOP_K, BLOCK_M, half,
+                    )  # fmt: skip
                 if SINGLE:
                     signal(counters + FIRST_COUNTER + expert)
         elif ticket < end_biases:
@@ -400,7 +402,7 @@ def launch_backward(
                 SINGLE=single,
                 EVEN_K=layer.d_model % tile.block_k == 0 and layer.d_ff % tile.block_k == 0,
                 ALIGNED=layer.aligned,
-                AHEAD=tile.per_multiprocessor == 1 and layer.routing_weights is None,  # if there are registers for it
+                AHEAD=tile.per_multiprocessor == 1 and not layer.tight,
                 **layer.arguments,
                 **tile.launch_options(),
             )

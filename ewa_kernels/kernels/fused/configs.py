@@ -44,7 +44,7 @@ class Tile:
         """Keyword arguments of a kernel launch."""
         registers = 2**16 // (32 * self.num_warps * self.per_multiprocessor)
         return {
-            **({"maxnreg": registers} if self.per_multiprocessor > 1 else {}),
+            **({"maxnreg": registers} if registers < 255 else {}),
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
@@ -57,8 +57,9 @@ class Tile:
 
 # {kernel: its tiles, best first}. If 8 does not divide D and F, those under "… unaligned"; with dropout or routing
 # weights, which take registers, those under "… tight"; if there are any. Of several, `choose` takes the one that leaves
-# fewest of its cells empty. For "onchip", block_n columns of hidden are worked on at a time, and block_k is the
-# largest D.
+# fewest of its cells empty: for small D that of two programs a multiprocessor, one of which works while the other
+# waits. For "onchip", block_n columns of hidden are worked on at a time, and block_k is the largest D. On Hopper they
+# were chosen by measurement, as far as they spill no registers: see benchmarks/NOTES.md.
 Table = dict[str, tuple[Tile, ...]]
 
 _UNALIGNED: Table = {  # each element is loaded by itself, into registers
@@ -67,10 +68,10 @@ _UNALIGNED: Table = {  # each element is loaded by itself, into registers
     "onchip unaligned": (),
 }
 _HOPPER: Table = {
-    "forward": (Tile(128, 256, 64, 4, 8, 4), Tile(128, 128, 64, 4, 4, 3, 2)),
+    "forward": (Tile(128, 256, 64, 4, 8, 3), Tile(128, 128, 64, 4, 4, 3, 2)),
     "forward tight": (Tile(128, 256, 64, 8, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2)),
     "backward": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2)),
-    "backward tight": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2)),
+    "backward tight": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 16, 4, 3, 2)),
     "onchip": (Tile(128, 64, 128, 2, 8, 2),),
     "onchip tight": (Tile(128, 32, 128, 2, 8, 2),),
     **_UNALIGNED,

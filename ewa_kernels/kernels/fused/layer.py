@@ -90,8 +90,7 @@ class Layer:
             tiles = INTERPRETER if INTERPRETED else table(_capability(self.device), self.dtype, precision())
         if not self.aligned:
             return tiles.get(f"{kernel} unaligned", tiles[kernel])
-        tight = self.dropout_p > 0 or self.routing_weights is not None
-        return tiles.get(f"{kernel} tight", tiles[kernel]) if tight else tiles[kernel]
+        return tiles.get(f"{kernel} tight", tiles[kernel]) if self.tight else tiles[kernel]
 
     def tile(self, kernel: str) -> Tile:
         """The tile for "forward" or "backward"."""
@@ -101,6 +100,11 @@ class Layer:
     def onchip_tile(self) -> Tile | None:
         """The tile for "onchip", or None if D is too large."""
         return choose_onchip(self._tiles_of("onchip"), self.d_model)
+
+    @property
+    def tight(self) -> bool:
+        """Whether registers are scarce."""
+        return self.dropout_p > 0 or self.routing_weights is not None
 
     @property
     def aligned(self) -> bool:
