@@ -151,6 +151,8 @@ def _blocks(run: Run) -> Iterator[str]:
     threads = f", {where['threads']} threads" if where["kind"] == "cpu" else ""
     torch = where["versions"]["torch"]
     yield f"**{where['device']}**{threads}, PyTorch {torch}, commit `{where['commit']}`, {where['date']}."
+    if "note" in run:
+        yield run["note"]
     groups = measured_cases(run)
     columns = [c for c in COLUMNS if any(r["peer"] == c and "why_not" not in r for g in groups.values() for r in g)]
     if groups:
