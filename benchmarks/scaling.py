@@ -180,7 +180,8 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
         "What it says:",
         "",
         "- Experts leave the number of operations as it was. They add parameters, and so memory, which sharding makes",
-        f"  small, and traffic, which it does not: {first.traffic / 1e9:.1f} → {second.traffic / 1e9:.1f} GB for {VITS[0].name}.",
+        "  small, and traffic, which it does not: "
+        f"{first.traffic / 1e9:.1f} → {second.traffic / 1e9:.1f} GB for {VITS[0].name}.",
         f"- Sharded over all {NUM_GPUS:,}, that is {1e3 * second.network:.0f} ms on the network against\n"
         f"  {1e3 * second.arithmetic:.0f} ms of arithmetic at {IMAGES_PER_GPU} images a GPU: "
         + ("the network decides" if second.network > second.arithmetic else "arithmetic hides it")
