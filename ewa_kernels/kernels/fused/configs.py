@@ -77,8 +77,7 @@ _HOPPER: Table = {
     **_UNALIGNED,
 }
 _BLACKWELL: Table = {
-    "forward": _HOPPER["forward"],
-    "forward tight": (Tile(128, 128, 64, 2, 8, 3),),
+    "forward": (Tile(128, 128, 64, 2, 8, 3),),
     "backward": (Tile(128, 128, 64, 4, 8, 3),),
     "onchip": (Tile(128, 32, 128, 2, 8, 2),),
     **_UNALIGNED,

@@ -24,11 +24,11 @@ def _up(
         weight = tl.load(up_weight + source)
     else:
         weight = tl.load(up_weight + source, mask=(d < d_model)[None, :], other=0.0)
-    bias = tl.zeros((weight.shape[0],), tl.float32)
+    zero = tl.zeros((x_tile.shape[0], weight.shape[0]), tl.float32)
+    pre = multiply(x_tile, weight.T, zero, PRECISION)
     if up_bias is not None:
-        bias += tl.load(up_bias + first_row_of_expert + weight_row, mask=column < d_ff, other=0.0).to(tl.float32)
-    acc = tl.broadcast_to(bias[None, :], (x_tile.shape[0], weight.shape[0]))
-    pre = multiply(x_tile, weight.T, acc, PRECISION)
+        bias = tl.load(up_bias + first_row_of_expert + weight_row, mask=column < d_ff, other=0.0)
+        pre += bias.to(tl.float32)[None, :]
     if pre_activation is not None:
         inside = (row < end)[:, None] & (column < d_ff)[None, :]
         tl.store(pre_activation + row.to(tl.int64)[:, None] * num_up + weight_row[None, :], pre, mask=inside)
@@ -104,10 +104,7 @@ def onchip_kernel(
             )
             up_row = expert.to(tl.int64) * num_up
             down_row = expert.to(tl.int64) * d_model + tl.minimum(d, d_model - 1)
-            bias = tl.zeros((BLOCK_K,), tl.float32)
-            if down_bias is not None:
-                bias += tl.load(down_bias + down_row).to(tl.float32)
-            acc = tl.broadcast_to(bias[None, :], (BLOCK_M, BLOCK_K))
+            acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
             for first_column in range(0, d_ff, BLOCK_N):
                 column = first_column + tl.arange(0, BLOCK_N)
                 pre = _up(
@@ -130,10 +127,13 @@ def onchip_kernel(
                     # Columns that do not exist hold copies of others: not zero, and perhaps not finite.
                     hidden = tl.where((column < d_ff)[None, :], hidden, 0.0)
                 acc = multiply(hidden.to(weight.dtype), weight.T, acc, PRECISION)
+            bias = None
+            if down_bias is not None:
+                bias = tl.load(down_bias + down_row).to(tl.float32)
             factor = None
             if routing_weights is not None:
                 factor = tl.load(routing_weights + choice).to(tl.float32)
-            store_rows(acc, None, row, end, choice, 0, factor, y, d_model, BLOCK_M, BLOCK_K, PARTS)
+            store_rows(acc, bias, row, end, choice, 0, factor, y, d_model, BLOCK_M, BLOCK_K, PARTS)
 
 
 def launch_onchip(
