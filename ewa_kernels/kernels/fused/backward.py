@@ -36,21 +36,12 @@ from ewa_kernels.kernels.fused.tiles import (
     rows_of_block,
     rows_of_expert,
     signal,
-    wait_until,
+    wait_for_expert,
 )
 from ewa_kernels.kernels.workspace import zeroed_counters
 
 _MAX_SPLITS = 8
 _MIN_SPLIT_STEPS = 8  # steps of a product's loop that a split has at least
-
-
-@triton.jit
-def _wait_for_expert(
-    expert, expert_offsets, num_rows, num_experts, num_blocks, end_pre, end_sums, counters, BLOCK_M: tl.constexpr
-):
-    """Returns when all tickets before `end_sums` that concern the expert's rows are done."""
-    start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
-    wait_until(counters + FIRST_COUNTER + expert, tl.cdiv(end - start, BLOCK_M) * (end_sums // num_blocks))
 
 
 @triton.jit(do_not_specialize=[
@@ -145,10 +136,9 @@ def backward_kernel(
                 choice = tl.load(permutation + source)
                 if SINGLE:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
                     if ticket >= end_up:
-                        _wait_for_expert(
-                            expert, expert_offsets, num_rows, num_experts, num_blocks, end_pre, end_sums, counters,
-                            BLOCK_M,
-                        )  # fmt: skip
+                        wait_for_expert(
+                            expert, expert_offsets, num_rows, num_experts, num_blocks, end_sums, counters, BLOCK_M
+                        )
                 size_k = tl.where(is_pre, d_model, num_up)
                 size_n = tl.where(is_pre, d_ff, d_model)
                 a = tl.where(is_pre, grad_y, grad_pre)
@@ -210,9 +200,7 @@ def backward_kernel(
             column_tile = tile // num_experts
             expert = tile - column_tile * num_experts
             if SINGLE:
-                _wait_for_expert(
-                    expert, expert_offsets, num_rows, num_experts, num_blocks, end_pre, end_sums, counters, BLOCK_M
-                )
+                wait_for_expert(expert, expert_offsets, num_rows, num_experts, num_blocks, end_sums, counters, BLOCK_M)
             start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
             first_block = first_block_of_expert(expert, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
             blocks = tl.cdiv(end - start, BLOCK_M)
@@ -243,9 +231,7 @@ def backward_kernel(
             tile_n = rest // tiles_m
             tile_m = rest - tile_n * tiles_m
             if SINGLE:
-                _wait_for_expert(
-                    expert, expert_offsets, num_rows, num_experts, num_blocks, end_pre, end_sums, counters, BLOCK_M
-                )
+                wait_for_expert(expert, expert_offsets, num_rows, num_experts, num_blocks, end_sums, counters, BLOCK_M)
             start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
             length = tl.cdiv(end - start, num_splits)
             start += split * length

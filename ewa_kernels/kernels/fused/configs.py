@@ -80,6 +80,7 @@ _BLACKWELL: Table = {
     "forward": (Tile(128, 128, 64, 2, 8, 3),),
     "backward": (Tile(128, 128, 64, 4, 8, 3),),
     "onchip": (Tile(128, 32, 128, 2, 8, 2),),
+    "onchip tight": (Tile(64, 32, 128, 2, 8, 2),),
     **_UNALIGNED,
 }
 _AMPERE: Table = {  # and all others

@@ -116,6 +116,15 @@ def first_block_of_expert(
     return expert * tl.cdiv(tl.cdiv(num_rows, num_experts), BLOCK_M)
 
 
+@triton.jit
+def wait_for_expert(
+    expert, expert_offsets, num_rows, num_experts, num_blocks, end_sums, counters, BLOCK_M: tl.constexpr
+):
+    """Returns when all tickets before `end_sums` that concern the expert's rows are done."""
+    start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
+    wait_until(counters + FIRST_COUNTER + expert, tl.cdiv(end - start, BLOCK_M) * (end_sums // num_blocks))
+
+
 # --- matrix products ---
 
 
