@@ -79,8 +79,7 @@ _HOPPER: Table = {
 _BLACKWELL: Table = {
     "forward": (Tile(128, 128, 64, 2, 8, 3),),
     "backward": (Tile(128, 128, 64, 4, 8, 3),),
-    "onchip": (Tile(128, 32, 128, 2, 8, 2),),
-    "onchip tight": (Tile(64, 32, 128, 2, 8, 2),),
+    "onchip": (Tile(64, 32, 128, 2, 8, 2),),
     **_UNALIGNED,
 }
 _AMPERE: Table = {  # and all others
@@ -89,6 +88,7 @@ _AMPERE: Table = {  # and all others
     "onchip": (Tile(128, 32, 128, 2, 8, 2),),
     **_UNALIGNED,
 }
+_BLACKWELL_120: Table = {**_AMPERE, "onchip": _BLACKWELL["onchip"]}
 _TF32: Table = {
     "forward": (Tile(128, 128, 32, 4, 8, 2),),
     "backward": (Tile(128, 64, 32, 4, 8, 2),),
@@ -112,7 +112,7 @@ def table(capability: int, dtype: torch.dtype, precision: str) -> Table:
     """The tiles for a compute capability (90: 9.0); precision "ieee" or "tf32" matters to float32 only."""
     if dtype == torch.float32:
         return _TF32 if precision == "tf32" else _FLOAT32
-    return {9: _HOPPER, 10: _BLACKWELL}.get(capability // 10, _AMPERE)
+    return {9: _HOPPER, 10: _BLACKWELL, 12: _BLACKWELL_120}.get(capability // 10, _AMPERE)
 
 
 @functools.lru_cache(maxsize=4096)

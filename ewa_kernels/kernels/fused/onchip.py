@@ -127,13 +127,12 @@ def onchip_kernel(
                     # Columns that do not exist hold copies of others: not zero, and perhaps not finite.
                     hidden = tl.where((column < d_ff)[None, :], hidden, 0.0)
                 acc = multiply(hidden.to(weight.dtype), weight.T, acc, PRECISION)
-            bias = None
             if down_bias is not None:
-                bias = tl.load(down_bias + down_row).to(tl.float32)
+                acc += tl.load(down_bias + down_row).to(tl.float32)[None, :]
             factor = None
             if routing_weights is not None:
                 factor = tl.load(routing_weights + choice).to(tl.float32)
-            store_rows(acc, bias, row, end, choice, 0, factor, y, d_model, BLOCK_M, BLOCK_K, PARTS)
+            store_rows(acc, None, row, end, choice, 0, factor, y, d_model, BLOCK_M, BLOCK_K, PARTS)
 
 
 def launch_onchip(
