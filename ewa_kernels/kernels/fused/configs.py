@@ -88,7 +88,7 @@ _AMPERE: Table = {  # and all others
     "onchip": (Tile(128, 32, 128, 2, 8, 2),),
     **_UNALIGNED,
 }
-_BLACKWELL_120: Table = {**_AMPERE, "onchip": _BLACKWELL["onchip"]}
+_BLACKWELL_120: Table = {**_AMPERE, "onchip": _BLACKWELL["onchip"], "onchip tight": ()}
 _TF32: Table = {
     "forward": (Tile(128, 128, 32, 4, 8, 2),),
     "backward": (Tile(128, 64, 32, 4, 8, 2),),
