@@ -121,22 +121,25 @@ def main() -> int:
     begin = time.monotonic()
     with (output / "gpu.log").open("w") as log:
 
-        def take(name: str, section: Section, prefix: str) -> None:
+        def take(name: str, section: Section, prefix: str) -> dict[str, float]:
             command, limit = section
             print(f"\n=== {name}: {' '.join(command)}", flush=True)
             log.write(f"\n=== {name}\n")
             start = time.monotonic()
             limit = min(limit, 60 * arguments.minutes - (start - begin))
             returncode = run(command, limit, log, architecture, prefix) if limit > 0 else NOT_RUN
-            seconds = round(time.monotonic() - start, 1)
-            summary["sections"][name] = {"returncode": returncode, "seconds": seconds}
-            (output / "gpu.json").write_text(json.dumps(summary, indent=1) + "\n")
+            return {"returncode": returncode, "seconds": round(time.monotonic() - start, 1)}
 
         for group in sections(output):
             chosen = {name: section for name, section in group.items() if name in arguments.sections}
             with concurrent.futures.ThreadPoolExecutor(len(group)) as pool:
-                for name, section in chosen.items():
-                    pool.submit(take, name, section, f"{name}: " if len(chosen) > 1 else "")
+                running = {
+                    pool.submit(take, name, section, f"{name}: " if len(chosen) > 1 else ""): name
+                    for name, section in chosen.items()
+                }
+                for done in concurrent.futures.as_completed(running):
+                    summary["sections"][running[done]] = done.result()
+                    (output / "gpu.json").write_text(json.dumps(summary, indent=1) + "\n")
     print()
     for name, result in summary["sections"].items():
         outcome = {0: "passed", NOT_RUN: "not run"}.get(result["returncode"], "FAILED")
