@@ -28,7 +28,6 @@ NUM_OPTIONS = 5
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # which a compiler cannot look into
 def old_driver() -> str | None:
     """Why the driver cannot run the CUDA part; None if it can: what was built with its own major version, or older."""
     driver, built = _C.cuda_versions()
@@ -36,6 +35,10 @@ def old_driver() -> str | None:
         return None
     names = [f"{version // 1000}.{version % 1000 // 10}" for version in (built, driver)]
     return f"the extension is built with CUDA {names[0]}, the driver is for {names[1]}: update it, or build with that"
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which cannot look into the call.
+old_driver._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def groups_of(tensors: Sequence[Any], group_sizes: Sequence[int]) -> Iterator[list[Any]]:
