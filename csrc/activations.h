@@ -14,10 +14,20 @@ struct ValueAndSlope {
     float slope;
 };
 
+// 2^n · p, where n is the whole number in the low bits of `shifted`, which is n + 1.5·2^23: adding that rounds to one.
+EWA_INLINE float scaled_by_power(float p, float shifted) {
+    uint32_t bits, exponent;
+    std::memcpy(&exponent, &shifted, 4);
+    std::memcpy(&bits, &p, 4);
+    bits += exponent << 23;
+    std::memcpy(&p, &bits, 4);
+    return p;
+}
+
 // e^y for y ≤ 0, within 2 roundings; y below −87 counts as −87, and a NaN stays one.
 EWA_INLINE float exponential(float y) {
     y = y < -87.0f ? -87.0f : y;
-    // y = n ln 2 + r with |r| ≤ ln(2)/2. Adding 1.5·2^23 rounds to an integer, which is then in the low bits.
+    // y = n ln 2 + r with |r| ≤ ln(2)/2.
     const float shifted = y * 1.44269504f + 12582912.0f;
     const float n = shifted - 12582912.0f;
     const float r = (y - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts: n·(first) is exact
@@ -29,12 +39,7 @@ EWA_INLINE float exponential(float y) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    uint32_t bits, exponent;
-    std::memcpy(&exponent, &shifted, 4);
-    std::memcpy(&bits, &p, 4);
-    bits += exponent << 23;
-    std::memcpy(&p, &bits, 4);
-    return p;
+    return scaled_by_power(p, shifted);
 }
 
 struct Gelu {
@@ -50,6 +55,39 @@ struct Gelu {
         const float tail = 0.5f * p * t * e;
         const float cdf = v > 0.0f ? 1.0f - tail : tail;
         return {v * cdf, cdf + v * e * 0.39894228f};
+    }
+};
+
+// The same for what is rounded to 16 bits, with half as many operations. The normal distribution's upper tail Q(|v|) is
+// within 4e-5 of its value, and its density the tail times the hazard rate; beyond |v| = 8 both stay what they are at 8.
+// log₂ Q is close to a parabola, the hazard rate to a line: polynomials fitted for the smallest largest error.
+struct Gelu16Bit {
+    EWA_INLINE ValueAndSlope at(float v) {
+        const float size = std::fabs(v), m = size > 8.0f ? 8.0f : size;  // a NaN stays one
+        float log2 = -1.2624606e-6f;
+        log2 = log2 * m + 4.8203353e-5f;
+        log2 = log2 * m - 8.0724891e-4f;
+        log2 = log2 * m + 7.9445819e-3f;
+        log2 = log2 * m - 5.2635388e-2f;
+        log2 = log2 * m - 4.5995684e-1f;
+        log2 = log2 * m - 1.1506099f;
+        log2 = log2 * m - 1.0000431f;
+        const float shifted = log2 + 12582912.0f, r = log2 - (shifted - 12582912.0f);
+        float p = 9.68573e-3f;
+        p = p * r + 5.592204e-2f;
+        p = p * r + 2.4021865e-1f;
+        p = p * r + 6.9312103e-1f;
+        p = p * r + 1.0000001f;
+        const float tail = scaled_by_power(p, shifted);
+        float hazard = 6.6081365e-6f;
+        hazard = hazard * m - 2.1330061e-4f;
+        hazard = hazard * m + 2.9266059e-3f;
+        hazard = hazard * m - 2.2636372e-2f;
+        hazard = hazard * m + 1.1081935e-1f;
+        hazard = hazard * m + 6.3635754e-1f;
+        hazard = hazard * m + 7.9787388e-1f;
+        const float below = tail - m * tail * hazard;  // the slope at −|v|
+        return {(v < 0.0f ? 0.0f : v) - m * tail, v < 0.0f ? below : 1.0f - below};
     }
 };
 

@@ -19,6 +19,10 @@ constexpr int64_t most_words = 384;
 // both need of the operands stays in the second cache.
 constexpr int64_t task_rows = 8 * tile_rows, block_columns = 256;
 
+// Words ahead of which rows are fetched where a sum is over them.
+constexpr int64_t words_ahead = 8;
+constexpr int64_t line_bytes = 64;
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t padded(int64_t columns) { return ceil_div(columns, tile_columns) * tile_columns; }
@@ -45,6 +49,12 @@ struct Operand {
     Tokens tokens;
     int64_t columns;     // in memory
     bool sum_over_rows;  // else over columns
+
+    int64_t element_size() const { return tokens.matrix.type == Type::float32 ? sizeof(float) : sizeof(uint16_t); }
+    const char* address(int64_t row, int64_t column) const {
+        const int64_t at = (tokens.rows == nullptr ? row : tokens.rows[row]) * columns + column;
+        return static_cast<const char*>(tokens.matrix.at) + at * element_size();
+    }
 };
 
 template <bool bfloat16>
@@ -68,9 +78,9 @@ struct Memory<true> {
 template <bool bfloat16>
 const Element<bfloat16>* read(const Operand& from, int64_t row, int64_t column, int64_t n, Memory<bfloat16>& memory) {
     const Tokens& tokens = from.tokens;
-    const int64_t at = (tokens.rows == nullptr ? row : tokens.rows[row]) * from.columns + column;
-    const float* floats = static_cast<const float*>(tokens.matrix.at) + at;
-    const uint16_t* narrow = static_cast<const uint16_t*>(tokens.matrix.at) + at;
+    const char* const at = from.address(row, column);
+    const float* floats = reinterpret_cast<const float*>(at);
+    const uint16_t* narrow = reinterpret_cast<const uint16_t*>(at);
     if constexpr (bfloat16)
         if (tokens.factor == nullptr) return narrow;
     if (tokens.matrix.type != Type::float32) {
@@ -87,6 +97,14 @@ const Element<bfloat16>* read(const Operand& from, int64_t row, int64_t column, 
     } else {
         return floats;
     }
+}
+
+// Asks for n elements of a row, if it is one of those before `end`, so that they are in the cache when they are read:
+// processors do not foresee so many short rows, and packing waits for memory more than for anything else.
+EWA_INLINE void fetch(const Operand& from, int64_t row, int64_t end, int64_t column, int64_t n) {
+    if (row >= end) return;
+    const char* at = from.address(row, column);
+    for (int64_t j = 0; j < n * from.element_size(); j += line_bytes) __builtin_prefetch(at + j);
 }
 
 // The next 16 words of one row of which there are n elements.
@@ -111,10 +129,11 @@ EWA_AVX512 EWA_INLINE __m512 words_of_columns(const uint16_t* row, const uint16_
     return _mm512_castsi512_ps(words);
 }
 
-// Words word … of `rows` rows, of which a sum is over the columns: a panel [words][step].
+// Words word … of `rows` rows, of which a sum is over the columns: a panel [words][step]. The next rows before `end` are
+// fetched meanwhile.
 template <bool bfloat16>
-EWA_AVX512 void pack_columns(const Operand& from, int64_t row, int64_t rows, int64_t word, int64_t words, int64_t step,
-                             float* panel) {
+EWA_AVX512 void pack_columns(const Operand& from, int64_t row, int64_t rows, int64_t end, int64_t word, int64_t words,
+                             int64_t step, float* panel) {
     constexpr int64_t terms = terms_of_word<bfloat16>;
     Memory<bfloat16> memory[lanes];
     const Element<bfloat16>* at[lanes];
@@ -122,6 +141,7 @@ EWA_AVX512 void pack_columns(const Operand& from, int64_t row, int64_t rows, int
     for (int i = 0; i < rows; ++i) at[i] = read(from, row + i, word * terms, n, memory[i]);
     const __mmask16 width = first_lanes(step);
     for (int64_t p = 0; p < words; p += lanes) {
+        for (int i = 0; i < rows; ++i) fetch(from, row + rows + i, end, (word + p) * terms, 1);
         __m512 block[lanes];
         for (int i = 0; i < lanes; ++i)
             block[i] = i < rows ? words_of_row(at[i] + p * terms, n - p * terms) : _mm512_setzero_ps();
@@ -139,6 +159,7 @@ struct RowsOfWord {
     RowsOfWord(const Operand& from, int64_t row, int64_t k, int64_t word, int64_t column, int64_t n,
                Memory<bfloat16> (&memory)[2]) {
         constexpr int64_t terms = terms_of_word<bfloat16>;
+        for (int64_t i = 0; i < terms; ++i) fetch(from, row + (word + words_ahead) * terms + i, row + k, column, n);
         first = read(from, row + word * terms, column, n, memory[0]);
         second = bfloat16 && word * terms + 1 < k ? read(from, row + word * terms + 1, column, n, memory[1]) : nullptr;
     }
@@ -170,8 +191,8 @@ EWA_AVX512 void pack_right(const Operand& right, const Product& product, int64_t
             rows.pack(j, columns - j, tile_columns, panels + j * words + p * tile_columns);
     }
     for (int64_t j = 0; !right.sum_over_rows && j < padded(columns); j += lanes)
-        pack_columns<bfloat16>(right, product.right_row + column + j, std::clamp<int64_t>(columns - j, 0, lanes), word,
-                               words, tile_columns,
+        pack_columns<bfloat16>(right, product.right_row + column + j, std::clamp<int64_t>(columns - j, 0, lanes),
+                               product.right_row + product.n, word, words, tile_columns,
                                panels + j / tile_columns * tile_columns * words + j % tile_columns);
 }
 
@@ -190,7 +211,8 @@ EWA_AVX512 void pack_left(const Operand& left, const Product& product, int64_t f
     }
     for (int64_t i = 0; sums != nullptr && i < rows.total; ++i) sums[i] += of_these[i];
     for (int64_t i = 0; !left.sum_over_rows && i < rows.count; ++i)
-        pack_columns<bfloat16>(left, product.left_row + first + rows.start(i), rows.size(i), word, words, rows.size(i),
+        pack_columns<bfloat16>(left, product.left_row + first + rows.start(i), rows.size(i),
+                               product.left_row + product.m, word, words, rows.size(i),
                                panels + rows.start(i) * words);
 }
 

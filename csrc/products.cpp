@@ -30,9 +30,9 @@ namespace {
 // So many at least, so that threads of unequal speed end at about the same time: another program may use a core too. Each
 // reads all of the right operand that is packed.
 constexpr int64_t tasks_per_thread = 2;
-// Of the right operand so much is packed at a time: of several experts 2 MB for each thread, about its share of the third
-// cache, but no more than 64 MB; of one 8 MB. If that has more, its sum is made in several batches.
-constexpr int64_t right_words_per_thread = int64_t{1} << 19, most_right_words = int64_t{1} << 24;
+// Of the right operand so much is packed at a time: of several experts 2.5 MB for each thread, about its share of the
+// third cache, but no more than 64 MB; of one 8 MB. If that has more, its sum is made in several batches.
+constexpr int64_t right_words_per_thread = int64_t{5} << 17, most_right_words = int64_t{1} << 24;
 constexpr int64_t right_words_of_one = int64_t{1} << 21;
 
 int64_t this_thread() {
@@ -80,6 +80,18 @@ struct Batch {
 
     std::vector<PackTask> packs;
     std::vector<RowsTask> tasks;
+
+    // The last task of each thread, if it has several: they end at about the same time then. Each reads all of the right
+    // operand, so that halves of a few large ones would cost more.
+    void halve_last(int64_t threads) {
+        if (static_cast<int64_t>(tasks.size()) < 4 * threads) return;
+        const std::vector<RowsTask> last(tasks.end() - threads, tasks.end());
+        tasks.resize(tasks.size() - threads);
+        for (const auto& [expert, at, first, rows] : last) {
+            if (rows > 1) tasks.push_back({expert, at, first, rows / 2});
+            tasks.push_back({expert, at, first + rows / 2, rows - rows / 2});
+        }
+    }
 };
 
 struct Plan {
@@ -130,6 +142,7 @@ struct Plan {
             if (!batch.whole) kept = std::max(kept, product.m * product.n);
             at += padded(product.n) * size;
         }
+        batch.halve_last(threads);
         right = std::max(right, at);
         slots = std::max(slots, std::min<int64_t>(threads, batch.tasks.size()));
         batches.push_back(std::move(batch));

@@ -222,6 +222,7 @@ EWA_INLINE void activate_backward_row(int64_t n, const BackwardRow& row) {
             activate_backward_row<Act, false, false>(n, row);                                                          \
     }
 EWA_ROWS(Gelu)
+EWA_ROWS(Gelu16Bit)
 EWA_ROWS(GeluTanh)
 EWA_ROWS(QuickGelu)
 EWA_ROWS(Relu)
@@ -246,10 +247,15 @@ const Rows rows_of[] = {
     {forward_Identity, backward_Identity},
 };
 
+Rows rows_for(Activation activation, Type hidden) {
+    if (activation == Activation::gelu && hidden != Type::float32) return {forward_Gelu16Bit, backward_Gelu16Bit};
+    return rows_of[static_cast<int>(activation)];
+}
+
 }  // namespace
 
 RowFunction activate_rows(Activation activation, const Block& block, const float* bias, Matrix pre, Matrix hidden) {
-    const auto forward = rows_of[static_cast<int>(activation)].forward;
+    const auto forward = rows_for(activation, hidden.type).forward;
     const Dropout dropout(block);
     return [=](int64_t e, int64_t i, Matrix product, int64_t row) {
         const bool in_place = address(pre, i * block.columns()) == address(product, row * block.columns());
@@ -285,7 +291,7 @@ void activate(Activation activation, const Block& block, const float* bias, Matr
 
 RowFunction activate_backward_rows(Activation activation, const Block& block, Matrix pre, const float* factor,
                                    Matrix grad_pre, Matrix hidden, float* grad_factor) {
-    const auto backward = rows_of[static_cast<int>(activation)].backward;
+    const auto backward = rows_for(activation, hidden.type).backward;
     const Dropout dropout(block);
     return [=](int64_t, int64_t i, Matrix grad_hidden, int64_t row) {
         Chunk gate, value, scale, upstream, grad_gate, grad_value, out;

@@ -65,14 +65,8 @@ def blocks(
         block_rows: of all experts together, about; None: as few blocks as possible.
         any_counts: whether experts of a block may have any number of rows each.
     """
-    num_rows, device = len(permutation), permutation.device
-    if expert_offsets is None:
-        offsets = equal_offsets(num_rows, num_experts)
-        # The offsets again, computed where they are needed: a copy from the host may not be captured in a CUDA graph.
-        first_row = torch.arange(num_experts, device=device) * num_rows // num_experts
-    else:
-        offsets = expert_offsets.tolist()
-        first_row = expert_offsets[:-1].long()
+    num_rows, device = permutation.shape[0], permutation.device
+    offsets = equal_offsets(num_rows, num_experts) if expert_offsets is None else expert_offsets.tolist()
     counts = [end - start for start, end in itertools.pairwise(offsets)]
     if any_counts:
         pieces = _together(counts, 1 if block_rows is None else max(round(num_rows / block_rows), 1))
@@ -80,19 +74,34 @@ def blocks(
         pieces = _by_turns(counts, block_rows, lockstep=expert_offsets is None)
     result: list[Block] = []
     done, seen = 0, set[int]()
-    for experts, first, of_experts in pieces:
-        if len(set(zip(first, of_experts, strict=True))) == 1:
-            own_rows = torch.arange(first[0], first[0] + of_experts[0], device=device)
-            rows = (first_row[experts, None] + own_rows).flatten()
+    for piece in pieces:
+        if sum(piece.counts) == num_rows:
+            rows, choices = torch.arange(num_rows, device=device), permutation.long()
         else:
-            starts = [offset + start for offset, start in zip(offsets[:-1], first, strict=True)]
-            rows = torch.cat([torch.arange(s, s + n, device=device) for s, n in zip(starts, of_experts, strict=True)])
-        choices = permutation[rows].long()
+            rows = _rows(piece, num_rows, offsets, expert_offsets, device)
+            choices = permutation[rows].long()
         tokens = choices // top_k if top_k > 1 else choices
-        saved = slice(done, done := done + len(rows))
-        result.append(Block(experts, of_experts, rows, tokens, choices, saved, beta=int(experts.start in seen)))
+        saved = slice(done, done := done + rows.shape[0])
+        beta = int(piece.experts.start in seen)
+        result.append(Block(piece.experts, piece.counts, rows, tokens, choices, saved, beta))
         seen.update(result[-1].numbers)
     return result
+
+
+def _rows(
+    piece: _Piece, num_rows: int, offsets: list[int], expert_offsets: Tensor | None, device: torch.device
+) -> Tensor:
+    experts, first, counts = piece
+    if len(set(zip(first, counts, strict=True))) != 1:
+        starts = [offset + start for offset, start in zip(offsets[:-1], first, strict=True)]
+        return torch.cat([torch.arange(s, s + n, device=device) for s, n in zip(starts, counts, strict=True)])
+    if expert_offsets is None:
+        # The offsets again, where they are needed: a copy from the host may not be captured in a CUDA graph.
+        first_row = torch.arange(len(offsets) - 1, device=device) * num_rows // (len(offsets) - 1)
+    else:
+        first_row = expert_offsets[:-1].long()
+    own_rows = torch.arange(first[0], first[0] + counts[0], device=device)
+    return (first_row[experts, None] + own_rows).flatten()
 
 
 def _together(counts: list[int], num_blocks: int) -> list[_Piece]:

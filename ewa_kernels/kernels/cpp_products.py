@@ -166,14 +166,14 @@ class CppProducts(CppRows):
         return product, self._workspace(product)
 
     def _workspace(self, product: _C.TimesWeights | _C.Outer) -> int:
-        return self.scratch("workspace", product.workspace_floats() * 4 // self.dtype.itemsize).data_ptr()
+        return self.scratch.address("workspace", product.workspace_floats() * 4)
 
     @property
     def _bfloat16(self) -> bool:
         return self.dtype == torch.bfloat16
 
     def _new(self, block: Block, name: str, columns: int) -> Tensor:
-        return self.scratch(name, len(block.rows), columns)
+        return self.scratch(name, block.rows.shape[0], columns)
 
 
 def _tokens(rows: LookedUp | Tensor) -> _C.Tokens:

@@ -107,7 +107,7 @@ class CppRows(TorchRows):
 
     def cpp_block(self, rows: Tensor, rows_per_expert: int, d_ff: int, dropout: Dropout | None) -> _C.Block:
         seed, p = (0, 0.0) if dropout is None else (int(dropout.seed), dropout.p)
-        return _C.Block(len(rows), rows_per_expert, d_ff, self.gated, address(rows), seed, p)
+        return _C.Block(rows.shape[0], rows_per_expert, d_ff, self.gated, address(rows), seed, p)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -28,10 +28,18 @@ class Scratch:
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape) * self._dtype.itemsize
-        if name not in self._memory or len(self._memory[name]) < size:
+        return self._bytes(name, size)[:size].view(self._dtype).view(shape)
+
+    def address(self, name: str, size: int) -> int:
+        """Of so many bytes."""
+        return self._bytes(name, size).data_ptr()
+
+    def _bytes(self, name: str, size: int) -> Tensor:
+        memory = self._memory.get(name)
+        if memory is None or memory.shape[0] < size:
             with torch.inference_mode(False):  # whose tensors could be used nowhere else
-                self._memory[name] = torch.empty(size, dtype=torch.uint8, device=self._device)
-        return self._memory[name][:size].view(self._dtype).view(shape)
+                self._memory[name] = memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return memory
 
     @classmethod
     def clear(cls) -> None:
