@@ -1,6 +1,7 @@
 """The C++ extension: that it is there, agrees with the specification, and can be done without."""
 
 import itertools
+import math
 import subprocess
 import sys
 
@@ -42,6 +43,37 @@ def wide_range():
 
 def make_rows(rows_class, activation="gelu", gated=False):
     return rows_class(activation, gated, torch.float32, Scratch(torch.device("cpu"), torch.float32))
+
+
+class TestGeluOf16Bits:
+    def slope_and_hidden(self, pre):
+        rows = cpp_rows.CppRows("gelu", False, torch.bfloat16, Scratch(CPU, torch.bfloat16))
+        slope, hidden = torch.empty(2, 1, 1, len(pre), dtype=torch.bfloat16)
+        pre = pre.view(1, 1, -1)
+        number = torch.zeros(1, dtype=torch.int64)
+        rows.activate_backward(pre, torch.ones_like(pre), number, None, None, slope, hidden, None)
+        return torch.stack((slope.flatten(), hidden.flatten()))
+
+    def test_is_exact_but_for_the_last_rounding(self):
+        """Of slope and hidden there is nothing to see of what shorter polynomials leave out."""
+        pre = torch.linspace(-8, 8, 100_001).bfloat16()
+        ours, v = self.slope_and_hidden(pre), pre.double()
+        tail, density = torch.special.log_ndtr(-v.abs()).exp(), (-v * v / 2).exp() / math.sqrt(2 * math.pi)
+        cdf = torch.where(v < 0, tail, 1 - tail)
+        exact = torch.stack((cdf + v * density, v * cdf))
+        left_out = 5e-5 * torch.stack((tail + v.abs() * density, v.abs() * tail))
+        assert ((exact - left_out).bfloat16() <= ours).all()
+        assert (ours <= (exact + left_out).bfloat16()).all()
+
+    def test_far_out(self):
+        pre = torch.tensor([9.0, 1e30, math.inf, -9.0, -1e30, -math.inf, math.nan]).bfloat16()
+        slope, hidden = self.slope_and_hidden(pre)
+        assert torch.equal(hidden[:3], pre[:3])
+        assert torch.equal(slope[:3], torch.ones(3, dtype=torch.bfloat16))
+        assert (hidden[3:6].abs() < 1e-14).all()
+        assert (slope[3:6].abs() < 1e-13).all()
+        assert hidden[6].isnan()
+        assert slope[6].isnan()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
