@@ -58,27 +58,27 @@ struct Gelu {
     }
 };
 
-// The same for what is rounded to 16 bits, with half as many operations. The normal distribution's upper tail Q(|v|) is
-// within 4e-5 of its value, and its density the tail times the hazard rate; beyond |v| = 8 both stay what they are at 8.
-// log₂ Q is close to a parabola, the hazard rate to a line: polynomials fitted for the smallest largest error.
-struct Gelu16Bit {
+// The same for what is rounded to bfloat16, with half as many operations: within 4e-5 of itself, its slope within 2e-5.
+// log₂ of the normal distribution's upper tail is close to a parabola, the hazard rate, which is the density divided by
+// the tail, to a line: polynomials up to |v| = 8, fitted for the smallest largest error. Beyond it the tail counts as 0.
+struct GeluBFloat16 {
     EWA_INLINE ValueAndSlope at(float v) {
-        const float size = std::fabs(v), m = size > 8.0f ? 8.0f : size;  // a NaN stays one
-        float log2 = -1.2624606e-6f;
-        log2 = log2 * m + 4.8203353e-5f;
-        log2 = log2 * m - 8.0724891e-4f;
-        log2 = log2 * m + 7.9445819e-3f;
-        log2 = log2 * m - 5.2635388e-2f;
-        log2 = log2 * m - 4.5995684e-1f;
-        log2 = log2 * m - 1.1506099f;
-        log2 = log2 * m - 1.0000431f;
-        const float shifted = log2 + 12582912.0f, r = log2 - (shifted - 12582912.0f);
+        const float size = std::fabs(v), m = size > 8.0f ? 8.0f : size;
+        float y = -1.2624606e-6f;
+        y = y * m + 4.8203353e-5f;
+        y = y * m - 8.0724891e-4f;
+        y = y * m + 7.9445819e-3f;
+        y = y * m - 5.2635388e-2f;
+        y = y * m - 4.5995684e-1f;
+        y = y * m - 1.1506099f;
+        y = y * m - 1.0000431f;
+        const float shifted = y + 12582912.0f, r = y - (shifted - 12582912.0f);
         float p = 9.68573e-3f;
         p = p * r + 5.592204e-2f;
         p = p * r + 2.4021865e-1f;
         p = p * r + 6.9312103e-1f;
         p = p * r + 1.0000001f;
-        const float tail = scaled_by_power(p, shifted);
+        const float tail = size > 8.0f ? 0.0f : scaled_by_power(p, shifted);
         float hazard = 6.6081365e-6f;
         hazard = hazard * m - 2.1330061e-4f;
         hazard = hazard * m + 2.9266059e-3f;
@@ -86,8 +86,8 @@ struct Gelu16Bit {
         hazard = hazard * m + 1.1081935e-1f;
         hazard = hazard * m + 6.3635754e-1f;
         hazard = hazard * m + 7.9787388e-1f;
-        const float below = tail - m * tail * hazard;  // the slope at −|v|
-        return {(v < 0.0f ? 0.0f : v) - m * tail, v < 0.0f ? below : 1.0f - below};
+        const float cdf = v > 0.0f ? 1.0f - tail : tail;
+        return {v * cdf, cdf + v * (tail * hazard)};
     }
 };
 

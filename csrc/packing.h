@@ -50,10 +50,8 @@ struct Operand {
     int64_t columns;     // in memory
     bool sum_over_rows;  // else over columns
 
-    int64_t element_size() const { return tokens.matrix.type == Type::float32 ? sizeof(float) : sizeof(uint16_t); }
-    const char* address(int64_t row, int64_t column) const {
-        const int64_t at = (tokens.rows == nullptr ? row : tokens.rows[row]) * columns + column;
-        return static_cast<const char*>(tokens.matrix.at) + at * element_size();
+    const char* element(int64_t row, int64_t column) const {
+        return tokens.matrix.element((tokens.rows == nullptr ? row : tokens.rows[row]) * columns + column);
     }
 };
 
@@ -78,7 +76,7 @@ struct Memory<true> {
 template <bool bfloat16>
 const Element<bfloat16>* read(const Operand& from, int64_t row, int64_t column, int64_t n, Memory<bfloat16>& memory) {
     const Tokens& tokens = from.tokens;
-    const char* const at = from.address(row, column);
+    const char* const at = from.element(row, column);
     const float* floats = reinterpret_cast<const float*>(at);
     const uint16_t* narrow = reinterpret_cast<const uint16_t*>(at);
     if constexpr (bfloat16)
@@ -103,8 +101,8 @@ const Element<bfloat16>* read(const Operand& from, int64_t row, int64_t column, 
 // processors do not foresee so many short rows, and packing waits for memory more than for anything else.
 EWA_INLINE void fetch(const Operand& from, int64_t row, int64_t end, int64_t column, int64_t n) {
     if (row >= end) return;
-    const char* at = from.address(row, column);
-    for (int64_t j = 0; j < n * from.element_size(); j += line_bytes) __builtin_prefetch(at + j);
+    const char *at = from.element(row, column), *const last = at + n * from.tokens.matrix.element_size();
+    for (at -= reinterpret_cast<uintptr_t>(at) % line_bytes; at < last; at += line_bytes) __builtin_prefetch(at);
 }
 
 // The next 16 words of one row of which there are n elements.

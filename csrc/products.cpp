@@ -30,6 +30,8 @@ namespace {
 // So many at least, so that threads of unequal speed end at about the same time: another program may use a core too. Each
 // reads all of the right operand that is packed.
 constexpr int64_t tasks_per_thread = 2;
+// Of so many the last ones are halved. Halves of a few large tasks would cost more than they gain.
+constexpr int64_t many_tasks_per_thread = 4;
 // Of the right operand so much is packed at a time: of several experts 2.5 MB for each thread, about its share of the
 // third cache, but no more than 64 MB; of one 8 MB. If that has more, its sum is made in several batches.
 constexpr int64_t right_words_per_thread = int64_t{5} << 17, most_right_words = int64_t{1} << 24;
@@ -81,15 +83,15 @@ struct Batch {
     std::vector<PackTask> packs;
     std::vector<RowsTask> tasks;
 
-    // The last task of each thread, if it has several: they end at about the same time then. Each reads all of the right
-    // operand, so that halves of a few large ones would cost more.
+    // Halves the last task of each thread, so that all end at about the same time.
     void halve_last(int64_t threads) {
-        if (static_cast<int64_t>(tasks.size()) < 4 * threads) return;
+        if (threads == 1 || static_cast<int64_t>(tasks.size()) < many_tasks_per_thread * threads) return;
         const std::vector<RowsTask> last(tasks.end() - threads, tasks.end());
         tasks.resize(tasks.size() - threads);
         for (const auto& [expert, at, first, rows] : last) {
-            if (rows > 1) tasks.push_back({expert, at, first, rows / 2});
-            tasks.push_back({expert, at, first + rows / 2, rows - rows / 2});
+            const int64_t half = rows < 2 * tile_rows ? 0 : rows / 2;
+            if (half > 0) tasks.push_back({expert, at, first, half});
+            tasks.push_back({expert, at, first + half, rows - half});
         }
     }
 };

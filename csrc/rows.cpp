@@ -65,10 +65,6 @@ T* elements(const Matrix& matrix, int64_t at) {
     return static_cast<T*>(matrix.at) + at;
 }
 
-const void* address(const Matrix& matrix, int64_t at) {
-    return static_cast<const char*>(matrix.at) + at * (matrix.type == Type::float32 ? sizeof(float) : sizeof(uint16_t));
-}
-
 // n elements, rounded if `out` is narrower. One of the two is float32, or both are of one type.
 void convert(const Matrix& in, int64_t from, int64_t n, const Matrix& out, int64_t to) {
     if (in.type == out.type && in.type == Type::float32)
@@ -222,7 +218,7 @@ EWA_INLINE void activate_backward_row(int64_t n, const BackwardRow& row) {
             activate_backward_row<Act, false, false>(n, row);                                                          \
     }
 EWA_ROWS(Gelu)
-EWA_ROWS(Gelu16Bit)
+EWA_ROWS(GeluBFloat16)
 EWA_ROWS(GeluTanh)
 EWA_ROWS(QuickGelu)
 EWA_ROWS(Relu)
@@ -237,7 +233,7 @@ struct Rows {
 };
 
 // In the order of `Activation`.
-const Rows rows_of[] = {
+const Rows by_activation[] = {
     {forward_Gelu, backward_Gelu},
     {forward_GeluTanh, backward_GeluTanh},
     {forward_QuickGelu, backward_QuickGelu},
@@ -247,18 +243,18 @@ const Rows rows_of[] = {
     {forward_Identity, backward_Identity},
 };
 
-Rows rows_for(Activation activation, Type hidden) {
-    if (activation == Activation::gelu && hidden != Type::float32) return {forward_Gelu16Bit, backward_Gelu16Bit};
-    return rows_of[static_cast<int>(activation)];
+Rows rows_of(Activation activation, Type hidden) {
+    if (activation == Activation::gelu && hidden == Type::bfloat16) return {forward_GeluBFloat16, backward_GeluBFloat16};
+    return by_activation[static_cast<int>(activation)];
 }
 
 }  // namespace
 
 RowFunction activate_rows(Activation activation, const Block& block, const float* bias, Matrix pre, Matrix hidden) {
-    const auto forward = rows_for(activation, hidden.type).forward;
+    const auto forward = rows_of(activation, hidden.type).forward;
     const Dropout dropout(block);
     return [=](int64_t e, int64_t i, Matrix product, int64_t row) {
-        const bool in_place = address(pre, i * block.columns()) == address(product, row * block.columns());
+        const bool in_place = pre.element(i * block.columns()) == product.element(row * block.columns());
         Chunk gate, value, scale, out;
         const float* of_expert = bias == nullptr ? nullptr : bias + e * block.columns();
         for (int64_t j = 0; j < block.d_ff; j += chunk_columns) {
@@ -291,7 +287,7 @@ void activate(Activation activation, const Block& block, const float* bias, Matr
 
 RowFunction activate_backward_rows(Activation activation, const Block& block, Matrix pre, const float* factor,
                                    Matrix grad_pre, Matrix hidden, float* grad_factor) {
-    const auto backward = rows_for(activation, hidden.type).backward;
+    const auto backward = rows_of(activation, hidden.type).backward;
     const Dropout dropout(block);
     return [=](int64_t, int64_t i, Matrix grad_hidden, int64_t row) {
         Chunk gate, value, scale, upstream, grad_gate, grad_value, out;

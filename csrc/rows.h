@@ -17,6 +17,9 @@ enum class Activation { gelu, gelu_tanh, quick_gelu, relu, relu2, silu, identity
 struct Matrix {
     void* at;
     Type type;
+
+    int64_t element_size() const { return type == Type::float32 ? sizeof(float) : sizeof(uint16_t); }
+    const char* element(int64_t i) const { return static_cast<const char*>(at) + i * element_size(); }
 };
 
 // What is done to row `row` of a matrix, which is row i of a block, and expert e's. Called by several threads at a time.

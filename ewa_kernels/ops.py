@@ -270,7 +270,7 @@ def _below_autograd(keys: Any, *inputs: Any) -> Any:
 
 
 def _moe_ffn_autograd(keys: Any, *inputs: Any) -> Any:
-    tracked = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+    tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
     return _MoeFFN.apply(keys, *inputs) if tracked else _below_autograd(keys, *inputs)
 
 

@@ -1,72 +1,16 @@
 """AdamW and averaging in one pass, against `torch.optim.AdamW` followed by `ExpertAverager.step`."""
 
 import copy
-import gc
 import os
 import pickle
 
 import pytest
 import torch
+from adamw_twins import DTYPES, assert_same, averager_of, parameters, set_grads, train, twins
 from torch import nn
 
 import ewa_kernels as ewa
-from ewa_kernels.kernels import copies, extension
-
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
-def parameters(dtype=torch.float32, seed=0):
-    """Two stacked tensors, one with an odd size, five separate experts, three parameters without fellows."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(4, 30, 17), (3, 7), *[(5, 6)] * 5, (33, 5), (7,), ()]
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
-
-
-def averager_of(params, share_rate=0.1, **options):
-    return ewa.ExpertAverager([params[0], params[1], params[2:7]], share_rate, **options)
-
-
-def set_grads(params, step, missing=()):
-    generator = torch.Generator().manual_seed(step)
-    for i, p in enumerate(params):
-        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-        if i in missing:
-            p.grad = None
-
-
-def twins(dtype=torch.float32, groups=lambda params: params, averager_options=None, **options):
-    """(ours, its params), (torch's, its params, its averager), from equal starts."""
-    pairs = []
-    for ours in (True, False):
-        params = parameters(dtype)
-        averager = averager_of(params, **(averager_options or {}))
-        if ours:
-            optimizer = ewa.optim.AdamW(groups(params), averager=averager, **options)
-        else:
-            optimizer = torch.optim.AdamW(groups(params), fused=True, **options)
-        pairs.append((optimizer, params, averager))
-    return pairs
-
-
-def assert_same(ours, theirs):
-    """All parameters, moments and steps, up to a few roundings."""
-    (optimizer, params, averager), (torchs, torchs_params, torchs_averager) = ours, theirs
-    for p, q in zip(params, torchs_params, strict=True):
-        eps = torch.finfo(p.dtype).eps
-        torch.testing.assert_close(p, q, rtol=8 * eps, atol=8 * eps)
-        assert optimizer.state[p].keys() == torchs.state[q].keys()
-        for name, value in optimizer.state[p].items():
-            torch.testing.assert_close(value, torchs.state[q][name], rtol=8 * eps, atol=8 * eps)
-    assert averager.num_steps == torchs_averager.num_steps
-
-
-def train(ours, theirs, num_steps=5, start=0, missing=()):
-    for step in range(start, start + num_steps):
-        for optimizer, params, averager in (ours, theirs):
-            set_grads(params, step, missing if step == 3 else ())
-            optimizer.step()
-            if not isinstance(optimizer, ewa.optim.AdamW):
-                averager.step()
+from ewa_kernels.kernels import extension
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -280,168 +224,6 @@ class TestWithoutTheExtension:
             assert calls == [1]
 
 
-class TestBfloat16Copies:
-    def layer(self, **options):
-        torch.manual_seed(0)
-        layer = ewa.RandomPartitionMoE(16, 24, 4)
-        averager = ewa.ExpertAverager(layer, 0.3)
-        optimizer = ewa.optim.AdamW(layer.parameters(), lr=0.01, averager=averager, **options)
-        return layer, optimizer
-
-    def step(self, layer, optimizer, seed=0):
-        x = torch.randn(30, 16, generator=torch.Generator().manual_seed(seed))
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            y = layer(x, seed=seed)
-        y.float().square().mean().backward()
-        optimizer.step()
-        return y.detach()
-
-    def test_same_bits_with_and_without(self):
-        (layer, optimizer), (other, plain) = self.layer(bf16_copies=True), self.layer()
-        for seed in range(5):
-            assert torch.equal(self.step(layer, optimizer, seed), self.step(other, plain, seed))
-        for p, q in zip(layer.parameters(), other.parameters(), strict=True):
-            assert torch.equal(p, q)
-            assert torch.equal(p.grad, q.grad)
-
-    def test_is_the_parameter_rounded(self):
-        layer, optimizer = self.layer(bf16_copies=True)
-        self.step(layer, optimizer)
-        for p in (layer.up.weight, layer.down.weight):
-            assert torch.equal(copies.find(p, torch.bfloat16), p.to(torch.bfloat16))
-            assert copies.find(p, torch.float16) is None
-        assert copies.find(layer.up.bias, torch.bfloat16) is None
-
-    def test_is_used(self, monkeypatch):
-        """No weight is cast any more."""
-        layer, optimizer = self.layer(bf16_copies=True)
-        self.step(layer, optimizer)
-        cast, found = [], copies.find
-
-        def find(tensor, dtype):
-            result = found(tensor, dtype)
-            if result is None and tensor.ndim == 3:
-                cast.append(tensor)
-            return result
-
-        monkeypatch.setattr(copies, "find", find)
-        self.step(layer, optimizer)
-        assert not cast
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda p: p.detach().add_(1),
-            lambda p: p.mul_(2),
-            lambda p: setattr(p, "data", p.data + 1),
-            lambda p: ewa.functional.average_experts_([p], 0.5),
-        ],
-        ids=["detach", "in place", "data", "average"],
-    )
-    def test_is_never_stale(self, change):
-        layer, optimizer = self.layer(bf16_copies=True)
-        self.step(layer, optimizer)
-        with torch.no_grad():
-            change(layer.up.weight)
-        assert copies.find(layer.up.weight, torch.bfloat16) is None
-        self.step(layer, optimizer)
-        assert torch.equal(copies.find(layer.up.weight, torch.bfloat16), layer.up.weight.to(torch.bfloat16))
-
-    def test_of_a_model_that_is_gone(self):
-        layer, optimizer = self.layer(bf16_copies=True)
-        gc.collect()
-        before = len(copies._copies)
-        self.step(layer, optimizer)
-        assert len(copies._copies) == before + 2
-        del layer, optimizer
-        gc.collect()
-        assert len(copies._copies) == before
-
-
-class TestBadInput:
-    def test_amsgrad(self):
-        with pytest.raises(ValueError, match="amsgrad must be False, got True"):
-            ewa.optim.AdamW(parameters(), amsgrad=True)
-        (optimizer, params, _), _ = twins()
-        optimizer.param_groups[0]["amsgrad"] = True
-        set_grads(params, 0)
-        before = copy.deepcopy(params)
-        with pytest.raises(ValueError, match="amsgrad must be False, got True"):
-            optimizer.step()
-        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
-
-    def test_options(self):
-        params = parameters()
-        with pytest.raises(TypeError, match="averager must be an ExpertAverager or None, got float"):
-            ewa.optim.AdamW(params, averager=0.3)
-        with pytest.raises(ValueError, match="bf16_copies needs an averager"):
-            ewa.optim.AdamW(params, bf16_copies=True)
-        with pytest.raises(TypeError, match="bf16_copies must be a bool"):
-            ewa.optim.AdamW(params, averager=averager_of(params), bf16_copies=1)
-        with pytest.raises(ValueError, match="Invalid learning rate"):
-            ewa.optim.AdamW(params, lr=-1.0)
-
-    def test_an_averager_that_would_run_twice(self):
-        params = parameters()
-        averager = averager_of(params)
-        optimizer = ewa.optim.AdamW(params, averager=averager)
-        with pytest.raises(ValueError, match="the averager is attached already"):
-            averager.attach(optimizer)
-        with pytest.raises(ValueError, match="the averager is attached already"):
-            ewa.optim.AdamW(params, averager=averager)
-
-    def test_a_failed_constructor_claims_no_averager(self):
-        params = parameters()
-        averager = averager_of(params)
-        with pytest.raises(ValueError, match="Invalid"):
-            ewa.optim.AdamW(params, lr=-1.0, averager=averager)
-        ewa.optim.AdamW(params, averager=averager)
-
-    def test_parameters_that_changed_their_size(self):
-        params = parameters()
-        optimizer = ewa.optim.AdamW(params)
-        set_grads(params, 0)
-        optimizer.step()
-        params[7].data = torch.zeros(66, 5)
-        params[7].grad = torch.zeros(66, 5)
-        with pytest.raises(ValueError, match=r"exp_avg must be \[66, 5\] on cpu like its parameter, got \[33, 5\]"):
-            optimizer.step()
-
-    def test_a_bad_share_rate_changes_nothing(self):
-        params = parameters()
-        averager = averager_of(params)
-        averager.schedule = lambda step: 1.5
-        optimizer = ewa.optim.AdamW(params, averager=averager)
-        set_grads(params, 0)
-        with pytest.raises(ValueError, match=r"share_rate must be in \[0, 1\], got 1.5"):
-            optimizer.step()
-        assert all(torch.equal(p, q) for p, q in zip(params, parameters(), strict=True))
-        assert not optimizer.state
-
-    def test_a_dtype_without_a_kernel(self):
-        params = [nn.Parameter(torch.randn(4, 8).to(dtype)) for dtype in (torch.float32, torch.float8_e4m3fn)]
-        optimizer = ewa.optim.AdamW([{"params": params[:1]}, {"params": params[1:]}])
-        params[0].grad = torch.ones(4, 8)
-        optimizer.step()  # one without a gradient is left alone
-        optimizer.state.clear()
-        params[1].grad = torch.ones(4, 8).to(torch.float8_e4m3fn)
-        before = params[0].detach().clone()
-        with pytest.raises(
-            TypeError, match=r"param_groups\[1\]\['params'\]\[0\] must be float16, .*got torch.float8_e4m3fn"
-        ):
-            optimizer.step()
-        assert torch.equal(params[0], before)
-        assert not optimizer.state
-
-    def test_sparse_gradients(self):
-        embedding = nn.Embedding(4, 3, sparse=True)
-        optimizer = ewa.optim.AdamW(embedding.parameters())
-        embedding(torch.tensor([1])).sum().backward()
-        with pytest.raises(RuntimeError, match="sparse"):
-            optimizer.step()
-
-
 def test_closure():
     params = parameters()
     optimizer = ewa.optim.AdamW(params, averager=averager_of(params))
@@ -481,61 +263,6 @@ def test_learning_rate_schedulers():
         for scheduler in schedulers:
             scheduler.step()
     assert_same(ours, theirs)
-
-
-class TestWhoseAverager:
-    def test_of_one_optimizer_after_another(self):
-        param = nn.Parameter(torch.randn(4, 10))
-        averager = ewa.ExpertAverager([param], 0.3)
-        first = ewa.optim.AdamW([param], averager=averager)
-        with pytest.raises(ValueError, match="the averager is attached already"):
-            ewa.optim.AdamW([param], averager=averager)
-        del first
-        gc.collect()
-        ewa.optim.AdamW([param], averager=averager)
-
-    @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-    def test_a_copy_has_its_own(self, twin_of):
-        param = nn.Parameter(torch.randn(4, 10))
-        optimizer = ewa.optim.AdamW([param], averager=ewa.ExpertAverager([param], 0.3))
-        twin = twin_of(optimizer)
-        assert twin.averager is not optimizer.averager
-        for averager in (optimizer.averager, twin.averager):
-            with pytest.raises(ValueError, match="the averager is attached already"):
-                averager.attach(twin)
-
-    @pytest.mark.parametrize(
-        "given",
-        [
-            lambda p: [p.detach()],
-            lambda p: [p.data],
-            lambda p: [list(p.detach().unbind(0))],
-            lambda p: [p.view(4, 2, 5)],
-        ],
-        ids=["detached", "data", "rows", "view"],
-    )
-    def test_experts_in_a_parameters_memory_are_refused(self, given):
-        """Two passes over the same memory at once."""
-        param = nn.Parameter(torch.randn(4, 10))
-        before = param.detach().clone()
-        optimizer = ewa.optim.AdamW([param], averager=ewa.ExpertAverager(given(param), 0.3))
-        param.grad = torch.ones_like(param)
-        with pytest.raises(ValueError, match=r"shape \[.* must have memory of its own, but shares some with a"):
-            optimizer.step()
-        assert torch.equal(param, before)
-        assert not optimizer.state
-
-    def test_parameters_in_an_experts_memory_are_refused(self):
-        flat = torch.randn(4, 10)
-        params = [nn.Parameter(row) for row in flat]
-        optimizer = ewa.optim.AdamW(params, averager=ewa.ExpertAverager([flat], 0.3))
-        for param in params:
-            param.grad = torch.ones_like(param)
-        before = flat.clone()
-        with pytest.raises(ValueError, match="must have memory of its own"):
-            optimizer.step()
-        assert torch.equal(flat, before)
-        assert not optimizer.state
 
 
 class Subclass(torch.Tensor):

@@ -31,7 +31,7 @@ class Scratch:
         return self._bytes(name, size)[:size].view(self._dtype).view(shape)
 
     def address(self, name: str, size: int) -> int:
-        """Of so many bytes."""
+        """Of so many bytes, until the next call for more by this name."""
         return self._bytes(name, size).data_ptr()
 
     def _bytes(self, name: str, size: int) -> Tensor:
