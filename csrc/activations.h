@@ -14,7 +14,10 @@ struct ValueAndSlope {
     float slope;
 };
 
-// 2^n · p, where n is the whole number in the low bits of `shifted`, which is n + 1.5·2^23: adding that rounds to one.
+// 1.5·2^23: adding it rounds to a whole number, which is then in the low bits.
+constexpr float to_whole = 12582912.0f;
+
+// 2^n · p, where `shifted` is n + to_whole.
 EWA_INLINE float scaled_by_power(float p, float shifted) {
     uint32_t bits, exponent;
     std::memcpy(&exponent, &shifted, 4);
@@ -28,8 +31,8 @@ EWA_INLINE float scaled_by_power(float p, float shifted) {
 EWA_INLINE float exponential(float y) {
     y = y < -87.0f ? -87.0f : y;
     // y = n ln 2 + r with |r| ≤ ln(2)/2.
-    const float shifted = y * 1.44269504f + 12582912.0f;
-    const float n = shifted - 12582912.0f;
+    const float shifted = y * 1.44269504f + to_whole;
+    const float n = shifted - to_whole;
     const float r = (y - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts: n·(first) is exact
     float p = 1.0f / 5040;
     p = p * r + 1.0f / 720;
@@ -72,7 +75,7 @@ struct GeluBFloat16 {
         y = y * m - 4.5995684e-1f;
         y = y * m - 1.1506099f;
         y = y * m - 1.0000431f;
-        const float shifted = y + 12582912.0f, r = y - (shifted - 12582912.0f);
+        const float shifted = y + to_whole, r = y - (shifted - to_whole);
         float p = 9.68573e-3f;
         p = p * r + 5.592204e-2f;
         p = p * r + 2.4021865e-1f;
