@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from ewa_kernels.kernels import fused
-from ewa_kernels.kernels.fused import averaging, backward, forward, onchip
+from ewa_kernels.kernels.fused import averaging, backward, forward, groups, onchip
 from ewa_kernels.kernels.fused.configs import Tile, table
 from ewa_kernels.kernels.fused.layer import Layer
 
@@ -41,7 +41,9 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Case:
     """One kernel in one configuration, and what it is compiled for."""
 
-    kernel: str  # "forward", "forward up", "forward down", "backward", "backward split", "onchip" or "average"
+    kernel: (
+        str  # "forward", "forward up", "forward down", "backward", "backward split", "onchip", "average" or "groups"
+    )
     tile: Tile
     architecture: str
     dtype: str
@@ -59,11 +61,13 @@ class Case:
     @property
     def default(self) -> bool:
         """Whether backend="auto" may pick it."""
-        return self.kernel in ("forward", "backward", "onchip", "average")
+        return self.kernel in ("forward", "backward", "onchip", "average", "groups")
 
     @property
     def config(self) -> str:
         t = self.tile
+        if self.kernel == "groups":
+            return f"{groups.BLOCKS} row blocks, {groups.EXPERTS} experts"
         if self.kernel == "average":
             return f"{t.block_n} columns, {t.num_warps} warps{', stochastic rounding' * self.stochastic}"
         words = [f"{t.block_m}x{t.block_n}x{t.block_k}, {t.parts} parts, {t.num_warps} warps, {t.num_stages} stages"]
@@ -99,7 +103,8 @@ class Report:
             found.append(f"spills: {self.spill_stores} bytes stored, {self.spill_loads} loaded")
         if self.wgmma_serialized:
             found.append("each wgmma waits for the one before")
-        if self.architecture == "sm_90" and self.wgmma == 0 and self.dtype != "float32" and self.kernel != "average":
+        multiplies = self.kernel not in ("average", "groups")
+        if self.architecture == "sm_90" and self.wgmma == 0 and self.dtype != "float32" and multiplies:
             found.append("no wgmma")
         limit = SHARED_MEMORY[int(self.architecture.removeprefix("sm_"))]
         if self.shared_bytes > limit:
@@ -127,6 +132,8 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
             for tile in tiles.get(f"{kernel} unaligned", tiles[kernel])[:1]:
                 plain = Case(kernel, tile, architecture, dtype, d_model=770, d_ff=3075)
                 yield from (plain, replace(plain, gated=True))
+        if dtype == dtypes[0]:  # indices alone
+            yield Case("groups", tiles["forward"][0], architecture, dtype)
         if dtype != "tf32":
             plain = Case("average", averaging.TILE, architecture, dtype)
             yield from (plain, replace(plain, stochastic=True)) if dtype != "float32" else (plain,)
@@ -163,7 +170,8 @@ def compile_case(case: Case) -> Report:
         warnings=[
             line.strip() for line in log.splitlines() if re.search(r"warning|\(C75", line) and "(C7517)" not in line
         ]
-        + hand_off_problems(kernel.asm["ptx"]),
+        + hand_off_problems(kernel.asm["ptx"])
+        + sum_problems(kernel.asm["ttgir"]),
     )
 
 
@@ -180,6 +188,19 @@ def hand_off_problems(ptx: str) -> list[str]:
         elif re.search(r"\batom\.\S*(acq_rel|release)", line) and "st.global" in last:
             found.append(f"no barrier between a store and a release: {line.strip()}")
     return found
+
+
+def sum_problems(ttgir: str) -> list[str]:
+    """What may make sums in memory differ from run to run: one thread must store each and add to it.
+
+    That is so where all operations on an address have one layout.
+    """
+    layouts: dict[str, set[str]] = {}
+    for line in ttgir.splitlines():
+        operation = re.search(r"(atomic_rmw fadd,[^%]*|tt\.store )(%\w+),.*?!tt\.ptr<f32>, (#\w+)>", line)
+        if operation:
+            layouts.setdefault(operation[2], set()).add(operation[3])
+    return [f"{address} is added to by different threads" for address, of in layouts.items() if len(of) > 1]
 
 
 def compile_all(chosen: list[Case]) -> Iterator[Report]:
@@ -230,6 +251,8 @@ def _launch(case: Case, layer: Layer) -> Any:
     up_bias, down_bias = (None, None) if case.gated else (new(num_experts, num_up), new(num_experts, d_model))
     pre_activation, hidden = new(num_rows, num_up), new(num_rows, d_ff)
     operands = (x, up_weight, up_bias, down_weight, down_bias)
+    if case.routed:
+        layer._groups[case.tile.block_m] = new(1, dtype=torch.int32)
     kernel, _, form = case.kernel.partition(" ")
     if kernel == "forward":
         with _instead(forward, "forward_kernel") as compiled:
@@ -238,6 +261,9 @@ def _launch(case: Case, layer: Layer) -> Any:
                 (None, pre_activation, None, permutation) if form == "up" else (y, pre_activation, hidden, permutation)
             )
             forward.launch_forward(layer, *operands, *outputs, form=form or "single", deal=not case.routed)
+    elif kernel == "groups":
+        with _instead(groups, "groups_kernel") as compiled:
+            groups.tabulate(new(num_experts + 1, dtype=torch.int32), num_rows, layer.num_blocks(128), 128)
     elif kernel == "average":
         with _instead(averaging, "average_kernel") as compiled:
             share_rate, seed = new(1, dtype=torch.float64), new(1, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from collections.abc import Iterable
@@ -20,7 +21,8 @@ MAX_TOKENS = 2**31
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device | None = None) -> Tensor:
-    """`seed` as an int64 tensor with one element: an int on the CPU, a tensor where it is.
+    """`seed` as an int64 tensor with one element: an int on the CPU (on `device` in what is compiled, which may make a
+    CUDA graph of it), a tensor where it is.
 
     Raises:
         TypeError: neither an int nor an int64 tensor on the CPU or `device`.
@@ -38,7 +40,9 @@ def seed_tensor(seed: int | Tensor, device: torch.device | None = None) -> Tenso
         raise TypeError(f"seed must be an int or an int64 tensor, got {_kind(seed)}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in 0…2^63−1, got {seed}")
-    return torch.tensor(int(seed), dtype=torch.int64, device="cpu" if device is not None else None)
+    if device is not None and not torch.compiler.is_compiling():
+        device = torch.device("cpu")
+    return torch.full((), int(seed), dtype=torch.int64, device=device)
 
 
 def module(name: str, value: Any) -> None:
@@ -186,9 +190,9 @@ def ffn(
 
 
 def partition(permutation: Any, expert_offsets: Any, routing_weights: Any, x: Tensor, num_experts: int) -> None:
-    """Raises TypeError or ValueError unless they are a partition of x's tokens, or of k choices for each of them.
+    """Raises TypeError or ValueError unless their types and shapes are right for x's tokens, or k choices for each.
 
-    Values are checked on the CPU only.
+    For their values see `partition_values`.
     """
     num_tokens = num_rows = math.prod(x.shape[:-1])
     rows = "T"
@@ -214,14 +218,18 @@ def partition(permutation: Any, expert_offsets: Any, routing_weights: Any, x: Te
         if tensor.device != x.device:
             raise TypeError(f"{name} must be on {x.device} like x, got {tensor.device}")
         _shape(name, tensor, meaning, (size,))
-    if not (_can_be_read(permutation) and _can_be_read(expert_offsets)):
-        return
-    steps = expert_offsets.diff()
-    if expert_offsets[0] != 0 or expert_offsets[-1] != num_rows or bool((steps < 0).any()):
-        raise ValueError(f"expert_offsets must rise from 0 to {rows} = {num_rows}, got {expert_offsets.tolist()}")
-    if not torch.equal(
-        permutation.sort().values, torch.arange(num_rows, dtype=permutation.dtype, device=permutation.device)
-    ):
+
+
+def partition_values(permutation: Tensor, expert_offsets: Tensor, routing_weights: Tensor | None) -> None:
+    """Raises ValueError unless the offsets rise from 0 to R and the permutation `[R]` holds each of 0…R−1 once.
+
+    R is T, or T·k with routing weights. Both are read on the host.
+    """
+    num_rows, offsets = len(permutation), expert_offsets.tolist()
+    if offsets[0] != 0 or offsets[-1] != num_rows or any(a > b for a, b in itertools.pairwise(offsets)):
+        rows = "T" if routing_weights is None else "T·k"
+        raise ValueError(f"expert_offsets must rise from 0 to {rows} = {num_rows}, got {offsets}")
+    if not torch.equal(permutation.sort().values, torch.arange(num_rows, device=permutation.device)):
         raise ValueError(f"permutation must hold each of 0…{num_rows - 1} once")
 
 

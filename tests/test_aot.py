@@ -94,6 +94,14 @@ class TestTheGate:
         assert aot.hand_off_problems("\n".join((barrier, "@%p1 " + store, "@%p2 " + release)))
         assert aot.hand_off_problems("\n".join((store, barrier, release))) == []
 
+    def test_a_sum_by_several_threads(self):
+        add = (
+            "%0 = tt.atomic_rmw fadd, relaxed, gpu, %sum, %1, %2 : (tensor<128x!tt.ptr<f32>, #a>, tensor<128xf32, #a>)"
+        )
+        store = "tt.store %sum, %3, %4 : tensor<128x!tt.ptr<f32>, #a> loc(#loc)"
+        assert aot.sum_problems("\n".join((store, add))) == []
+        assert aot.sum_problems("\n".join((store.replace("#a", "#b"), add)))
+
     def test_a_bad_default_is_an_exit_code(self, monkeypatch, capsys):
         bad = aot.Report("forward", "", True, "bfloat16", "sm_90", 255, 8, 8, 1000, 4, False, [])
         monkeypatch.setattr(aot, "compile_all", lambda chosen: iter([bad]))

@@ -1,5 +1,7 @@
 """What `route`, `partition_by_expert`, `grouped_ffn` and `RoutedMoE` say to what they cannot take."""
 
+import re
+
 import pytest
 import torch
 from parity import random_ffn
@@ -104,3 +106,32 @@ def test_message(call, kind, message):
     with pytest.raises(kind) as error:
         call()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("expert_offsets", [0, 10, 0, 10], "expert_offsets must rise from 0 to T = 10, got [0, 10, 0, 10]"),
+        ("expert_offsets", [0, 3, 6, 90000], "expert_offsets must rise from 0 to T = 10, got [0, 3, 6, 90000]"),
+        ("expert_offsets", [0, -5, 6, 10], "expert_offsets must rise from 0 to T = 10, got [0, -5, 6, 10]"),
+        ("expert_offsets", [0, 1, 2, 3], "expert_offsets must rise from 0 to T = 10, got [0, 1, 2, 3]"),
+        ("permutation", [10_000_000, *range(1, 10)], "permutation must hold each of 0…9 once"),
+        ("permutation", [2**32, *range(1, 10)], "permutation must hold each of 0…9 once"),
+        ("permutation", [1, *range(1, 10)], "permutation must hold each of 0…9 once"),
+    ],
+)
+def test_values_of_a_partition(name, value, message, backend, is_compiled):
+    """Where a compiled graph knows them too, they are looked at before memory is read by them."""
+    torch.compiler.reset()
+    experts = ewa.RandomPartitionMoE(6, 10, 3).experts
+
+    def function(x, permutation, expert_offsets):
+        partition = {"permutation": permutation, "expert_offsets": expert_offsets}
+        return ewa.functional.grouped_ffn(x, *experts, **partition, backend=backend)
+
+    partition = {"permutation": torch.arange(10), "expert_offsets": torch.tensor([0, 3, 6, 10])}
+    partition[name] = torch.tensor(value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        (torch.compile(function, backend="eager") if is_compiled else function)(torch.randn(10, 6), **partition)

@@ -13,8 +13,8 @@ from parity import assert_parity, check_ffn, output_and_grads, random_ffn
 
 import ewa_kernels as ewa
 from ewa_kernels import ops
-from ewa_kernels.kernels import workspace
-from ewa_kernels.kernels.fused import layer, partition
+from ewa_kernels.kernels import multiprocessors, workspace
+from ewa_kernels.kernels.fused import partition
 from ewa_kernels.kernels.fused.activations import activate, activate_with_slope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,7 +48,7 @@ def parameters(*sizes, dtype=torch.float32, **options):
 @pytest.fixture(params=[1, 3, 50], ids=lambda n: f"{n} programs")
 def num_programs(request, monkeypatch):
     """How many programs share the work; the interpreter runs one after the other."""
-    monkeypatch.setattr(layer, "_programs", lambda device: request.param)
+    monkeypatch.setattr(multiprocessors, "count", lambda device: request.param)
     return request.param
 
 
@@ -214,13 +214,13 @@ def test_no_tokens(form):
 
 def test_split_k_adds_up(monkeypatch):
     """Weight tiles shared by several programs, summed by the last."""
-    monkeypatch.setattr(layer, "_programs", lambda device: 64)
+    monkeypatch.setattr(multiprocessors, "count", lambda device: 64)
     check_ffn(tokens(900, 24), parameters(2, 24, 40), seed=1, backend="triton-single")
 
 
 def test_same_bits_whatever_is_asked_for(monkeypatch):
     """How many programs share the rows of a weight's gradient does not depend on which gradients are needed."""
-    monkeypatch.setattr(layer, "_programs", lambda device: 64)
+    monkeypatch.setattr(multiprocessors, "count", lambda device: 64)
     x, weights = tokens(900, 24), parameters(2, 24, 40)
 
     def grad(frozen):
@@ -391,3 +391,25 @@ except ewa.BackendError as error:
     environment["CUDA_VISIBLE_DEVICES"] = ""
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.stdout.strip() == f"backend='triton' cannot run moe_ffn on cpu: {reason}", result.stderr
+
+
+def test_amd_gets_what_is_sure():
+    """gfx942 would pass for a Hopper, whose tiles do not fit it."""
+    code = """
+import torch
+torch.version.hip = "6.4"
+torch.cuda.get_device_capability = lambda device: (9, 4)
+from ewa_kernels import backends
+device = torch.device("cuda", 0)
+for operation in ("moe_ffn", "random_permutation", "average_experts_", "adamw"):
+    print(operation, backends.resolve(operation, "auto", device))
+try:
+    backends.resolve("moe_ffn", "triton-split", device)
+except backends.BackendError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    *picked, reason = result.stdout.splitlines()
+    expected = ["moe_ffn torch", "random_permutation reference", "average_experts_ reference", "adamw torch"]
+    assert picked == expected, result.stderr
+    assert "proven on NVIDIA's GPUs only" in reason

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 try:
     import triton
 except ImportError:
@@ -11,6 +13,8 @@ else:
     from ewa_kernels.kernels.fused import averaging, ffn, partition
 
     WHY_NOT = None
+    if torch.version.hip:
+        WHY_NOT = "its programs hand results to one another in ways that were proven on NVIDIA's GPUs only"
     INTERPRETED = triton.knobs.runtime.interpret
 
 __all__ = ["INTERPRETED", "WHY_NOT", "averaging", "ffn", "partition"]

@@ -31,6 +31,7 @@ from ewa_kernels.kernels.fused.tiles import (
     draw_ticket,
     first_block_of_expert,
     leave_clean,
+    load_choices,
     multiple_of_eight,
     multiply,
     rows_of_block,
@@ -55,7 +56,7 @@ def backward_kernel(
     down_weight,  # [E, D, F]
     pre_activation,  # [R, F or 2F], by grouped row
     permutation,  # int32 [R]
-    expert_offsets,  # int32 [E + 1], or None: equal groups
+    groups,  # table of given groups, see groups.py, or None: equal groups
     routing_weights,  # [R], by choice, or None
     grad_x,  # [R, D], by choice
     grad_up_weight,
@@ -66,7 +67,7 @@ def backward_kernel(
     hidden,  # scratch [R, F], by grouped row, times the routing weight
     grouped_grad_y,  # scratch [R, D], by grouped row
     grouped_x,  # scratch [R, D], by grouped row
-    partial_routing,  # float32 [⌈F / (BLOCK_N / PARTS)⌉, R], by grouped row, or None
+    partial_routing,  # float32 [⌈F / BLOCK_N⌉, R], by grouped row, or None
     partial_up,  # float32 scratch [row blocks, F or 2F], or None without grad_up_bias
     partial_down,  # float32 scratch [row blocks, D], or None without grad_down_bias
     partial_weight,  # float32 scratch, a tile for each ticket for a weight, or None if num_splits = 1
@@ -99,7 +100,6 @@ def backward_kernel(
     EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
     ALIGNED: tl.constexpr,  # 8 divides D and F
     PRECISION: tl.constexpr,
-    MAX_EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -129,16 +129,14 @@ def backward_kernel(
             is_pre = ticket < end_pre
             tiles = tl.cdiv(tl.where(is_pre, d_ff, d_model), BLOCK_N)
             block, column_tile = block_of_tile(tl.where(is_pre, ticket, ticket - end_up), tiles, num_blocks)
-            expert, first_row, end = rows_of_block(block, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
+            expert, first_row, end = rows_of_block(block, groups, num_rows, num_experts, num_blocks, BLOCK_M)
             if first_row < end:
                 row = first_row + tl.arange(0, BLOCK_M)
                 source = tl.minimum(row, end - 1)
-                choice = tl.load(permutation + source)
+                choice = load_choices(permutation, source, groups, num_rows)
                 if SINGLE:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
                     if ticket >= end_up:
-                        wait_for_expert(
-                            expert, expert_offsets, num_rows, num_experts, num_blocks, end_sums, counters, BLOCK_M
-                        )
+                        wait_for_expert(expert, groups, num_rows, num_experts, num_blocks, end_sums, counters, BLOCK_M)
                 size_k = tl.where(is_pre, d_model, num_up)
                 size_n = tl.where(is_pre, d_ff, d_model)
                 a = tl.where(is_pre, grad_y, grad_pre)
@@ -164,6 +162,9 @@ def backward_kernel(
                     factor = None
                     if routing_weights is not None:
                         factor = tl.load(routing_weights + choice).to(tl.float32)
+                    piece = None
+                    if partial_routing is not None:
+                        piece = partial_routing + column_tile.to(tl.int64) * num_rows + row
                     first_column = column_tile * BLOCK_N
                     stop = tl.minimum(first_column + BLOCK_N, d_ff)
                     gate, value = load_pre(
@@ -171,8 +172,8 @@ def backward_kernel(
                     )  # fmt: skip
                     store_grad_pre(
                         acc, gate, value, row, end, block, first_column, stop, pre_activation, grad_pre, hidden,
-                        partial_up, factor, partial_routing, num_rows, key, threshold, scale, d_ff, ACTIVATION, GATED,
-                        DROPOUT, AHEAD, BLOCK_M, BLOCK_N, PARTS,
+                        partial_up, factor, piece, key, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, AHEAD,
+                        True, BLOCK_M, BLOCK_N, PARTS,
                     )  # fmt: skip
                     if SINGLE:
                         signal(counters + FIRST_COUNTER + expert)
@@ -184,13 +185,13 @@ def backward_kernel(
         elif ticket < end_sums:
             # --- grad_y and x by grouped row, and grad_y summed over a row block ---
             block, column_tile = block_of_tile(ticket - end_pre, tl.cdiv(d_model, BLOCK_N), num_blocks)
-            expert, first_row, end = rows_of_block(block, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
+            expert, first_row, end = rows_of_block(block, groups, num_rows, num_experts, num_blocks, BLOCK_M)
             if first_row < end:
                 half: tl.constexpr = BLOCK_N // 2  # the whole takes too many registers
                 for first_column in range(column_tile * BLOCK_N, (column_tile + 1) * BLOCK_N, half):
                     group_rows(
-                        grad_y, x, permutation, routing_weights, block, first_row, end, first_column, d_model,
-                        grouped_grad_y, grouped_x, partial_down, TOP_K, BLOCK_M, half,
+                        grad_y, x, permutation, groups, routing_weights, block, first_row, end, first_column, num_rows,
+                        d_model, grouped_grad_y, grouped_x, partial_down, TOP_K, BLOCK_M, half,
                     )  # fmt: skip
                 if SINGLE:
                     signal(counters + FIRST_COUNTER + expert)
@@ -200,9 +201,9 @@ def backward_kernel(
             column_tile = tile // num_experts
             expert = tile - column_tile * num_experts
             if SINGLE:
-                wait_for_expert(expert, expert_offsets, num_rows, num_experts, num_blocks, end_sums, counters, BLOCK_M)
-            start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
-            first_block = first_block_of_expert(expert, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
+                wait_for_expert(expert, groups, num_rows, num_experts, num_blocks, end_sums, counters, BLOCK_M)
+            start, end = rows_of_expert(expert, groups, num_rows, num_experts)
+            first_block = first_block_of_expert(expert, groups, num_rows, num_experts, BLOCK_M)
             blocks = tl.cdiv(end - start, BLOCK_M)
             up_tiles = 0
             if partial_up is not None:
@@ -231,8 +232,8 @@ def backward_kernel(
             tile_n = rest // tiles_m
             tile_m = rest - tile_n * tiles_m
             if SINGLE:
-                wait_for_expert(expert, expert_offsets, num_rows, num_experts, num_blocks, end_sums, counters, BLOCK_M)
-            start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
+                wait_for_expert(expert, groups, num_rows, num_experts, num_blocks, end_sums, counters, BLOCK_M)
+            start, end = rows_of_expert(expert, groups, num_rows, num_experts)
             length = tl.cdiv(end - start, num_splits)
             start += split * length
             end = tl.minimum(start + length, end)
@@ -301,7 +302,6 @@ def launch_backward(
     tile = layer.tile("backward")
     num_blocks = layer.num_blocks(tile.block_m)
     num_up = up_weight.shape[1]
-    programs = layer.grid(2**31, tile)[0]
 
     def tiles(width: int, block: int = tile.block_n) -> int:
         return ceil_div(width, block)
@@ -318,9 +318,9 @@ def launch_backward(
     down_tiles = layer.num_experts * tiles(layer.d_model, tile.block_m) * tiles(layer.d_ff)
     up_tiles = layer.num_experts * tiles(num_up, tile.block_m) * tiles(layer.d_model)
     # Tiles of the weights are the longest: split them until there are two for each program. Counted as if all were
-    # asked for: how a sum is split decides about its last bits.
+    # asked for, and all multiprocessors were there: how a sum is split decides about its last bits.
     steps = ceil_div(layer.num_rows, layer.num_experts * tile.block_k)
-    wanted = 2 * programs // (down_tiles + up_tiles)
+    wanted = 2 * layer.programs(tile) // (down_tiles + up_tiles)
     num_splits = max(1, min(wanted, _MAX_SPLITS, steps // _MIN_SPLIT_STEPS))
     down_tiles = 0 if grad_down_weight is None else down_tiles
     up_tiles = 0 if grad_up_weight is None else up_tiles
@@ -340,13 +340,12 @@ def launch_backward(
         scratch(layer.num_rows, layer.d_model, dtype=x.dtype) if sum_tickets else None for _ in range(2)
     )
     partial_up = scratch(num_blocks, num_up) if grad_up_bias is not None else None
-    pieces = tiles(layer.d_ff) * tile.parts
-    partial_routing = scratch(pieces, layer.num_rows) if need_routing else None
+    partial_routing = scratch(tiles(layer.d_ff), layer.num_rows) if need_routing else None
     partial_down = scratch(num_blocks, layer.d_model) if grad_down_bias is not None else None
     partial_weight = None
     if num_splits > 1:
         partial_weight = scratch((down_tiles + up_tiles) * num_splits, tile.block_m, tile.block_n)
-    num_counters = FIRST_COUNTER.value + layer.num_experts + down_tiles + up_tiles
+    num_counters = FIRST_COUNTER.value + layer.num_experts + (down_tiles + up_tiles if num_splits > 1 else 0)
     ranges = [(0, ends[-1])] if single else [(0, ends[1]), (ends[1], ends[4]), (ends[4], ends[5])]
     for first_ticket, end_ticket in ranges:
         if first_ticket == end_ticket:
@@ -375,6 +374,7 @@ def launch_backward(
                 partial_down=partial_down,
                 partial_weight=partial_weight,
                 counters=counters,
+                groups=layer.groups(tile.block_m),
                 num_blocks=num_blocks,
                 num_splits=num_splits,
                 num_counters=num_counters,

@@ -6,14 +6,25 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
+# Asserts in kernels: one that fails stops the kernel with its message, and the process must begin anew.
+DEBUG = os.environ.get("EWA_KERNELS_DEBUG", "0") not in ("", "0")
 
 
 def ceil_div(a: int, b: int) -> int:
     """⌈a/b⌉; Triton's own takes microseconds on the host."""
     return -(-a // b)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that begins at 16 bytes: for any other address Triton compiles a kernel anew, which loads
+    element by element and spills registers."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ class Tile:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,  # Triton's default changes with its version
+            "debug": DEBUG,
         }
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ewa_kernels.kernels.fused.activations import activate, activate_with_slope, dropout_scale
-from ewa_kernels.kernels.fused.tiles import halves, halves_of_row, pairs
+from ewa_kernels.kernels.fused.tiles import halves, halves_of_row, load_choices, pairs
 
 _SUM_BLOCKS = tl.constexpr(32)  # row blocks at a time in sums over them
 
@@ -74,29 +74,29 @@ def load_pre(pre_activation, row, end, first_column, stop, d_ff, GATED: tl.const
 @triton.jit
 def store_grad_pre(
     acc, gate, value, row, end, block, first_column, stop, pre_activation, grad_pre, hidden, partial_up, factor,
-    partial_routing, num_rows, seed, threshold, scale, d_ff,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr,
-    WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    grad_factor, seed, threshold, scale, d_ff,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, AHEAD: tl.constexpr, FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """From `acc`, grad_y @ down_weight: grad_pre, hidden once more, and grad_pre summed over the block's rows.
 
     `gate` and `value`: pre_activation of the first part, by `load_pre`, if AHEAD. Then each part loads those of the
     next, so that nobody waits for memory; returned are those of the columns after these, up to `stop`. Else, where
     another program has work meanwhile and registers are few, each part loads its own.
-    `factor` is the rows' routing weight, or None: then grad_pre and hidden are multiplied by it, and
-    `partial_routing` `[pieces of F, R]` (if not None) gets its gradient's share of these columns.
+    `factor` is the rows' routing weight, or None: grad_pre and hidden are multiplied by it. `grad_factor`, pointers
+    `[BLOCK_M]` or None, is where these columns' part of its gradient goes: the first part, and those that are added.
     """
     if PARTS > 1:
         left, right = halves(acc, BLOCK_M, WIDTH)
         gate, value = store_grad_pre(
             left, gate, value, row, end, block, first_column, stop, pre_activation, grad_pre, hidden, partial_up,
-            factor, partial_routing, num_rows, seed, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, AHEAD,
+            factor, grad_factor, seed, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, AHEAD, FIRST,
             BLOCK_M, WIDTH // 2, PARTS // 2,
         )  # fmt: skip
         return store_grad_pre(
             right, gate, value, row, end, block, first_column + WIDTH // 2, stop, pre_activation, grad_pre, hidden,
-            partial_up, factor, partial_routing, num_rows, seed, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT,
-            AHEAD, BLOCK_M, WIDTH // 2, PARTS // 2,
+            partial_up, factor, grad_factor, seed, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, AHEAD, False,
+            BLOCK_M, WIDTH // 2, PARTS // 2,
         )  # fmt: skip
     else:
         wanted = first_column + WIDTH if AHEAD else first_column
@@ -117,10 +117,14 @@ def store_grad_pre(
         if GATED:
             value = value.to(tl.float32)
         if factor is not None:
-            if partial_routing is not None:
-                share = acc * act * value if GATED else acc * act
-                piece = (first_column // WIDTH).to(tl.int64) * num_rows
-                tl.store(partial_routing + piece + row, tl.sum(tl.where(inside, share, 0.0), 1), mask=row < end)
+            if grad_factor is not None:
+                product = acc * act * value if GATED else acc * act
+                total = tl.sum(tl.where(inside, product, 0.0), 1)
+                # One thread adds up a row's parts, one after the other.
+                if FIRST:
+                    tl.store(grad_factor, total, mask=row < end)
+                else:
+                    tl.atomic_add(grad_factor, total, mask=row < end, sem="relaxed")
             acc *= factor[:, None]
         if GATED:
             _store_and_sum(acc * act, pre_row + d_ff, inside, grad_pre, partial_row + d_ff, exists, partial_up)
@@ -210,14 +214,14 @@ def sum_splits(
 
 @triton.jit
 def group_rows(
-    grad_y, x, permutation, routing_weights, block, first_row, end, first_column, d_model, grouped_grad_y, grouped_x,
-    partial, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    grad_y, x, permutation, groups, routing_weights, block, first_row, end, first_column, num_rows, d_model,
+    grouped_grad_y, grouped_x, partial, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Of a row block: grad_y and x by grouped row; partial = grad_y (times the routing weight) summed over its rows."""
     column = first_column + tl.arange(0, WIDTH)
     exists = column < d_model
     row = first_row + tl.arange(0, BLOCK_M)
-    choice = tl.load(permutation + row, mask=row < end, other=0)
+    choice = load_choices(permutation, tl.minimum(row, end - 1), groups, num_rows)
     inside = (row < end)[:, None] & exists[None, :]
     source = (choice // TOP_K).to(tl.int64)[:, None] * d_model + column[None, :]
     target = row.to(tl.int64)[:, None] * d_model + column[None, :]

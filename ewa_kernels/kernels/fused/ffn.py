@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from ewa_kernels.kernels.choices import grad_of_bias_factor, sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.fused.backward import launch_backward
+from ewa_kernels.kernels.fused.configs import aligned
 from ewa_kernels.kernels.fused.forward import launch_forward
 from ewa_kernels.kernels.fused.layer import Layer
 from ewa_kernels.kernels.fused.onchip import launch_onchip
@@ -22,7 +25,7 @@ def moe_ffn_forward(
     down_weight: Tensor,
     down_bias: Tensor | None,
     routing_weights: Tensor | None,
-    seed: Tensor,
+    seed: Tensor | None,
     permutation: Tensor | None,
     expert_offsets: Tensor | None,
     activation: str,
@@ -44,6 +47,8 @@ def moe_ffn_forward(
         pre_activation = x.new_empty((layer.num_rows, up_weight.shape[1]) if save else 0)
         if permutation is None:
             permutation = torch.empty(layer.num_rows, dtype=torch.int32, device=x.device)
+        else:
+            permutation = aligned(permutation)
         if layer.num_rows > 0:
             saved = pre_activation if save else None
             if form == "onchip":
@@ -63,7 +68,7 @@ def moe_ffn_backward(
     down_weight: Tensor,
     down_bias: Tensor | None,
     routing_weights: Tensor | None,
-    seed: Tensor,
+    seed: Tensor | None,
     permutation: Tensor,
     expert_offsets: Tensor | None,
     pre_activation: Tensor,
@@ -95,12 +100,13 @@ def moe_ffn_backward(
         ]
         if layer.num_rows > 0 and (need_routing or any(output_mask)):
             x, up_weight, up_bias, down_weight, _ = operands = _operands(*inputs)
+            grad_y = aligned(grad_y.contiguous())
+            permutation, pre_activation = aligned(permutation), aligned(pre_activation)
             if len(pre_activation) == 0:
                 deal = len(permutation) == 0
                 pre_activation = x.new_empty(layer.num_rows, up_weight.shape[1])
                 permutation = torch.empty(layer.num_rows, dtype=torch.int32, device=x.device) if deal else permutation
                 launch_forward(layer, *operands, None, pre_activation, None, permutation, form="up", deal=deal)
-            grad_y = grad_y.contiguous()
             pieces = launch_backward(
                 layer,
                 grad_y,
@@ -129,11 +135,21 @@ def moe_ffn_backward(
 def _operands(
     x: Tensor, up_weight: Tensor, up_bias: Tensor | None, down_weight: Tensor, down_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """What the kernels read: contiguous, the weights in x's dtype. Biases keep theirs."""
-    biases = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
+    """What the kernels read: contiguous and aligned, the weights in x's dtype. Biases keep theirs."""
+    up_bias, down_bias = (None if bias is None else aligned(bias.contiguous()) for bias in (up_bias, down_bias))
     up, down = (in_dtype(weight, x.dtype).contiguous() for weight in (up_weight, down_weight))
-    up_bias, down_bias = biases
-    return x.contiguous(), up, up_bias, down, down_bias
+    if up.data_ptr() % 16 or down.data_ptr() % 16:
+        _warn_once_of_copies()
+    return aligned(x.contiguous()), aligned(up), up_bias, aligned(down), down_bias
+
+
+@functools.cache
+def _warn_once_of_copies() -> None:
+    warnings.warn(
+        "weights of experts are copied in each call, because their addresses are no multiples of 16 bytes, as in a "
+        "flat buffer behind a parameter of odd size: pad the buffer",
+        stacklevel=2,
+    )
 
 
 def _form(layer: Layer, backend: str) -> str:

@@ -17,6 +17,7 @@ from ewa_kernels.kernels.fused.tiles import (
     FIRST_COUNTER,
     draw_ticket,
     leave_clean,
+    load_choices,
     multiple_of_eight,
     multiply,
     rows_of_block,
@@ -40,7 +41,7 @@ def forward_kernel(
     pre_activation,  # [R, F or 2F], by grouped row, or None
     hidden,  # [R, F], by grouped row; may be None in form "up"
     permutation,  # int32 [R]; written if DEAL, else read
-    expert_offsets,  # int32 [E + 1], or None: equal groups
+    groups,  # table of given groups, see groups.py, or None: equal groups
     routing_weights,  # [R], by choice, or None
     counters,
     seed,  # int64 [1] or None: the halves
@@ -67,7 +68,6 @@ def forward_kernel(
     EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
     ALIGNED: tl.constexpr,  # 8 divides D and F
     PRECISION: tl.constexpr,
-    MAX_EXPERTS: tl.constexpr,  # power of two ≥ E
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -118,7 +118,7 @@ def forward_kernel(
             rest = ticket - which_group * group * (up_tiles if FORM == "up" else down_tiles)
         column_tile = rest // group
         block = which_group * group + rest - column_tile * group
-        expert, first_row, end = rows_of_block(block, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
+        expert, first_row, end = rows_of_block(block, groups, num_rows, num_experts, num_blocks, BLOCK_M)
         if (block < num_blocks) & (first_row < end):
             row = first_row + tl.arange(0, BLOCK_M)
             source = tl.minimum(row, end - 1)  # past the end, work on the last row again
@@ -128,7 +128,7 @@ def forward_kernel(
                     if column_tile == 0:
                         tl.store(permutation + row, a_row, mask=row < end)
                 else:
-                    a_row = tl.load(permutation + source) // TOP_K
+                    a_row = load_choices(permutation, source, groups, num_rows) // TOP_K
             else:
                 if FORM == "single":
                     wait_until(counters + FIRST_COUNTER + block, up_tiles)
@@ -184,7 +184,7 @@ def forward_kernel(
                 if FORM == "single":
                     signal(counters + FIRST_COUNTER + block)
             else:
-                choice = tl.load(permutation + source)
+                choice = load_choices(permutation, source, groups, num_rows)
                 factor = None
                 if routing_weights is not None:
                     factor = tl.load(routing_weights + choice).to(tl.float32)
@@ -240,6 +240,7 @@ def launch_forward(
             radix_a=radix_a,
             radix_b=radix_b,
             rounds=rounds,
+            groups=layer.groups(tile.block_m),
             num_blocks=num_blocks,
             group=group,
             num_counters=num_counters,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels.fused.configs import INTERPRETER, Table, Tile, ceil_div, choose, choose_onchip, table
+from ewa_kernels.kernels import multiprocessors
+from ewa_kernels.kernels.fused.configs import INTERPRETER, Table, Tile, aligned, ceil_div, choose, choose_onchip, table
+from ewa_kernels.kernels.fused.groups import tabulate
 from ewa_kernels.kernels.fused.partition import int32_bits, seed_arguments
 from ewa_kernels.kernels.fused.tiles import INTERPRETED
 
@@ -23,7 +25,7 @@ class Layer:
     """Sizes, options, and the partition.
 
     Attributes:
-        seed: int64, one element, on the CPU or on `device`.
+        seed: int64, one element, on the CPU or on `device`; None where nothing is random.
         num_rows: grouped rows: T, or T·k with `routing_weights`.
         expert_offsets: int32 `[E + 1]` on `device`, or None: equal groups.
         routing_weights: `[T, k]`, contiguous, on `device`, or None: k = 1.
@@ -38,13 +40,14 @@ class Layer:
     activation: str
     gated: bool
     dropout_p: float
-    seed: Tensor
+    seed: Tensor | None
     expert_offsets: Tensor | None
     routing_weights: Tensor | None
     dtype: torch.dtype
     device: torch.device
     table: Table | None = None
     num_programs: int | None = None
+    _groups: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(
@@ -52,7 +55,7 @@ class Layer:
         x: Tensor,
         down_weight: Tensor,
         routing_weights: Tensor | None,
-        seed: Tensor,
+        seed: Tensor | None,
         expert_offsets: Tensor | None,
         activation: str,
         gated: bool,
@@ -74,7 +77,7 @@ class Layer:
             dropout_p,
             seed,
             expert_offsets,
-            None if routing_weights is None else routing_weights.contiguous(),
+            None if routing_weights is None else aligned(routing_weights.contiguous()),
             x.dtype,
             x.device,
         )
@@ -117,16 +120,27 @@ class Layer:
             return self.num_rows // block_m + self.num_experts
         return self.num_experts * ceil_div(ceil_div(self.num_rows, self.num_experts), block_m)
 
+    def groups(self, block_m: int) -> Tensor | None:
+        """The table of the groups that are given, see `groups.py`; None: equal groups."""
+        if self.expert_offsets is not None and block_m not in self._groups:
+            num_blocks = self.num_blocks(block_m)
+            self._groups[block_m] = tabulate(self.expert_offsets, self.num_rows, num_blocks, block_m)
+        return self._groups.get(block_m)
+
+    def programs(self, tile: Tile) -> int:
+        """As many as run at once on the whole device."""
+        return self.num_programs or multiprocessors.count(self.device) * tile.per_multiprocessor
+
     def grid(self, num_tickets: int, tile: Tile) -> tuple[int]:
-        programs = self.num_programs or _programs(self.device) * tile.per_multiprocessor
-        return (max(1, min(num_tickets, programs)),)
+        """Of a persistent launch."""
+        left_free = 0 if self.num_programs else multiprocessors.left_free(self.device) * tile.per_multiprocessor
+        return (max(1, min(num_tickets, self.programs(tile) - left_free)),)
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
         """Arguments that the kernels have in common."""
         seed, seed_low, seed_high = seed_arguments(self.seed)
         return {
-            "expert_offsets": self.expert_offsets,
             "routing_weights": self.routing_weights,
             "seed": seed,
             "seed_low": seed_low,
@@ -142,7 +156,6 @@ class Layer:
             "GATED": self.gated,
             "DROPOUT": self.dropout_p > 0,
             "PRECISION": precision(),
-            "MAX_EXPERTS": 1 << (self.num_experts - 1).bit_length() if self.expert_offsets is not None else 1,
         }
 
 
@@ -155,11 +168,3 @@ def precision() -> str:
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-@functools.cache
-def _programs(device: torch.device) -> int:
-    """One for each multiprocessor."""
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -10,7 +10,7 @@ from ewa_kernels.kernels.fused.activations import activate, dropout_scale
 from ewa_kernels.kernels.fused.epilogues import store_rows
 from ewa_kernels.kernels.fused.layer import Layer
 from ewa_kernels.kernels.fused.partition import load_seed, radices, tokens_of_rows
-from ewa_kernels.kernels.fused.tiles import multiple_of_eight, multiply, rows_of_block
+from ewa_kernels.kernels.fused.tiles import load_choices, multiple_of_eight, multiply, rows_of_block
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def onchip_kernel(
     y,  # [R, D]
     pre_activation,  # [R, F or 2F], by grouped row, or None
     permutation,  # int32 [R]; written if DEAL, else read
-    expert_offsets,  # int32 [E + 1], or None: equal groups
+    groups,  # table of given groups, see groups.py, or None: equal groups
     routing_weights,  # [R], by choice, or None
     seed,  # int64 [1] or None: the halves
     seed_low,
@@ -72,7 +72,6 @@ def onchip_kernel(
     ALIGNED: tl.constexpr,  # 8 divides D and F
     EVEN_F: tl.constexpr,  # BLOCK_N divides F
     PRECISION: tl.constexpr,
-    MAX_EXPERTS: tl.constexpr,  # power of two ≥ E
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of hidden at a time
     BLOCK_K: tl.constexpr,  # power of two ≥ D
@@ -88,7 +87,7 @@ def onchip_kernel(
     key = load_seed(seed, seed_low, seed_high) if DEAL or DROPOUT else 0
     d = tl.arange(0, BLOCK_K)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-        expert, first_row, end = rows_of_block(block, expert_offsets, num_rows, num_experts, BLOCK_M, MAX_EXPERTS)
+        expert, first_row, end = rows_of_block(block, groups, num_rows, num_experts, num_blocks, BLOCK_M)
         if first_row < end:
             row = first_row + tl.arange(0, BLOCK_M)
             source = tl.minimum(row, end - 1)  # past the end, work on the last row again
@@ -96,7 +95,7 @@ def onchip_kernel(
                 choice = tokens_of_rows(source, num_rows, radix_a, radix_b, rounds, key)
                 tl.store(permutation + row, choice, mask=row < end)
             else:
-                choice = tl.load(permutation + source)
+                choice = load_choices(permutation, source, groups, num_rows)
             x_tile = tl.load(
                 x + (choice // TOP_K).to(tl.int64)[:, None] * d_model + d[None, :],
                 mask=(d < d_model)[None, :],
@@ -165,6 +164,7 @@ def launch_onchip(
         radix_a=radix_a,
         radix_b=radix_b,
         rounds=rounds,
+        groups=layer.groups(tile.block_m),
         num_blocks=num_blocks,
         DEAL=deal,
         ALIGNED=layer.aligned,

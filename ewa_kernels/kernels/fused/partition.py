@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.fused.configs import ceil_div
+from ewa_kernels.kernels.fused.configs import aligned, ceil_div
 from ewa_kernels.reference import num_rounds
 
 _BLOCK = 1024
@@ -21,13 +21,15 @@ def radices(num_tokens: int) -> tuple[int, int, int]:
     return a, ceil_div(num_tokens, a), num_rounds(num_tokens)
 
 
-def seed_arguments(seed: Tensor) -> tuple[Tensor | None, int, int]:
+def seed_arguments(seed: Tensor | None) -> tuple[Tensor | None, int, int]:
     """(seed in device memory or None, low and high half as int32).
 
     A seed on the CPU travels in the launch; one on the device is read there, so that nobody waits for it.
     """
+    if seed is None:
+        return None, 0, 0
     if seed.device.type != "cpu":
-        return seed, 0, 0
+        return aligned(seed), 0, 0
     value = int(seed)
     return None, int32_bits(value), int32_bits(value >> 32)
 

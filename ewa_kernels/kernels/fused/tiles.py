@@ -15,6 +15,8 @@ import triton.language as tl
 
 FIRST_COUNTER = tl.constexpr(2)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Seconds of waiting. The interpreter runs one program after the other: a wait that is not over at once never is.
+MAX_SPINS = tl.constexpr(1 if triton.knobs.runtime.interpret else 2**22)
 
 # --- the queue ---
 
@@ -28,7 +30,11 @@ def draw_ticket(counters):
 def wait_until(counter, count):
     """Returns when the counter has reached `count`; what was written before its `signal`s can be read then."""
     done = tl.atomic_add(counter, 0, sem="acquire")
+    spins = 0
     while done < count:
+        spins += 1
+        # Heeded by the interpreter, and on a GPU in debug mode.
+        assert spins < MAX_SPINS, "what is waited for is never done"
         done = tl.atomic_add(counter, 0, sem="acquire")
 
 
@@ -53,10 +59,10 @@ def leave_clean(counters, num_counters):
 
 
 @triton.jit
-def rows_of_expert(expert, expert_offsets, num_rows, num_experts):
+def rows_of_expert(expert, groups, num_rows, num_experts):
     """First grouped row of an expert, and the end of its rows."""
-    if expert_offsets is not None:
-        return tl.load(expert_offsets + expert), tl.load(expert_offsets + expert + 1)
+    if groups is not None:
+        return tl.load(groups + expert), tl.load(groups + expert + 1)
     # ⌊e·T/E⌋ without 64-bit divisions, which cost more than all the rest here.
     quotient = num_rows // num_experts
     remainder = num_rows - quotient * num_experts
@@ -66,33 +72,32 @@ def rows_of_expert(expert, expert_offsets, num_rows, num_experts):
 
 
 @triton.jit
-def _last_blocks(expert_offsets, num_experts, BLOCK_M: tl.constexpr, MAX_EXPERTS: tl.constexpr):
-    """Row blocks of the experts 0…e, for every e; `[MAX_EXPERTS]`."""
-    expert = tl.arange(0, MAX_EXPERTS)
-    exists = expert < num_experts
-    start = tl.load(expert_offsets + expert, mask=exists, other=0)
-    end = tl.load(expert_offsets + expert + 1, mask=exists, other=0)
-    return tl.cumsum((end - start + BLOCK_M - 1) // BLOCK_M, 0)
+def first_block_of_expert(expert, groups, num_rows, num_experts, BLOCK_M: tl.constexpr):
+    if groups is not None:
+        return tl.load(groups + num_experts + 1 + expert)
+    return expert * tl.cdiv(tl.cdiv(num_rows, num_experts), BLOCK_M)
 
 
 @triton.jit
-def rows_of_block(
-    block, expert_offsets, num_rows, num_experts, BLOCK_M: tl.constexpr, MAX_EXPERTS: tl.constexpr
-):  # fmt: skip
+def rows_of_block(block, groups, num_rows, num_experts, num_blocks, BLOCK_M: tl.constexpr):
     """(expert, first row, end of the expert's rows) of a row block; a block without rows has first row ≥ end."""
-    if expert_offsets is not None:
-        last = _last_blocks(expert_offsets, num_experts, BLOCK_M, MAX_EXPERTS)
-        expert = tl.sum((last <= block).to(tl.int32), 0)
-        before = tl.max(tl.where(last <= block, last, 0), 0)
-        # There may be fewer blocks than numbers for them: those past the end have no expert.
-        exists = expert < num_experts
-        expert = tl.minimum(expert, num_experts - 1)
-        start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
-        return expert, tl.where(exists, start + (block - before) * BLOCK_M, end), end
-    blocks_per_expert = tl.cdiv(tl.cdiv(num_rows, num_experts), BLOCK_M)
-    expert = block // blocks_per_expert
-    start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
-    return expert, start + (block - expert * blocks_per_expert) * BLOCK_M, end
+    if groups is not None:
+        expert = tl.load(groups + 2 * num_experts + 1 + tl.minimum(block, num_blocks - 1))
+    else:
+        expert = block // tl.cdiv(tl.cdiv(num_rows, num_experts), BLOCK_M)
+    start, end = rows_of_expert(expert, groups, num_rows, num_experts)
+    before = first_block_of_expert(expert, groups, num_rows, num_experts, BLOCK_M)
+    return expert, start + (block - before) * BLOCK_M, end
+
+
+@triton.jit
+def load_choices(permutation, row, groups, num_rows):
+    """permutation[row]. One that was given may hold anything: no address made of it leaves the tensors."""
+    choice = tl.load(permutation + row)
+    if groups is not None:
+        tl.device_assert((choice >= 0) & (choice < num_rows), "permutation must hold 0 to R - 1")
+        choice = tl.minimum(tl.maximum(choice, 0), num_rows - 1)
+    return choice
 
 
 @triton.jit
@@ -107,21 +112,9 @@ def block_of_tile(tile, tiles, num_blocks):
 
 
 @triton.jit
-def first_block_of_expert(
-    expert, expert_offsets, num_rows, num_experts, BLOCK_M: tl.constexpr, MAX_EXPERTS: tl.constexpr
-):  # fmt: skip
-    if expert_offsets is not None:
-        last = _last_blocks(expert_offsets, num_experts, BLOCK_M, MAX_EXPERTS)
-        return tl.max(tl.where(tl.arange(0, MAX_EXPERTS) < expert, last, 0), 0)
-    return expert * tl.cdiv(tl.cdiv(num_rows, num_experts), BLOCK_M)
-
-
-@triton.jit
-def wait_for_expert(
-    expert, expert_offsets, num_rows, num_experts, num_blocks, end_sums, counters, BLOCK_M: tl.constexpr
-):
+def wait_for_expert(expert, groups, num_rows, num_experts, num_blocks, end_sums, counters, BLOCK_M: tl.constexpr):
     """Returns when all tickets before `end_sums` that concern the expert's rows are done."""
-    start, end = rows_of_expert(expert, expert_offsets, num_rows, num_experts)
+    start, end = rows_of_expert(expert, groups, num_rows, num_experts)
     wait_until(counters + FIRST_COUNTER + expert, tl.cdiv(end - start, BLOCK_M) * (end_sums // num_blocks))
 
 
