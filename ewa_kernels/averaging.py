@@ -160,6 +160,11 @@ class ExpertAverager:
         """`step`, for the optimizer that the averager is attached to."""
         checks.found_inf(found_inf)
         if found_inf is not None and (not isinstance(found_inf, Tensor) or found_inf.device.type == "cpu"):
+            if _is_capturing():
+                raise RuntimeError(
+                    "found_inf must be a tensor on the GPU while a CUDA graph is captured, which would repeat in each "
+                    f"replay what is decided now, got {found_inf!r}"
+                )
             if bool(found_inf):
                 return
             found_inf = None
@@ -180,7 +185,7 @@ class ExpertAverager:
                 constant.
         """
         beta, seed = self.share_rate, (self.seed + self.num_steps) % 2**63
-        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+        if not _is_capturing():
             return beta, seed
         if not (isinstance(self.schedule, ConstantShareRate) and self.schedule.is_endless):
             raise RuntimeError(
@@ -274,6 +279,10 @@ class ExpertAverager:
                 f"resuming with {self.schedule!r}, but {state_dict['schedule'] or 'another function'} was saved",
                 stacklevel=2,
             )
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _unwrapped(name: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ewa_kernels import checks, ops, reference, shards
 from ewa_kernels.backends import resolve
+from ewa_kernels.kernels import graphs, multiprocessors
 
 ROUNDINGS = ("stochastic", "nearest")
 
@@ -23,6 +24,7 @@ __all__ = [
     "partition_by_expert",
     "random_permutation",
     "route",
+    "set_sm_margin",
 ]
 
 
@@ -95,7 +97,8 @@ def moe_ffn(
         up_bias: `[E, F]`, or `[E, 2F]` if gated, or None.
         down_weight: `[E, D, F]`.
         down_bias: `[E, D]` or None.
-        seed: int in 0…2⁶³−1, or int64 tensor with one element, on the CPU or on x's device.
+        seed: int in 0…2⁶³−1, or int64 tensor with one element, on the CPU or on x's device; on x's device while a CUDA
+            graph is captured, which would repeat any other in each replay.
         activation: gelu (erf), gelu_tanh, quick_gelu, relu, relu2, silu or identity.
         gated: see above.
         dropout_p: probability in [0, 1] with which an element of hidden is dropped; drawn from `seed` too.
@@ -109,11 +112,12 @@ def moe_ffn(
         TypeError: an argument is of a wrong type, dtype or device.
         ValueError: an argument has a wrong shape or is out of range.
         BackendError: the backend cannot run here.
-        RuntimeError: forward-mode AD, or a gradient of torch.func, is asked for; only backend="reference" has them.
+        RuntimeError: forward-mode AD, or a gradient of torch.func, is asked for, which only backend="reference" has; or
+            the seed is on the CPU while a CUDA graph is captured.
     """
     checks.ffn(x, up_weight, up_bias, down_weight, down_bias, activation, gated, dropout_p)
     checks.boolean("recompute", recompute)
-    seed = checks.seed_tensor(seed, x.device)
+    seed = graphs.replayable("seed", checks.seed_tensor(seed, x.device), x.device)
     operands = (up_weight, up_bias, down_weight, down_bias, None)
     return _moe_ffn(x, operands, seed, None, None, activation, gated, dropout_p, backend, recompute)
 
@@ -148,17 +152,21 @@ def grouped_ffn(
         routing_weights: `[T, k]`, floating, on x's device. The sum over j is always made in one way.
         seed: of hidden dropout.
 
-    Both are read where they are, and so on a GPU their values are not checked: wrong ones read and write
-    memory they should not. The backends "torch" and "reference" read `expert_offsets` on the host.
+    Both are read where they are, and so on a GPU their values are not checked: wrong ones make wrong results, but no
+    kernel leaves the memory it was given, or waits for ever. With EWA_KERNELS_DEBUG=1 in the environment, when
+    ewa_kernels is imported, Triton kernels say what is wrong with them. The backends "torch" and "reference" read
+    `expert_offsets` on the host.
     Other Args, Returns, Raises: see `moe_ffn`.
     """
     checks.ffn(x, up_weight, up_bias, down_weight, down_bias, activation, gated, dropout_p)
     checks.boolean("recompute", recompute)
     checks.partition(permutation, expert_offsets, routing_weights, x, num_experts=up_weight.shape[0])
     seed = checks.seed_tensor(seed, x.device)
-    partition = (permutation.to(torch.int32).contiguous(), expert_offsets.to(torch.int32).contiguous())
+    # Without dropout nothing is random, and no seed is put into a graph.
+    needed = graphs.replayable("seed", seed, x.device) if dropout_p > 0 else None
+    partition = (_int32(permutation), _int32(expert_offsets))
     operands = (up_weight, up_bias, down_weight, down_bias, routing_weights)
-    return _moe_ffn(x, operands, seed, *partition, activation, gated, dropout_p, backend, recompute)
+    return _moe_ffn(x, operands, needed, *partition, activation, gated, dropout_p, backend, recompute)
 
 
 def route(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:
@@ -204,10 +212,17 @@ def partition_by_expert(choices: Tensor, num_experts: int) -> tuple[Tensor, Tens
     return reference.partition_by_expert(choices, num_experts)
 
 
+def _int32(indices: Tensor) -> Tensor:
+    """Contiguous; what is out of range stays so."""
+    if indices.dtype == torch.int64:
+        indices = indices.clamp(-(2**31), 2**31 - 1)
+    return indices.to(torch.int32).contiguous()
+
+
 def _moe_ffn(
     x: Tensor,
     operands: tuple[Any, ...],
-    seed: Tensor,
+    seed: Tensor | None,
     permutation: Tensor | None,
     expert_offsets: Tensor | None,
     activation: str,
@@ -221,9 +236,12 @@ def _moe_ffn(
     backend = resolve("moe_ffn", backend, x.device, dtype)
     if backend == "reference":
         *parameters, routing_weights = operands
-        options: dict[str, Any] = {"seed": seed, "activation": activation, "gated": gated, "dropout_p": dropout_p}
+        options: dict[str, Any] = {"activation": activation, "gated": gated, "dropout_p": dropout_p}
+        if seed is not None:
+            options["seed"] = seed
         if permutation is None or expert_offsets is None:
             return reference.moe_ffn(x, *parameters, **options)
+        checks.partition_values(permutation, expert_offsets, routing_weights)
         options |= {"permutation": permutation, "expert_offsets": expert_offsets, "routing_weights": routing_weights}
         return reference.grouped_ffn(x, *parameters, **options)
     _refuse_transforms((x, *operands))
@@ -273,6 +291,8 @@ def average_experts_(
             hold the same numbers round them alike if they give the same seed.
         found_inf: one-element tensor: if it is not 0 nothing changes. One on a GPU is read there.
 
+    While a CUDA graph is captured, tensors must be on the GPU: what is on the host every replay would repeat.
+
     Raises:
         TypeError: an argument is of a wrong type or dtype.
         ValueError: a tensor has no expert dimension, tensors or their elements share memory, a list of experts
@@ -289,7 +309,11 @@ def average_experts_(
     with torch.no_grad():
         experts = shards.Experts(tensors, exchange=isinstance(share_rate, Tensor) or share_rate != 0)
     flat, group_sizes = checks.experts(experts.local)
-    seed = None if seed is None else checks.seed_tensor(seed, _device_of(flat))
+    device = _device_of(flat)
+    seed = None if seed is None else graphs.replayable("seed", checks.seed_tensor(seed, device), device)
+    found_inf = None if found_inf is None else graphs.replayable("found_inf", found_inf, device)
+    if isinstance(share_rate, Tensor) or torch.compiler.is_compiling():  # a number is a constant, as the caller says
+        beta = graphs.replayable("share_rate", beta, device)
     chosen = {resolve("average_experts_", backend, device) for device in {t.device for t in flat}}
     low_precision = [t for t in flat if t.element_size() == 2]
     if rounding == "nearest" or not low_precision:
@@ -309,6 +333,23 @@ def average_experts_(
             key_seed = None if seed is None else shards.seed_of(seed, key)
             ops.average_experts_(members, sizes, beta, found_inf, key_seed, chosen_backend)
         experts.write_back()
+
+
+def set_sm_margin(number: int) -> None:
+    """How many multiprocessors of each GPU the persistent kernels leave to others from now on, such as NCCL's.
+
+    A persistent kernel keeps the multiprocessors it runs on until it is done, for milliseconds: a collective that DDP
+    or FSDP starts meanwhile waits, unless some are left free. PyTorch's own carve-out counts as well; the larger number
+    holds. Results have the same bits whatever the number is.
+
+    Args:
+        number: 0 (the default) or more; one multiprocessor is always used.
+
+    Raises:
+        TypeError, ValueError: not an int, or below 0.
+    """
+    checks.integer("number", number, minimum=0)
+    multiprocessors.set_margin(number)
 
 
 def _device_of(tensors: Sequence[Tensor]) -> torch.device:

@@ -1,7 +1,8 @@
 """The operations as `torch.library` sees them: schema, implementation, fake tensors, autograd.
 
 Arguments are validated in `ewa_kernels.functional`, once; shapes and dtypes are taken for granted here.
-A seed is always an int64 tensor with one element, on the CPU or on the device of the tokens.
+A seed is always an int64 tensor with one element, on the CPU or on the device of the tokens, or None where nothing is
+random: a partition is given, and there is no dropout.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ewa_kernels import reference
-from ewa_kernels.kernels import blocked_ffn, experts, fused, permutation
+from ewa_kernels import checks, reference
+from ewa_kernels.kernels import blocked_ffn, experts, fused, graphs, permutation
 
 _LIBRARY = torch.library.Library("ewa_kernels", "DEF")
 
@@ -43,7 +44,7 @@ random_permutation = _define(
 
 def fresh_seed(like: Tensor) -> Tensor:
     """A seed from torch's default generator of the tensor's device, on the CPU unless a graph is being captured."""
-    if like.is_cuda and not torch.cuda.is_current_stream_capturing():
+    if like.is_cuda and not graphs.is_capturing(like.device):
         return torch.tensor(_draw_seed_on_host(like.device), dtype=torch.int64, device="cpu")
     # In a CUDA graph the seed must be drawn by the graph, in each replay.
     # `high` is exclusive and at most the largest int64, so 2^63 − 1 alone is never drawn.
@@ -166,6 +167,10 @@ def _kernels(backend: str) -> Any:
 
 
 def _moe_ffn(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    routing_weights, _, permutation, expert_offsets = arguments[4:8]
+    if permutation is not None and x.device.type == "cpu":
+        # Not in `functional`: a compiled graph knows the values here only.
+        checks.partition_values(permutation, expert_offsets, routing_weights)
     return _kernels(arguments[-1]).moe_ffn_forward(x, *arguments)
 
 
@@ -176,7 +181,7 @@ def _moe_ffn_fake(
     down_weight: Tensor,
     down_bias: Tensor | None,
     routing_weights: Tensor | None,
-    seed: Tensor,
+    seed: Tensor | None,
     permutation: Tensor | None,
     expert_offsets: Tensor | None,
     activation: str,
@@ -197,7 +202,7 @@ def _moe_ffn_fake(
 # The weights may be of another dtype than x: it is x's that is computed in.
 moe_ffn = _define(
     "moe_ffn(Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, "
-    "Tensor? routing_weights, Tensor seed, Tensor? permutation, Tensor? expert_offsets, str activation, bool gated, "
+    "Tensor? routing_weights, Tensor? seed, Tensor? permutation, Tensor? expert_offsets, str activation, bool gated, "
     "float dropout_p, bool save, str backend) "
     "-> (Tensor y, Tensor pre_activation, Tensor drawn_permutation)",
     _moe_ffn,
@@ -229,7 +234,7 @@ def _moe_ffn_backward_fake(
 
 moe_ffn_backward = _define(
     "moe_ffn_backward(Tensor grad_y, Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
-    "Tensor? down_bias, Tensor? routing_weights, Tensor seed, Tensor permutation, Tensor? expert_offsets, "
+    "Tensor? down_bias, Tensor? routing_weights, Tensor? seed, Tensor permutation, Tensor? expert_offsets, "
     "Tensor pre_activation, str activation, bool gated, float dropout_p, bool[] output_mask, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _moe_ffn_backward,

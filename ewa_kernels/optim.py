@@ -13,7 +13,7 @@ from torch.optim import adamw
 from ewa_kernels import backends, checks, functional, ops, shards
 from ewa_kernels.attachment import is_dry_run
 from ewa_kernels.averaging import ExpertAverager
-from ewa_kernels.kernels import copies
+from ewa_kernels.kernels import copies, graphs
 from ewa_kernels.kernels.experts import MAX_EXPERTS
 
 __all__ = ["AdamW"]
@@ -220,10 +220,10 @@ class AdamW(torch.optim.AdamW):
         rows = [states.get(p, _State(none, none, none, none, 0)) for p in params]
         fresh = [self._copy_of(p) if self.bf16_copies and p not in alone else none for p in params]
         grads, exp_avgs, exp_avg_sqs, steps, options_of = zip(*rows, strict=True) if rows else ((),) * 5
+        device = params[0].device if params else torch.device("cpu")
         lrs, options = [], []
         for group in self.param_groups:
-            lr = group["lr"]
-            lrs.append(lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"))
+            lrs.append(_learning_rate(group, device))
             options += [*map(float, group["betas"]), group["eps"], group["weight_decay"], float(group["maximize"])]
         ops.adamw_(
             params,
@@ -236,7 +236,7 @@ class AdamW(torch.optim.AdamW):
             options_of,
             lrs,
             options,
-            torch.tensor(share_rate, dtype=torch.float64, device="cpu"),
+            torch.tensor(share_rate, dtype=torch.float64, device=_device_of_numbers(device)),
             getattr(self, "grad_scale", None),
             found_inf,
             self._seed_tensor(flat, seed, key),
@@ -254,7 +254,7 @@ class AdamW(torch.optim.AdamW):
         if not self._rounds_stochastically(experts):
             return None
         if seed is not None:
-            return shards.seed_of(checks.seed_tensor(seed, torch.device("cpu")), key)
+            return shards.seed_of(checks.seed_tensor(seed, experts[0].device), key)
         return shards.seed_of(functional.rounding_seed(next(t for t in experts if t.element_size() == 2)), key)
 
     def _copy_of(self, parameter: Tensor) -> Tensor:
@@ -306,6 +306,25 @@ class AdamW(torch.optim.AdamW):
                 eps=group["eps"],
                 maximize=group["maximize"],
             )
+
+
+def _device_of_numbers(device: torch.device) -> torch.device:
+    """Where numbers go that change from step to step: a compiler may make a CUDA graph, which keeps the host's."""
+    return device if torch.compiler.is_compiling() else torch.device("cpu")
+
+
+def _learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
+    """That of a parameter group, as the kernel takes it.
+
+    Raises:
+        RuntimeError: it is a number, or on the CPU, and changes, while a CUDA graph is captured.
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        return graphs.replayable("lr", lr, device)
+    lr = torch.tensor(lr, dtype=torch.float64, device=_device_of_numbers(device))
+    # A schedule leaves its first rate there; without one, a number stays as it is.
+    return graphs.replayable("lr", lr, device) if "initial_lr" in group else lr
 
 
 def _local_states(states: dict[Tensor, _State], found_inf: Tensor | None) -> dict[Tensor, _State]:

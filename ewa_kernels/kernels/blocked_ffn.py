@@ -49,7 +49,7 @@ def moe_ffn_forward(
     down_weight: Tensor,
     down_bias: Tensor | None,
     routing_weights: Tensor | None,
-    seed: Tensor,
+    seed: Tensor | None,
     permutation: Tensor | None,
     expert_offsets: Tensor | None,
     activation: str,
@@ -64,14 +64,17 @@ def moe_ffn_forward(
     """
     weights, top_k = _weights(routing_weights)
     rows = _rows(backend, activation, gated, x, len(x) * top_k // len(up_weight))
-    seed = seed.to(x.device)
+    seed = None if seed is None else seed.to(x.device)
     x = x.contiguous()
     up_weight, down_weight = rows.parameter(up_weight), rows.parameter(down_weight)
     up_bias, down_bias = (None if bias is None else rows.parameter(bias) for bias in (up_bias, down_bias))
-    order = random_permutation(len(x), seed) if permutation is None else permutation
+    order = permutation
+    if order is None:
+        assert seed is not None, "without a partition that is given, a deal needs its seed"
+        order = random_permutation(len(x), seed)
     y = x.new_empty(len(order), x.shape[1])
     pre_activation = x.new_empty((len(order), up_weight.shape[1]) if save else 0)
-    dropout = Dropout(seed, dropout_p) if dropout_p > 0 else None
+    dropout = Dropout(seed, dropout_p) if seed is not None and dropout_p > 0 else None
     for block in _blocks(order, expert_offsets, top_k, up_weight, rows):
         block_x = rows.look_up(block, x, "x")
         pre = pre_activation[block.saved] if save else None
@@ -90,7 +93,7 @@ def moe_ffn_backward(
     down_weight: Tensor,
     down_bias: Tensor | None,
     routing_weights: Tensor | None,
-    seed: Tensor,
+    seed: Tensor | None,
     permutation: Tensor,
     expert_offsets: Tensor | None,
     pre_activation: Tensor,
@@ -108,13 +111,13 @@ def moe_ffn_backward(
     need_pre = need_x or need_up_weight or need_up_bias or need_routing
     weights, top_k = _weights(routing_weights)
     rows = _rows(backend, activation, gated, x, len(x) * top_k // len(up_weight))
-    seed = seed.to(x.device)
+    seed = None if seed is None else seed.to(x.device)
     x, grad_y = x.contiguous(), grad_y.contiguous()
     inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
     dtypes = [x.dtype if t is None else t.dtype for t in inputs]
     up_weight, down_weight = rows.parameter(up_weight), rows.parameter(down_weight)
     up_bias, down_bias = (None if bias is None else rows.parameter(bias) for bias in (up_bias, down_bias))
-    if len(permutation) == 0:
+    if len(permutation) == 0 and seed is not None:
         permutation = random_permutation(len(x), seed)
 
     all_blocks = _blocks(permutation, expert_offsets, top_k, up_weight, rows)
@@ -133,7 +136,7 @@ def moe_ffn_backward(
     of_bias = None
     if need_routing and down_bias is not None and expert_offsets is not None:
         of_bias = grad_of_bias_factor(grad_y.to(rows.dtype), down_bias, permutation, expert_offsets, top_k)
-    dropout = Dropout(seed, dropout_p) if dropout_p > 0 else None
+    dropout = Dropout(seed, dropout_p) if seed is not None and dropout_p > 0 else None
     for block in all_blocks:
         grad_out = rows.look_up(block, grad_y, "y")
         factor = None if weights is None else weights[block.choices].to(rows.dtype)

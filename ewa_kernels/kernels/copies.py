@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ewa_kernels.kernels import graphs
+
 
 @dataclass(frozen=True)
 class _Copy:
@@ -48,8 +50,9 @@ def find(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`, without work if there is a copy."""
+    """`tensor.to(dtype)`, without work if there is a copy. A CUDA graph casts in each replay: it could not tell when a
+    copy is stale, or freed."""
     if tensor.dtype == dtype:
         return tensor
-    copy = find(tensor, dtype)
+    copy = None if graphs.is_capturing(tensor.device) else find(tensor, dtype)
     return tensor.to(dtype) if copy is None else copy

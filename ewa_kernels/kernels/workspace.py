@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ewa_kernels.kernels import graphs
+
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -18,17 +20,24 @@ def zeroed_counters(count: int, device: torch.device) -> Iterator[Tensor]:
 
     One tensor for each stream, because launches on a stream follow one another. If the context is left by an
     error, what the launch did is not known, and the tensor is not used again. A graph that is being captured gets
-    counters of its own, zeroed in each replay, because it may be replayed on any stream.
+    counters of its own, zeroed in each replay, because it may be replayed on any stream; so does each launch on a
+    stream that is not torch's: it may be destroyed, and its handle given to another one while it is still at work.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    if graphs.is_capturing(device) or (stream is not None and _is_external(stream)):
         yield torch.zeros(count, dtype=torch.int32, device=device)
         return
-    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    key = (device, 0 if stream is None else stream.cuda_stream)
     counters = _counters.pop(key, None)
     if counters is None or counters.shape[0] < count:
         counters = _new_counters(max(1024, 1 << (count - 1).bit_length()), device)
     yield counters
     _counters[key] = counters
+
+
+def _is_external(stream: torch.cuda.Stream) -> bool:
+    """Whether somebody else made it: torch numbers its own, and calls others by their handles."""
+    return stream.stream_id == stream.cuda_stream != 0
 
 
 def _new_counters(count: int, device: torch.device) -> Tensor:
