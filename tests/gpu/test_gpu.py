@@ -1,5 +1,10 @@
 """What only a GPU can show: real sizes, numbers of launches, streams, graphs, the compiler. Run by `make gpu`."""
 
+import os
+import subprocess
+import sys
+import warnings
+
 import pytest
 import torch
 from parity import assert_parity, check_ffn, random_ffn
@@ -8,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ewa_kernels as ewa
 from ewa_kernels.kernels import workspace
+from ewa_kernels.kernels.fused.backward import backward_kernel
+from ewa_kernels.kernels.fused.forward import forward_kernel
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -242,8 +249,52 @@ class TestGraphs:
         assert not torch.equal(seen[0], seen[1])
         assert not torch.equal(seen[1], seen[2])
 
+    @pytest.mark.parametrize("seed", [7, torch.tensor(7)], ids=["int", "on the CPU"])
+    def test_a_seed_on_the_host_is_refused(self, seed):
+        weights, x = parameters(4, 384, 768), tokens(500, 384)
+        ewa.functional.moe_ffn(x, *weights, seed=7)
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(RuntimeError, match="seed must be a tensor on cuda"), torch.cuda.graph(graph):
+            ewa.functional.moe_ffn(x, *weights, seed=seed)
+
+    def test_weights_are_those_of_the_replay(self):
+        """Under autocast, with bfloat16 copies that other values have replaced, or that are gone."""
+        model = torch.nn.Sequential(ewa.RandomPartitionMoE(384, 768, 4, device="cuda"))
+        optimizer = ewa.optim.AdamW(
+            model.parameters(), lr=0.1, averager=ewa.ExpertAverager(model, 0.3), bf16_copies=True
+        )
+        x, seed = tokens(1000, 384, dtype=torch.float32), torch.tensor(3, device="cuda")
+
+        def forward():
+            with torch.autocast("cuda", torch.bfloat16):
+                return model[0](x, seed=seed)
+
+        forward().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            forward()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = forward()
+            model.load_state_dict({name: value / 2 for name, value in model.state_dict().items()})
+            del optimizer
+            torch.cuda.empty_cache()
+            graph.replay()
+            assert torch.equal(y, forward())
+
 
 class TestCompile:
+    def test_a_seed_on_the_cpu_in_each_replay(self):
+        """CUDA graphs of the compiler, too, deal by the seed of the call."""
+        torch.compiler.reset()
+        layer = ewa.RandomPartitionMoE(384, 768, 4, device="cuda", dtype=torch.bfloat16)
+        compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+        x = tokens(5000, 384)
+        with torch.no_grad():
+            for step in range(6):
+                torch.compiler.cudagraph_mark_step_begin()
+                assert torch.equal(compiled(x, seed=torch.tensor(step)), layer(x, seed=step))
+
     @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
     def test_as_eager(self, mode):
         torch.compiler.reset()
@@ -287,6 +338,91 @@ def test_checkpointing_repeats_the_deal(use_reentrant):
     plain = grads(layer)
     recomputed = grads(lambda x: checkpoint(layer, x, use_reentrant=use_reentrant))
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("form", ["triton-single", "triton-split"])
+@pytest.mark.parametrize("offsets", [[0, 1000, 0, 1000, 1000], [5, 90000, -7, 600, 12]])
+def test_bad_offsets_end(form, offsets):
+    """With more row blocks than exist the backward once waited for ever; nothing is written elsewhere."""
+    x, weights = tokens(1000, 384).requires_grad_(), parameters(4, 384, 768)
+    partition = {
+        "permutation": torch.randperm(1000, device="cuda").int(),
+        "expert_offsets": torch.tensor(offsets, device="cuda"),
+    }
+    around = [torch.full((1 << 20,), 3.0, device="cuda") for _ in range(8)]
+    y = ewa.functional.grouped_ffn(x, *weights, **partition, backend=form)
+    y.sum().backward()
+    torch.cuda.synchronize()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert all(bool((wall == 3.0).all()) for wall in around)
+
+
+def test_debug_mode_says_what_is_wrong():
+    """In a process of its own: a failed assert ends its use of the GPU."""
+    code = """
+import torch, ewa_kernels as ewa
+layer = ewa.RandomPartitionMoE(64, 128, 4, device="cuda", dtype=torch.bfloat16)
+x = torch.zeros(1000, 64, device="cuda", dtype=torch.bfloat16)
+partition = {"permutation": torch.arange(1000, device="cuda"), "expert_offsets": torch.tensor([0, 9, 3, 9, 1000]).cuda()}
+ewa.functional.grouped_ffn(x, *layer.experts, **partition, backend="triton")
+torch.cuda.synchronize()
+"""
+    environment = {**os.environ, "EWA_KERNELS_DEBUG": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0
+    assert "expert_offsets must rise" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("form", ["triton-single", "triton-split"])
+def test_weights_at_odd_addresses(form):
+    """The bits, and about the time, of the same weights at even ones: no other kernel is compiled for them."""
+    x, weights = tokens(5000, 384), parameters(4, 384, 1536)
+    odd = [torch.empty(w.numel() + 1, dtype=w.dtype, device="cuda")[1:].view(w.shape).copy_(w) for w in weights]
+    expected = step(x, weights, x, 1, form)
+    compiled = {kernel: len(kernel.device_caches[0][0]) for kernel in (forward_kernel, backward_kernel)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = step(x, odd, x, 1, form)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert compiled == {kernel: len(kernel.device_caches[0][0]) for kernel in compiled}
+
+
+@pytest.mark.parametrize("form", ["triton-single", "triton-split"])
+def test_a_margin_leaves_multiprocessors_free(form):
+    """What another stream launches meanwhile runs on them: it is done before the layer is. And no bit changes."""
+    weights, x = parameters(4, 1024, 4096), tokens(50_000, 1024)
+    expected = step(x, weights, x, 1, form)
+    other, small = torch.cuda.Stream(), torch.zeros(1000, device="cuda")
+    small.add_(1)
+    torch.cuda.synchronize()
+    try:
+        ewa.set_sm_margin(8)
+        done, layer_done = torch.cuda.Event(), torch.cuda.Event()
+        ours = step(x, weights, x, 1, form)
+        layer_done.record()
+        with torch.cuda.stream(other):
+            small.add_(1)
+            done.record()
+        done.synchronize()
+        assert not layer_done.query()
+    finally:
+        ewa.set_sm_margin(0)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_a_foreign_stream():
+    """One that torch did not make gets counters of its own in each launch."""
+    weights, x = parameters(4, 384, 768), tokens(5000, 384)
+    expected = step(x, weights, x, 1, "triton-single")
+    torch.cuda.synchronize()
+    kept = len(workspace._counters)
+    stream = torch.cuda.ExternalStream(torch.cuda.Stream().cuda_stream)
+    with torch.cuda.stream(stream):
+        ours = step(x, weights, x, 1, "triton-single")
+    stream.synchronize()
+    assert len(workspace._counters) == kept
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_nothing_waits_for_the_gpu():

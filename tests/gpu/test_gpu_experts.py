@@ -65,9 +65,9 @@ def test_a_share_rate_on_the_gpu_for_experts_on_the_cpu(dtype):
 
 
 def test_triton_waits_for_nothing_and_can_be_captured():
-    """With a share rate and a seed on the CPU."""
+    """With a share rate that is a number, and so a constant."""
     ours, theirs = tensors(), tensors()
-    options = {"seed": torch.tensor(3), "backend": "triton"}
+    options = {"seed": torch.tensor(3, device="cuda"), "backend": "triton"}
     ewa.functional.average_experts_(theirs, 0.3, **options)
     ewa.functional.average_experts_(tensors(), 0.3, **options)
     graph = torch.cuda.CUDAGraph()
@@ -156,6 +156,16 @@ class TestGraphs:
         for p, q in zip(params, others, strict=True):
             assert torch.equal(p, q)
             assert torch.equal(optimizer.state[p]["step"], eager.state[q]["step"])
+
+    @pytest.mark.parametrize("change", [{"lr": torch.tensor(0.01)}, {"initial_lr": 0.01}], ids=["tensor", "schedule"])
+    def test_a_learning_rate_that_would_be_frozen(self, change):
+        optimizer, _ = optimizers("cuda", few_experts(), capturable=True)
+        optimizer.averager.rounding = "nearest"
+        optimizer.step()
+        optimizer.param_groups[0].update(change)
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(RuntimeError, match="lr must be a tensor on cuda"), torch.cuda.graph(graph):
+            optimizer.step()
 
     def test_a_share_rate_that_would_be_frozen(self):
         experts = torch.randn(4, 5, device="cuda")
