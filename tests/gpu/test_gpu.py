@@ -364,8 +364,8 @@ def test_debug_mode_says_what_is_wrong():
 import torch, ewa_kernels as ewa
 layer = ewa.RandomPartitionMoE(64, 128, 4, device="cuda", dtype=torch.bfloat16)
 x = torch.zeros(1000, 64, device="cuda", dtype=torch.bfloat16)
-partition = {"permutation": torch.arange(1000, device="cuda"), "expert_offsets": torch.tensor([0, 9, 3, 9, 1000]).cuda()}
-ewa.functional.grouped_ffn(x, *layer.experts, **partition, backend="triton")
+permutation, offsets = torch.arange(1000, device="cuda"), torch.tensor([0, 9, 3, 9, 1000], device="cuda")
+ewa.functional.grouped_ffn(x, *layer.experts, permutation=permutation, expert_offsets=offsets, backend="triton")
 torch.cuda.synchronize()
 """
     environment = {**os.environ, "EWA_KERNELS_DEBUG": "1"}
