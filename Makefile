@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-slow test-oldest sanitize venv bench study gpu check format clean
+.PHONY: demo test test-slow test-oldest test-newest sanitize venv bench study gpu check format clean
 
 demo: venv
 	$(BIN)/python -m ewa_kernels.demo
@@ -23,6 +23,10 @@ test-slow: venv
 # With the oldest PyTorch and Triton that are supported, in an environment of their own: gigabytes of CUDA libraries.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+# With the newest that are tested, likewise.
+test-newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
 
 # The C++ part under the address and undefined-behaviour sanitizers; test-slow does it too.
 sanitize: venv
