@@ -289,6 +289,30 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 torch.library.register_autograd("ewa_kernels::moe_ffn_backward", _no_second_derivative, lib=_LIBRARY)
 
 
+# --- torch.func.vmap ---
+
+
+def _loop_over_samples(operation: Any) -> Any:
+    """The batching rule of an operation that cannot join samples into one call: each has a deal of its own."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, int]:
+        results = [
+            # What is no tensor, a list for instance, has no int here.
+            operation(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), 0
+
+    return rule
+
+
+# PyTorch would loop too, but with a warning that a rule is missing.
+for _operation in (random_permutation, moe_ffn, moe_ffn_backward):
+    torch.library.register_vmap(_operation.name(), _loop_over_samples(_operation), lib=_LIBRARY)
+
+
 # --- experts ---
 
 

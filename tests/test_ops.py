@@ -218,15 +218,57 @@ def test_func_grad_raises_rather_than_being_wrong(transform, compiled):
         function(x)
 
 
-def test_vmap_is_the_loop():
-    parameters = [t.detach() for t in ffn_arguments()[1:5]]
-    batch = torch.randn(3, 21, 6)
+class TestVmapIsTheLoop:
+    """By rules of our own: one that is missing is a warning of PyTorch's, and so an error here."""
 
-    def function(x):
-        return ewa.functional.moe_ffn(x, *parameters, seed=1)
+    def layer(self, x, *parameters, seed=1):
+        return ewa.functional.moe_ffn(x, *parameters, seed=seed, dropout_p=0.3)
 
-    y = torch.func.vmap(function)(batch)
-    torch.testing.assert_close(y, torch.stack([function(x) for x in batch]))
+    @pytest.mark.parametrize("in_dim", [0, 1, 2])
+    def test_tokens_and_their_gradients(self, in_dim):
+        leaves = [torch.randn(3, 21, 6).movedim(0, in_dim).requires_grad_(), *ffn_arguments()[1:5]]
+        batch, *parameters = leaves
+        together = torch.func.vmap(lambda x: self.layer(x, *parameters), in_dim)(batch)
+        one_by_one = torch.stack([self.layer(x, *parameters) for x in batch.unbind(in_dim)])
+        torch.testing.assert_close(together, one_by_one)
+        grads = (torch.autograd.grad(y.square().sum(), leaves) for y in (together, one_by_one))
+        torch.testing.assert_close(*grads)
+
+    def test_upstream_gradients(self):
+        leaves = ffn_arguments()[:5]
+        y = self.layer(*leaves)
+
+        def backward(grad_y):
+            return torch.autograd.grad(y, leaves, grad_y, retain_graph=True)
+
+        grads_y = torch.randn(3, *y.shape)
+        expected = tuple(torch.stack(grads) for grads in zip(*map(backward, grads_y), strict=True))
+        torch.testing.assert_close(torch.func.vmap(backward)(grads_y), expected)
+
+    def test_weights_and_seeds(self):
+        """An ensemble of layers for the same tokens."""
+        _, *parameters = (t.detach() for t in ffn_arguments()[:5])
+        ensemble = (*(torch.stack([p, -p]) for p in parameters), torch.tensor([1, 2]))
+
+        def member(*parameters):
+            return self.layer(X, *parameters[:-1], seed=parameters[-1])
+
+        expected = torch.stack([member(*member_parameters) for member_parameters in zip(*ensemble, strict=True)])
+        torch.testing.assert_close(torch.func.vmap(member)(*ensemble), expected)
+
+    def test_nested_and_compiled(self):
+        parameters = [t.detach() for t in ffn_arguments()[1:5]]
+        batch = torch.randn(2, 3, 21, 6)
+        expected = torch.stack([torch.stack([self.layer(x, *parameters) for x in row]) for row in batch])
+        nested = torch.func.vmap(torch.func.vmap(lambda x: self.layer(x, *parameters)))
+        torch.testing.assert_close(nested(batch), expected)
+        torch.compiler.reset()
+        torch.testing.assert_close(torch.compile(nested, fullgraph=True, backend="aot_eager")(batch), expected)
+
+    def test_random_permutation(self):
+        seeds = torch.arange(3)
+        expected = torch.stack([ewa.functional.random_permutation(100, seed) for seed in seeds])
+        assert torch.equal(torch.func.vmap(lambda seed: ewa.functional.random_permutation(100, seed))(seeds), expected)
 
 
 class TestCompile:
