@@ -54,11 +54,17 @@ def test_a_driver_older_than_the_build(monkeypatch):
     monkeypatch.setattr(extension, "WHY_NOT_CUDA", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     module = sys.modules["ewa_kernels._C"]
-    for driver, fine in ((11080, False), (0, False), (12020, True), (12080, True), (13000, True)):
-        monkeypatch.setattr(module, "cuda_versions", lambda driver=driver: (driver, 12060), raising=False)
+    for driver, built, fine in (
+        *((driver, 12060, fine) for driver, fine in ((11080, False), (0, False), (12020, True), (12080, True))),
+        *((13000, 12060, True), (12090, 13000, False)),
+        # Since 12.1 there is room for 32 KB in a launch.
+        *((12000, 12060, False), (12000, 12010, False), (12010, 12060, True), (12000, 12000, True)),
+    ):
+        monkeypatch.setattr(module, "cuda_versions", lambda versions=(driver, built): versions, raising=False)
         reason = backends.why_not("adamw", "cuda", device)
         assert (reason is None) == fine
-        assert fine or f"built with CUDA 12.6, the driver is for {driver // 1000}." in reason
+        names = [f"{version // 1000}.{version % 1000 // 10}" for version in (built, driver)]
+        assert fine or f"built with CUDA {names[0]}, the driver is for {names[1]}: update it, or build with" in reason
 
 
 def test_a_compiler_need_not_look_into_the_driver(monkeypatch):

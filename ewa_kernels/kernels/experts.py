@@ -31,7 +31,8 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 def old_driver() -> str | None:
     """Why the driver cannot run the CUDA part; None if it can: what was built with its own major version, or older."""
     driver, built = _C.cuda_versions()
-    if driver // 1000 >= built // 1000:
+    # Built with 12.1 or newer, a launch has parameters of more than 4 KB, which drivers for 12.0 refuse.
+    if driver // 1000 >= built // 1000 and not driver < 12010 <= built:
         return None
     names = [f"{version // 1000}.{version % 1000 // 10}" for version in (built, driver)]
     return f"the extension is built with CUDA {names[0]}, the driver is for {names[1]}: update it, or build with that"
