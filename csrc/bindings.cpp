@@ -164,10 +164,15 @@ PYBIND11_MODULE(_C, m) {
         }));
     m.def("experts_pass_cpu", &ewa::experts_pass_cpu, unlocked);
 #ifdef EWA_CUDA
+    py::class_<ewa::CudaPlan>(m, "CudaPlan")
+        .def(py::init<const ewa::Table&>(), unlocked)
+        .def_readonly("memory_bytes", &ewa::CudaPlan::memory_bytes);
     m.def(
         "experts_pass_cuda",
-        [](const ewa::Table& table, const ewa::Scalars& scalars, uintptr_t counter, int device, uintptr_t stream) {
-            ewa::experts_pass_cuda(table, scalars, pointer<uint32_t>(counter), device, pointer<void>(stream));
+        [](const ewa::CudaPlan& plan, const ewa::Scalars& scalars, uintptr_t memory, uintptr_t counter, int device,
+           uintptr_t stream) {
+            ewa::experts_pass_cuda(plan, scalars, pointer<void>(memory), pointer<uint32_t>(counter), device,
+                                   pointer<void>(stream));
         },
         unlocked);
     m.def("cuda_versions", &ewa::cuda_versions);

@@ -54,8 +54,21 @@ struct Scalars {
 
 void experts_pass_cpu(const Table& table, const Scalars& scalars);
 
-// `counter`: one zero, for this stream, left zero; used if any member has a gradient. Throws std::runtime_error.
-void experts_pass_cuda(const Table& table, const Scalars& scalars, uint32_t* counter, int device, void* stream);
+// A table as the kernel for GPUs reads it.
+struct CudaPlan {
+    explicit CudaPlan(const Table& given);
+
+    std::vector<char> table;
+    int64_t memory_bytes = 0;  // that a launch needs on the device; 0 where the table fits its parameters
+    int64_t num_tiles = 0;
+    int32_t num_groups = 0, num_members, max_experts = 1;
+    bool steps = false;  // or writes copies
+};
+
+// `memory`: plan.memory_bytes, written in the order of the stream, aligned to 16. `counter`: one zero, for this stream,
+// left zero; used if any member has a gradient. Throws std::runtime_error.
+void experts_pass_cuda(const CudaPlan& plan, const Scalars& scalars, void* memory, uint32_t* counter, int device,
+                       void* stream);
 
 // (newest CUDA that the driver knows, 0 without one; CUDA that this was built with), as 1000·major + 10·minor.
 std::pair<int, int> cuda_versions();

@@ -34,43 +34,18 @@ void plan_vectors(const Table& table, CudaGroup& group) {
     group.head = same ? static_cast<int8_t>(head) : 0;
 }
 
-struct Plan {
-    std::vector<char> table;
-    int64_t num_tiles = 0;
-    int max_experts = 1;
-};
-
-template <bool kStep>
-Plan plan(const Table& table) {
-    Plan plan;
-    std::vector<CudaGroup> groups;
-    for (const Group& g : table.groups) {
-        if (g.numel == 0) continue;
-        CudaGroup group{g.numel, plan.num_tiles, g.first_member, g.num_experts, g.number, static_cast<int16_t>(g.type)};
-        plan_vectors(table, group);
-        const int64_t tile_columns = tile_bytes / size_of(g.type);
-        plan.num_tiles += std::max<int64_t>(1, (g.numel - group.head + tile_columns - 1) / tile_columns);
-        plan.max_experts = std::max(plan.max_experts, g.num_experts);
-        groups.push_back(group);
-    }
-    const auto append = [&](const auto& items) {
-        const auto* bytes = reinterpret_cast<const char*>(items.data());
-        plan.table.insert(plan.table.end(), bytes, bytes + items.size() * sizeof(items[0]));
-    };
-    append(groups);
-    if constexpr (kStep) {
-        append(table.members);
-        append(table.options);
-    } else {
-        std::vector<void*> params;
-        for (const Member& member : table.members) params.push_back(member.param);
-        append(params);
-    }
-    return plan;
+template <class Kernel, class P>
+void launch(Kernel kernel, const P& p, int64_t blocks, int threads, int shared_bytes, cudaStream_t stream) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    check(cudaLaunchKernelEx(&config, kernel, p), "launching a kernel");
 }
 
 template <int kHeld, bool kStep>
-void launch(const Plan& plan, Parameters<kStep>& p, int device, cudaStream_t stream) {
+void launch_pass(const CudaPlan& plan, Parameters<kStep>& p, int device, cudaStream_t stream) {
     // Of the widest type.
     p.adam_vectors = kStep ? plan.max_experts * sizeof(Adam<double>) / vector_bytes + 1 : 0;
     int threads = max_threads, limit = 0;
@@ -87,58 +62,83 @@ void launch(const Plan& plan, Parameters<kStep>& p, int device, cudaStream_t str
     const int bytes = (p.adam_vectors + p.staged * threads) * vector_bytes;
     if (bytes > 48 * 1024)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(plan.num_tiles));
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    check(cudaLaunchKernelEx(&config, kernel, p), "launching experts_pass");
+    launch(kernel, p, plan.num_tiles, threads, bytes, stream);
 }
 
-// In memory for one launch. A graph copies the table anew in each replay, so that it must stay on the host.
-char* upload(const std::vector<char>& table, cudaStream_t stream) {
-    cudaStreamCaptureStatus status;
-    check(cudaStreamIsCapturing(stream, &status), "stream");
-    const char* host = table.data();
-    if (status != cudaStreamCaptureStatusNone) host = (new std::vector<char>(table))->data();
-    void* in_memory = nullptr;
-    check(cudaMallocAsync(&in_memory, table.size(), stream), "memory for the table");
-    check(cudaMemcpyAsync(in_memory, host, table.size(), cudaMemcpyHostToDevice, stream), "copying the table");
-    return static_cast<char*>(in_memory);
+// By launches that have it in their parameters: nothing waits for a copy, and a graph's replay writes it again.
+void write(const std::vector<char>& table, char* memory, cudaStream_t stream) {
+    for (size_t at = 0; at < table.size(); at += chunk_bytes) {
+        const size_t size = std::min<size_t>(chunk_bytes, table.size() - at);
+        Chunk chunk{};
+        std::memcpy(chunk.bytes, table.data() + at, size);
+        chunk.to = reinterpret_cast<uint4*>(memory + at);
+        chunk.vectors = static_cast<int32_t>(size / vector_bytes);
+        launch(write_table, chunk, (chunk.vectors + max_threads - 1) / max_threads, max_threads, 0, stream);
+    }
 }
 
 template <bool kStep>
-void run_pass(const Table& table, const Scalars& scalars, uint32_t* counter, int device, cudaStream_t stream) {
-    const Plan plan = ewa::plan<kStep>(table);
-    if (plan.num_tiles == 0) return;
-    if (plan.num_tiles > INT32_MAX) throw std::runtime_error("too many elements for one launch");
+void run_pass(const CudaPlan& plan, const Scalars& scalars, char* memory, uint32_t* counter, int device,
+              cudaStream_t stream) {
     Parameters<kStep> p{};
     p.scalars = scalars;
     p.counter = counter;
-    p.num_members = static_cast<int32_t>(table.members.size());
-    for (const Group& group : table.groups) p.num_groups += group.numel > 0;
-    char* in_memory = nullptr;
-    if (plan.table.size() <= sizeof(p.table))
+    p.num_groups = plan.num_groups;
+    p.num_members = plan.num_members;
+    if (plan.memory_bytes == 0) {
         std::memcpy(p.table, plan.table.data(), plan.table.size());
-    else
-        p.in_memory = in_memory = upload(plan.table, stream);
+    } else {
+        write(plan.table, memory, stream);
+        p.in_memory = memory;
+    }
     if (plan.max_experts <= 4)
-        launch<4, kStep>(plan, p, device, stream);
+        launch_pass<4, kStep>(plan, p, device, stream);
     else if (plan.max_experts <= 8)
-        launch<8, kStep>(plan, p, device, stream);
+        launch_pass<8, kStep>(plan, p, device, stream);
     else
-        launch<0, kStep>(plan, p, device, stream);
-    if (in_memory != nullptr) check(cudaFreeAsync(in_memory, stream), "freeing the table");
+        launch_pass<0, kStep>(plan, p, device, stream);
 }
 
 }  // namespace
 
-void experts_pass_cuda(const Table& table, const Scalars& scalars, uint32_t* counter, int device, void* stream) {
+CudaPlan::CudaPlan(const Table& given) : num_members(static_cast<int32_t>(given.members.size())) {
+    for (const Member& member : given.members) steps = steps || member.grad != nullptr || member.copy != nullptr;
+    std::vector<CudaGroup> groups;
+    for (const Group& g : given.groups) {
+        if (g.numel == 0) continue;
+        CudaGroup group{g.numel, num_tiles, g.first_member, g.num_experts, g.number, static_cast<int16_t>(g.type)};
+        plan_vectors(given, group);
+        const int64_t tile_columns = tile_bytes / size_of(g.type);
+        num_tiles += std::max<int64_t>(1, (g.numel - group.head + tile_columns - 1) / tile_columns);
+        max_experts = std::max(max_experts, g.num_experts);
+        groups.push_back(group);
+    }
+    num_groups = static_cast<int32_t>(groups.size());
+    const auto append = [&](const auto& items) {
+        const auto* bytes = reinterpret_cast<const char*>(items.data());
+        table.insert(table.end(), bytes, bytes + items.size() * sizeof(items[0]));
+    };
+    append(groups);
+    if (steps) {
+        append(given.members);
+        append(given.options);
+    } else {
+        std::vector<void*> params;
+        for (const Member& member : given.members) params.push_back(member.param);
+        append(params);
+    }
+    table.resize((table.size() + vector_bytes - 1) / vector_bytes * vector_bytes);
+    const size_t room = steps ? table_bytes<true> : table_bytes<false>;
+    if (table.size() > room) memory_bytes = static_cast<int64_t>(table.size());
+}
+
+void experts_pass_cuda(const CudaPlan& plan, const Scalars& scalars, void* memory, uint32_t* counter, int device,
+                       void* stream) {
+    if (plan.num_tiles == 0) return;
+    if (plan.num_tiles > INT32_MAX) throw std::runtime_error("too many elements for one launch");
     check(cudaSetDevice(device), "device");
-    bool any_step = false;
-    for (const Member& member : table.members) any_step = any_step || member.grad != nullptr || member.copy != nullptr;
-    const auto pass = any_step ? run_pass<true> : run_pass<false>;
-    pass(table, scalars, counter, device, static_cast<cudaStream_t>(stream));
+    const auto pass = plan.steps ? run_pass<true> : run_pass<false>;
+    pass(plan, scalars, static_cast<char*>(memory), counter, device, static_cast<cudaStream_t>(stream));
 }
 
 std::pair<int, int> cuda_versions() {

@@ -18,7 +18,8 @@ constexpr int max_threads = 256;
 constexpr int tile_bytes = 4 * max_threads * vector_bytes;  // of each expert, for one block
 
 // The table as the kernel sees it: groups, then members (or only the addresses of parameters), then options. It
-// travels in the launch's own parameters, so that nothing is cached which could be stale.
+// travels in a launch's own parameters, so that nothing is cached which could be stale: in those of the pass, or if it is
+// too large for them, to memory in those of `write_table`.
 struct CudaGroup {
     int64_t numel;
     int64_t first_tile;
@@ -37,13 +38,28 @@ constexpr int table_bytes = CUDART_VERSION < 12010 ? 3584 : kStep ? 31744 : 7680
 template <bool kStep>
 struct Parameters {
     alignas(16) char table[table_bytes<kStep>];
-    const char* in_memory;  // the table, where it is too large for a launch; or null
+    const char* in_memory;  // the table, where it is too large for the parameters; or null
     Scalars scalars;
     uint32_t* counter;
     int32_t num_groups, num_members;
     int32_t adam_vectors;  // shared memory before what is staged, in vectors
     int32_t staged;        // how many experts there is shared memory for, if registers do not hold them
 };
+
+constexpr int chunk_bytes = table_bytes<true>;
+
+struct Chunk {
+    alignas(16) char bytes[chunk_bytes];  // of a table
+    uint4* to;
+    int32_t vectors;
+};
+
+// Grid: any.
+__global__ void write_table(const __grid_constant__ Chunk chunk) {
+    const auto* from = reinterpret_cast<const uint4*>(chunk.bytes);
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < chunk.vectors; i += gridDim.x * blockDim.x)
+        chunk.to[i] = from[i];
+}
 
 template <bool kStep>
 struct View {

@@ -15,7 +15,9 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).parent.parent
-TESTS = tuple(f"tests/test_{name}.py" for name in ("experts", "optim", "optim_copies", "optim_bad_input"))
+TESTS = tuple(
+    f"tests/test_{name}.py" for name in ("experts", "optim", "optim_copies", "optim_bad_input", "cuda_on_host")
+)
 CXX_SOURCES = tuple(sorted(path.name for path in (ROOT / "csrc").glob("*.cpp")))
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 VARIANTS = {

@@ -229,7 +229,9 @@ class _Pass:
             else:
                 with torch.cuda.device(device), workspace.zeroed_counters(1, device) as counter:
                     stream = torch.cuda.current_stream(device).cuda_stream
-                    _C.experts_pass_cuda(native_table, native, counter.data_ptr(), device.index, stream)
+                    plan = _C.CudaPlan(native_table)
+                    memory = torch.empty(plan.memory_bytes, dtype=torch.uint8, device=device)
+                    _C.experts_pass_cuda(plan, native, memory.data_ptr(), counter.data_ptr(), device.index, stream)
             table.dense.write_back()
 
 

@@ -27,6 +27,11 @@ struct uint4 {
 };
 inline dim3 gridDim, blockDim, blockIdx(0), threadIdx(0);
 
+// Counted for tests/test_cuda_on_host.py.
+extern "C" {
+inline int64_t launches = 0;
+}
+
 template <class T>
 T __ldcs(const T* at) {
     if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) abort();  // as a GPU would
@@ -48,8 +53,6 @@ inline uint32_t atomicInc(uint32_t* at, uint32_t limit) {
 enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice };
 using cudaStream_t = void*;
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
@@ -78,17 +81,10 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
 }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-    return *status = cudaStreamCaptureStatusNone, cudaSuccess;
-}
-inline cudaError_t cudaMallocAsync(void** memory, size_t size, cudaStream_t) { return *memory = malloc(size), cudaSuccess; }
-inline cudaError_t cudaFreeAsync(void* memory, cudaStream_t) { return free(memory), cudaSuccess; }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
-    return memcpy(to, from, size), cudaSuccess;
-}
 template <class Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters), const Parameters& p) {
     if (config->dynamicSmemBytes + static_shared_bytes > shared_bytes) abort();
+    ++launches;
     gridDim = config->gridDim;
     for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) kernel(p);
     return cudaSuccess;
