@@ -13,25 +13,23 @@ void check(cudaError_t error, const char* what) {
 
 int size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 
-// Whether all members' tensors have the same place within 16 bytes, and how many elements come before the first
-// boundary.
-void plan_vectors(const Table& table, CudaGroup& group) {
+// Vectors begin where the first parameter is aligned; of 16-bit tensors at an even element, because two share a hash.
+void plan_vectors(const Member* members, CudaGroup& group) {
     const int size = size_of(static_cast<Type>(group.type));
-    const Member* members = table.members.data() + group.first_member;
     const auto offset = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % vector_bytes; };
     const uintptr_t first = offset(members[0].param);
     const int64_t head = (vector_bytes - first) % vector_bytes / size;
-    bool same = first % size == 0 && (size > 2 || head % 2 == 0);
+    group.head = static_cast<int8_t>(size > 2 ? head : head & ~1);
+    bool aligned = (first + group.head * size) % vector_bytes == 0;
     for (int e = 0; e < group.num_experts; ++e) {
         const Member& m = members[e];
-        same = same && offset(m.param) == first;
+        aligned = aligned && offset(m.param) == first;
         if (m.grad != nullptr)
-            same = same && offset(m.grad) == first && offset(m.exp_avg) == first && offset(m.exp_avg_sq) == first;
+            for (const void* at : {m.grad, m.exp_avg, m.exp_avg_sq}) aligned = aligned && offset(at) == first;
         // Four elements of the copy at a time.
-        same = same && (m.copy == nullptr || (reinterpret_cast<uintptr_t>(m.copy) + 2 * head) % 8 == 0);
+        aligned = aligned && (m.copy == nullptr || (reinterpret_cast<uintptr_t>(m.copy) + 2 * group.head) % 8 == 0);
     }
-    group.vectors = same;
-    group.head = same ? static_cast<int8_t>(head) : 0;
+    group.aligned = aligned;
 }
 
 template <class Kernel, class P>
@@ -107,7 +105,7 @@ CudaPlan::CudaPlan(const Table& given) : num_members(static_cast<int32_t>(given.
     for (const Group& g : given.groups) {
         if (g.numel == 0) continue;
         CudaGroup group{g.numel, num_tiles, g.first_member, g.num_experts, g.number, static_cast<int16_t>(g.type)};
-        plan_vectors(given, group);
+        plan_vectors(&given.members[g.first_member], group);
         const int64_t tile_columns = tile_bytes / size_of(g.type);
         num_tiles += std::max<int64_t>(1, (g.numel - group.head + tile_columns - 1) / tile_columns);
         max_experts = std::max(max_experts, g.num_experts);

@@ -18,8 +18,8 @@ constexpr int max_threads = 256;
 constexpr int tile_bytes = 4 * max_threads * vector_bytes;  // of each expert, for one block
 
 // The table as the kernel sees it: groups, then members (or only the addresses of parameters), then options. It
-// travels in a launch's own parameters, so that nothing is cached which could be stale: in those of the pass, or if it is
-// too large for them, to memory in those of `write_table`.
+// travels in a launch's own parameters, so that nothing is cached which could be stale: in those of the pass, or if it
+// is too large for them, to memory in those of `write_table`.
 struct CudaGroup {
     int64_t numel;
     int64_t first_tile;
@@ -27,8 +27,8 @@ struct CudaGroup {
     int32_t num_experts;
     int32_t number;
     int16_t type;
-    int8_t vectors;  // whether elements from `head` on can be accessed 16 bytes at a time
-    int8_t head;
+    int8_t aligned;  // whether all tensors are, from `head` on
+    int8_t head;     // how many elements come before the first vector
 };
 
 // The limit for all parameters is 4 KB before CUDA 12.1, and 32,764 bytes since.
@@ -103,6 +103,30 @@ __device__ void store(void* base, int64_t k, const Vector<T, kWidth>& v) {
         *reinterpret_cast<Vector<T, kWidth>*>(at) = v;
 }
 
+template <class V>
+__device__ bool aligned(const void* at) {
+    return reinterpret_cast<uintptr_t>(at) % sizeof(V) == 0;
+}
+
+// The same, by elements where the tensor is not aligned: as all vectors of a tensor are alike, threads do not diverge.
+template <class T, int kWidth>
+__device__ Vector<T, kWidth> load_anywhere(const void* base, int64_t k) {
+    const T* at = static_cast<const T*>(base) + k;
+    if (aligned<Vector<T, kWidth>>(at)) return load<T, kWidth>(base, k);
+    Vector<T, kWidth> v;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) v.lanes[j] = at[j];
+    return v;
+}
+
+template <class T, int kWidth>
+__device__ void store_anywhere(void* base, int64_t k, const Vector<T, kWidth>& v) {
+    T* at = static_cast<T*>(base) + k;
+    if (aligned<Vector<T, kWidth>>(at)) return store<T, kWidth>(base, k, v);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) at[j] = v.lanes[j];
+}
+
 __device__ double read(double value, const void* at, bool is_double) {
     if (at == nullptr) return value;
     return is_double ? *static_cast<const double*>(at) : *static_cast<const float*>(at);
@@ -120,13 +144,15 @@ struct Tile {
 };
 
 // The AdamW step of one member's columns; returns the parameter.
-template <class T, int kWidth>
+template <class T, int kWidth, bool kAligned>
 __device__ Vector<T, kWidth> adam_step(const Member& member, const Adam<Wide<T>>& adam, bool unscale, int64_t k,
                                        Vector<T, kWidth> param) {
     using W = Wide<T>;
-    Vector<T, kWidth> grad = load<T, kWidth>(member.grad, k);
-    Vector<T, kWidth> exp_avg = load<T, kWidth>(member.exp_avg, k);
-    Vector<T, kWidth> exp_avg_sq = load<T, kWidth>(member.exp_avg_sq, k);
+    constexpr auto load = kAligned ? ewa::load<T, kWidth> : load_anywhere<T, kWidth>;
+    constexpr auto store = kAligned ? ewa::store<T, kWidth> : store_anywhere<T, kWidth>;
+    Vector<T, kWidth> grad = load(member.grad, k);
+    Vector<T, kWidth> exp_avg = load(member.exp_avg, k);
+    Vector<T, kWidth> exp_avg_sq = load(member.exp_avg_sq, k);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
         W g = widen(grad.lanes[j]), m = widen(exp_avg.lanes[j]), v = widen(exp_avg_sq.lanes[j]);
@@ -135,18 +161,21 @@ __device__ Vector<T, kWidth> adam_step(const Member& member, const Adam<Wide<T>>
         exp_avg.lanes[j] = nearest<T>(m);
         exp_avg_sq.lanes[j] = nearest<T>(v);
     }
-    store<T, kWidth>(member.exp_avg, k, exp_avg);
-    store<T, kWidth>(member.exp_avg_sq, k, exp_avg_sq);
-    if (unscale) store<T, kWidth>(member.grad, k, grad);
+    store(member.exp_avg, k, exp_avg);
+    store(member.exp_avg_sq, k, exp_avg_sq);
+    if (unscale) store(member.grad, k, grad);
     return param;
 }
 
 // kWidth columns (elements of every expert) from k on. kHeld experts fit in registers; if kHeld is 0, they are kept
-// in shared memory, where each thread has its own, and those there is no room for are read again.
-template <class T, int kWidth, int kHeld, bool kStep>
+// in shared memory, where each thread has its own, and those there is no room for are read again. If not kAligned, some
+// tensors may not be.
+template <class T, int kWidth, int kHeld, bool kAligned, bool kStep>
 __device__ void columns(const Tile<kStep>& tile, int64_t k) {
     using W = Wide<T>;
     using V = Vector<T, kWidth>;
+    constexpr auto load = kAligned ? ewa::load<T, kWidth> : load_anywhere<T, kWidth>;
+    constexpr auto store = kAligned ? ewa::store<T, kWidth> : store_anywhere<T, kWidth>;
     const CudaGroup& group = tile.group;
     const bool averaging = group.num_experts > 1 && tile.share_rate != 0;
     const auto* adams = reinterpret_cast<const Adam<W>*>(shared);
@@ -169,17 +198,18 @@ __device__ void columns(const Tile<kStep>& tile, int64_t k) {
     V first;
     W mean[kWidth] = {};
     for_each_expert([&](int e) {
-        V v = load<T, kWidth>(param(e), k);
+        V v = load(param(e), k);
         if constexpr (kStep) {
             const Member& member = tile.view.members[group.first_member + e];
-            if (member.grad != nullptr) v = adam_step<T, kWidth>(member, adams[e], tile.grad_scale != 1.0f, k, v);
+            if (member.grad != nullptr)
+                v = adam_step<T, kWidth, kAligned>(member, adams[e], tile.grad_scale != 1.0f, k, v);
         }
         if constexpr (kHeld > 0)
             registers[e] = v;
         else if (e < tile.p.staged)
             staged(e) = v;
         else if constexpr (kStep)
-            store<T, kWidth>(param(e), k, v);
+            store(param(e), k, v);
         if (e == 0) first = v;
         // The mean of distances from the first expert: equal experts have exactly their value for a mean.
 #pragma unroll
@@ -196,7 +226,7 @@ __device__ void columns(const Tile<kStep>& tile, int64_t k) {
         if constexpr (kHeld > 0)
             v = registers[e];
         else
-            v = e < tile.p.staged ? staged(e) : load<T, kWidth>(param(e), k);
+            v = e < tile.p.staged ? staged(e) : load(param(e), k);
         if (averaging) {
             const uint32_t of_expert = tile.keys.of_expert(group.number + e);
 #pragma unroll
@@ -210,13 +240,13 @@ __device__ void columns(const Tile<kStep>& tile, int64_t k) {
                                  : nearest<T>(pulled);
             }
         }
-        store<T, kWidth>(param(e), k, v);
+        store(param(e), k, v);
         if constexpr (kStep && sizeof(T) == 4) {
             if (uint16_t* copy = tile.view.members[group.first_member + e].copy; copy != nullptr) {
                 Vector<BFloat16, kWidth> narrow;
 #pragma unroll
                 for (int j = 0; j < kWidth; ++j) narrow.lanes[j] = nearest<BFloat16>(v.lanes[j]);
-                store<BFloat16, kWidth>(copy, k, narrow);
+                (kAligned ? ewa::store<BFloat16, kWidth> : store_anywhere<BFloat16, kWidth>)(copy, k, narrow);
             }
         }
     });
@@ -242,11 +272,18 @@ __device__ void run(const Tile<kStep>& tile) {
     const int64_t begin = number == 0 ? 0 : group.head + number * tile_columns;
     const int64_t end = min(group.numel, group.head + (number + 1) * tile_columns);
     const int64_t body = number == 0 ? min(static_cast<int64_t>(group.head), end) : begin;
-    const int64_t tail = group.vectors ? body + (end - body) / width * width : body;
-    for (int64_t k = body + threadIdx.x * width; k < tail; k += blockDim.x * width)
-        columns<T, width, kHeld>(tile, k);
+    // Of parameters alone most are not aligned where one is not: they go by elements.
+    const int64_t tail = kStep || group.aligned ? body + (end - body) / width * width : body;
+    const auto for_each_vector = [&](const auto& act) {
+        for (int64_t k = body + threadIdx.x * width; k < tail; k += blockDim.x * width) act(tile, k);
+    };
+    // Two loops: a look at each address costs loads that overlap, and ptxas spills where both are in one.
+    if (!kStep || group.aligned)
+        for_each_vector(columns<T, width, kHeld, true, kStep>);
+    else
+        for_each_vector(columns<T, width, kHeld, false, kStep>);
     for (int64_t i = threadIdx.x; i < body - begin + end - tail; i += blockDim.x)
-        columns<T, 1, kHeld>(tile, i < body - begin ? begin + i : tail + i - (body - begin));
+        columns<T, 1, kHeld, true>(tile, i < body - begin ? begin + i : tail + i - (body - begin));
 }
 
 // Blocks that a multiprocessor must have registers for: told, ptxas does not spill to have more.

@@ -29,18 +29,18 @@ inline dim3 gridDim, blockDim, blockIdx(0), threadIdx(0);
 
 // Counted for tests/test_cuda_on_host.py.
 extern "C" {
-inline int64_t launches = 0;
+inline int64_t launches = 0, vector_loads = 0, vector_stores = 0;
 }
 
 template <class T>
 T __ldcs(const T* at) {
     if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) abort();  // as a GPU would
-    return *at;
+    return ++vector_loads, *at;
 }
 template <class T>
 void __stcs(T* at, T value) {
     if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) abort();
-    *at = value;
+    ++vector_stores, *at = value;
 }
 inline void __syncthreads() {}
 inline void __threadfence() {}

@@ -100,6 +100,49 @@ def test_adamw_has_the_same_bits_as_on_the_cpu():
             assert torch.equal(ours.state[p][name].cpu(), theirs.state[q][name])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+class TestGradientsThatAreNotAligned:
+    """As DDP's views into its buckets are, after a parameter of odd size."""
+
+    def optimizer(self, dtype, offset, columns, device="cuda"):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(4, 1, columns, generator=generator).to(dtype).to(device))
+        bucket = torch.ones(offset + p.numel(), dtype=dtype, device=device)
+        p.grad = bucket[offset:].view_as(p)
+        return ewa.optim.AdamW([p], lr=0.01, averager=ewa.ExpertAverager([p], 0.3), bf16_copies=True)
+
+    def test_same_bits_as_on_the_cpu(self, dtype):
+        for offset in range(1, 9):
+            results = []
+            for device in ("cuda", "cpu"):
+                optimizer = self.optimizer(dtype, offset, 70_007, device)
+                optimizer.grad_scale = torch.tensor(3.0, device=device)
+                for _ in range(3):
+                    optimizer.step()
+                [(p, state)] = optimizer.state.items()
+                results.append([p, p.grad, state["exp_avg"], state["exp_avg_sq"], *optimizer._copies.values()])
+            for ours, theirs in zip(*results, strict=True):
+                assert torch.equal(ours.cpu(), theirs)
+
+    def test_time(self, dtype):
+        """Of steps that take longer than their launches."""
+        milliseconds = []
+        for offset in (0, 1):
+            optimizer = self.optimizer(dtype, offset, 2**24)
+            times = []
+            for _ in range(5):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                optimizer.step()
+                begin.record()
+                for _ in range(10):
+                    optimizer.step()
+                end.record()
+                end.synchronize()
+                times.append(begin.elapsed_time(end) / 10)
+            milliseconds.append(min(times))
+        assert milliseconds[1] < 1.5 * milliseconds[0], milliseconds
+
+
 class TestLaunches:
     def test_averaging(self):
         groups, share_rate = few_experts(), torch.tensor(0.3, device="cuda")
