@@ -309,7 +309,7 @@ def average_experts_(
     with torch.no_grad():
         experts = shards.Experts(tensors, exchange=isinstance(share_rate, Tensor) or share_rate != 0)
     flat, group_sizes = checks.experts(experts.local)
-    device = _device_of(flat)
+    device = device_of(flat)
     seed = None if seed is None else graphs.replayable("seed", checks.seed_tensor(seed, device), device)
     found_inf = None if found_inf is None else graphs.replayable("found_inf", found_inf, device)
     if isinstance(share_rate, Tensor) or torch.compiler.is_compiling():  # a number is a constant, as the caller says
@@ -352,7 +352,7 @@ def set_sm_margin(number: int) -> None:
     multiprocessors.set_margin(number)
 
 
-def _device_of(tensors: Sequence[Tensor]) -> torch.device:
+def device_of(tensors: Sequence[Tensor]) -> torch.device:
     """That of the first which is not on the CPU, if there is one."""
     return next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
 

@@ -220,11 +220,12 @@ class AdamW(torch.optim.AdamW):
         rows = [states.get(p, _State(none, none, none, none, 0)) for p in params]
         fresh = [self._copy_of(p) if self.bf16_copies and p not in alone else none for p in params]
         grads, exp_avgs, exp_avg_sqs, steps, options_of = zip(*rows, strict=True) if rows else ((),) * 5
-        device = params[0].device if params else torch.device("cpu")
+        device = functional.device_of(params)
         lrs, options = [], []
         for group in self.param_groups:
             lrs.append(_learning_rate(group, device))
-            options += [*map(float, group["betas"]), group["eps"], group["weight_decay"], float(group["maximize"])]
+            betas = (graphs.replayable("betas", b, device) if isinstance(b, Tensor) else b for b in group["betas"])
+            options += [*map(float, betas), group["eps"], group["weight_decay"], float(group["maximize"])]
         ops.adamw_(
             params,
             grads,

@@ -41,7 +41,7 @@ def test_capture_refuses_a_seed_on_the_host(operation, value, on_gpu, capturing)
     ids=str,
 )
 def test_capture_refuses_to_average_by_the_host(name, value, capturing, monkeypatch):
-    monkeypatch.setattr(functional, "_device_of", lambda tensors: torch.device("cuda", 0))
+    monkeypatch.setattr(functional, "device_of", lambda tensors: torch.device("cuda", 0))
     experts = torch.randn(2, 3).bfloat16()
     before = experts.clone()
     with pytest.raises(RuntimeError, match=f"{name} must be a tensor on cuda:0 while a CUDA graph is captured"):
@@ -59,6 +59,24 @@ def test_capture_refuses_a_learning_rate_that_changes(group, capturing):
 
 def test_capture_takes_a_learning_rate_that_stays(capturing):
     assert float(optim._learning_rate({"lr": 0.25}, torch.device("cuda", 0))) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lr", {"lr": torch.tensor(0.1)}),
+        ("betas", {"betas": (torch.tensor(0.9), torch.tensor(0.99))}),
+    ],
+)
+def test_capture_refuses_a_step_by_the_host(name, options, capturing, monkeypatch):
+    monkeypatch.setattr(functional, "device_of", lambda tensors: torch.device("cuda", 0))
+    monkeypatch.setattr(optim, "_health_check", lambda optimizer: None)  # of torch: CPU parameters are not capturable
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = ewa.optim.AdamW([parameter], capturable=True, **options)
+    parameter.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match=f"{name} must be a tensor on cuda:0 while a CUDA graph is captured"):
+        optimizer.step()
+    assert torch.equal(parameter, torch.ones(3))
 
 
 @pytest.mark.parametrize("found_inf", [False, 0.0, torch.tensor(0.0)])
