@@ -19,8 +19,10 @@ from models import SwiGLU
 import ewa_kernels as ewa
 from ewa_kernels.surgery import adapters
 
-# They need a GPU: `make gpu` runs them.
+# Those that need a GPU, which `make gpu` runs, and the CUDA kernel on the host, which `extension_variants.py` does.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+if os.environ.get("EWA_TEST_VARIANT") != "cuda-on-host":
+    collect_ignore.append("test_cuda_on_host.py")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The CUDA kernel compiled for the host by `extension_variants.py`: it gives the bits of C++, and how it gets there."""
 
 import ctypes
-import os
 import sys
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 import ewa_kernels as ewa
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-pytestmark = pytest.mark.skipif(os.environ.get("EWA_TEST_VARIANT") != "cuda-on-host", reason="has both kernels")
 average_experts_ = ewa.functional.average_experts_
 
 
