@@ -5,9 +5,8 @@ Source: "Experts Weights Averaging: A New General Training Scheme for Vision Tra
 
 from ewa_kernels import functional, integrations, optim, reference
 from ewa_kernels.averaging import ExpertAverager
-from ewa_kernels.backends import BackendError
+from ewa_kernels.backends import BackendError, set_sm_margin
 from ewa_kernels.decay import weight_decay_groups
-from ewa_kernels.functional import set_sm_margin
 from ewa_kernels.modules import FFN, RandomPartitionMoE, expert_tensors
 from ewa_kernels.moe.adapters import register_experts_adapter
 from ewa_kernels.moe.experts import find_experts

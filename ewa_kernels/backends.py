@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from ewa_kernels import checks
-from ewa_kernels.kernels import experts, extension, fused
+from ewa_kernels.kernels import experts, extension, fused, multiprocessors
 from ewa_kernels.version import VERSION
 
 BACKENDS = ("auto", "reference", "torch", "triton", "triton-single", "triton-split", "triton-onchip", "cuda", "cpp")
@@ -66,7 +66,8 @@ def _warn_once_of_slowness(operation: str, found: str, device: torch.device) -> 
     if device.type == "cuda":
         missing = extension.WHY_NOT_CUDA or experts.old_driver()
     expected = {"cpu": "cpp", "cuda": "cuda"}.get(device.type)
-    if missing is None or device.type in _warned or expected not in _IMPLEMENTED[operation]:
+    # On AMD's GPUs there is nothing to install.
+    if missing is None or torch.version.hip or device.type in _warned or expected not in _IMPLEMENTED[operation]:
         return
     _warned.add(device.type)
     warnings.warn(
@@ -128,6 +129,23 @@ def _why_not_triton(operation: str, device: torch.device, dtype: torch.dtype) ->
     if not fused.INTERPRETED:
         return "on the CPU it needs Triton's interpreter: set TRITON_INTERPRET=1 before ewa_kernels is imported"
     return None
+
+
+def set_sm_margin(number: int) -> None:
+    """How many multiprocessors of each GPU the persistent kernels leave to others from now on, such as NCCL's.
+
+    A persistent kernel keeps the multiprocessors it runs on until it is done, for milliseconds: a collective that DDP
+    or FSDP starts meanwhile waits, unless some are left free. PyTorch's own carve-out counts as well; the larger number
+    holds. Results have the same bits whatever the number is.
+
+    Args:
+        number: 0 (the default) or more; one multiprocessor is always used.
+
+    Raises:
+        TypeError, ValueError: not an int, or below 0.
+    """
+    checks.integer("number", number, minimum=0)
+    multiprocessors.set_margin(number)
 
 
 def table(device: torch.device) -> list[tuple[str, str, str]]:

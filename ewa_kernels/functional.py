@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ewa_kernels import checks, ops, reference, shards
 from ewa_kernels.backends import resolve
-from ewa_kernels.kernels import graphs, multiprocessors
+from ewa_kernels.kernels import graphs
 
 ROUNDINGS = ("stochastic", "nearest")
 
@@ -24,7 +24,6 @@ __all__ = [
     "partition_by_expert",
     "random_permutation",
     "route",
-    "set_sm_margin",
 ]
 
 
@@ -241,7 +240,8 @@ def _moe_ffn(
             options["seed"] = seed
         if permutation is None or expert_offsets is None:
             return reference.moe_ffn(x, *parameters, **options)
-        checks.partition_values(permutation, expert_offsets, routing_weights)
+        if x.device.type == "cpu":
+            permutation = ops.checked_permutation(permutation, expert_offsets, routing_weights)
         options |= {"permutation": permutation, "expert_offsets": expert_offsets, "routing_weights": routing_weights}
         return reference.grouped_ffn(x, *parameters, **options)
     _refuse_transforms((x, *operands))
@@ -333,23 +333,6 @@ def average_experts_(
             key_seed = None if seed is None else shards.seed_of(seed, key)
             ops.average_experts_(members, sizes, beta, found_inf, key_seed, chosen_backend)
         experts.write_back()
-
-
-def set_sm_margin(number: int) -> None:
-    """How many multiprocessors of each GPU the persistent kernels leave to others from now on, such as NCCL's.
-
-    A persistent kernel keeps the multiprocessors it runs on until it is done, for milliseconds: a collective that DDP
-    or FSDP starts meanwhile waits, unless some are left free. PyTorch's own carve-out counts as well; the larger number
-    holds. Results have the same bits whatever the number is.
-
-    Args:
-        number: 0 (the default) or more; one multiprocessor is always used.
-
-    Raises:
-        TypeError, ValueError: not an int, or below 0.
-    """
-    checks.integer("number", number, minimum=0)
-    multiprocessors.set_margin(number)
 
 
 def device_of(tensors: Sequence[Tensor]) -> torch.device:

@@ -162,6 +162,19 @@ torch.library.register_vmap("ewa_kernels::draw_seed", _draw_seeds, lib=_LIBRARY)
 # --- moe_ffn ---
 
 
+def _checked_permutation(permutation: Tensor, expert_offsets: Tensor, routing_weights: Tensor | None) -> Tensor:
+    checks.partition_values(permutation, expert_offsets, routing_weights)
+    return permutation.clone()
+
+
+# An operation, because a compiled graph knows the values only when it runs.
+checked_permutation = _define(
+    "checked_permutation(Tensor permutation, Tensor expert_offsets, Tensor? routing_weights) -> Tensor",
+    _checked_permutation,
+    lambda permutation, expert_offsets, routing_weights: torch.empty_like(permutation),
+)
+
+
 def _kernels(backend: str) -> Any:
     return fused.ffn if backend.startswith("triton") else blocked_ffn
 
@@ -309,7 +322,7 @@ def _loop_over_samples(operation: Any) -> Any:
 
 
 # PyTorch would loop too, but with a warning that a rule is missing.
-for _operation in (random_permutation, moe_ffn, moe_ffn_backward):
+for _operation in (random_permutation, checked_permutation, moe_ffn, moe_ffn_backward):
     torch.library.register_vmap(_operation.name(), _loop_over_samples(_operation), lib=_LIBRARY)
 
 

@@ -48,7 +48,8 @@ class AdamW(torch.optim.AdamW):
             shards of DTensors.
         bf16_copies: write a bfloat16 copy of every float32 weight of `RandomPartitionMoE` that the averager has, in
             the same pass: under bfloat16 autocast the layer then casts no weights, for 2 bytes more per element. Not
-            for models whose parameters are changed through `.data`, which nobody can notice.
+            for models whose parameters are changed through `.data`, or by replays of a CUDA graph, which nobody can
+            notice.
         amsgrad: must be False.
         foreach, fused: accepted so that calls are interchangeable, and ignored.
 
@@ -111,6 +112,7 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
+        self._check_graph(found_inf)
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
             return loss
         # What can be wrong with the averager is found out before anything changes.
@@ -137,6 +139,15 @@ class AdamW(torch.optim.AdamW):
     def _check_groups(self) -> None:
         if any(group["amsgrad"] for group in self.param_groups):
             raise ValueError("amsgrad must be False, got True: use torch.optim.AdamW and averager.attach(optimizer)")
+
+    def _check_graph(self, found_inf: Tensor | None) -> None:
+        """While a CUDA graph is captured, what each replay would repeat raises."""
+        device = functional.device_of([p for group in self.param_groups for p in group["params"]])
+        if graphs.is_capturing(device):
+            for group in self.param_groups:
+                _numbers(group, device)
+            if found_inf is not None:
+                graphs.replayable("found_inf", found_inf, device)
 
     def _check_parameters(self, experts: list[Tensor]) -> None:
         """An expert that is no parameter itself may not be in a parameter's memory: two steps would race there."""
@@ -223,8 +234,8 @@ class AdamW(torch.optim.AdamW):
         device = functional.device_of(params)
         lrs, options = [], []
         for group in self.param_groups:
-            lrs.append(_learning_rate(group, device))
-            betas = (graphs.replayable("betas", b, device) if isinstance(b, Tensor) else b for b in group["betas"])
+            lr, betas = _numbers(group, device)
+            lrs.append(lr)
             options += [*map(float, betas), group["eps"], group["weight_decay"], float(group["maximize"])]
         ops.adamw_(
             params,
@@ -243,7 +254,8 @@ class AdamW(torch.optim.AdamW):
             self._seed_tensor(flat, seed, key),
         )
         for p, copy in zip(params, fresh, strict=True):
-            if copy.numel() > 0:
+            # What is captured is written by replays, which nobody counts.
+            if copy.numel() > 0 and not graphs.is_capturing(p.device):
                 copies.register(p, copy)
 
     def _rounds_stochastically(self, experts: list[Tensor]) -> bool:
@@ -314,18 +326,19 @@ def _device_of_numbers(device: torch.device) -> torch.device:
     return device if torch.compiler.is_compiling() else torch.device("cpu")
 
 
-def _learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
-    """That of a parameter group, as the kernel takes it.
+def _numbers(group: dict[str, Any], device: torch.device) -> tuple[Tensor, list[float | Tensor]]:
+    """Learning rate and betas of a parameter group, as the kernel takes them.
 
     Raises:
-        RuntimeError: it is a number, or on the CPU, and changes, while a CUDA graph is captured.
+        RuntimeError: one is on the CPU, and may change, while a CUDA graph is captured.
     """
     lr = group["lr"]
-    if isinstance(lr, Tensor):
-        return graphs.replayable("lr", lr, device)
-    lr = torch.tensor(lr, dtype=torch.float64, device=_device_of_numbers(device))
     # A schedule leaves its first rate there; without one, a number stays as it is.
-    return graphs.replayable("lr", lr, device) if "initial_lr" in group else lr
+    may_change = isinstance(lr, Tensor) or "initial_lr" in group
+    if not isinstance(lr, Tensor):
+        lr = torch.tensor(lr, dtype=torch.float64, device=_device_of_numbers(device))
+    betas = [graphs.replayable("betas", b, device) if isinstance(b, Tensor) else b for b in group["betas"]]
+    return graphs.replayable("lr", lr, device) if may_change else lr, betas
 
 
 def _local_states(states: dict[Tensor, _State], found_inf: Tensor | None) -> dict[Tensor, _State]:

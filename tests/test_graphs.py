@@ -54,11 +54,12 @@ def test_capture_refuses_to_average_by_the_host(name, value, capturing, monkeypa
 )
 def test_capture_refuses_a_learning_rate_that_changes(group, capturing):
     with pytest.raises(RuntimeError, match="lr must be a tensor on cuda:0"):
-        optim._learning_rate(group, torch.device("cuda", 0))
+        optim._numbers({**group, "betas": ()}, torch.device("cuda", 0))
 
 
 def test_capture_takes_a_learning_rate_that_stays(capturing):
-    assert float(optim._learning_rate({"lr": 0.25}, torch.device("cuda", 0))) == 0.25
+    lr, betas = optim._numbers({"lr": 0.25, "betas": (0.5, 0.75)}, torch.device("cuda", 0))
+    assert (float(lr), betas) == (0.25, [0.5, 0.75])
 
 
 @pytest.mark.parametrize(
@@ -66,13 +67,17 @@ def test_capture_takes_a_learning_rate_that_stays(capturing):
     [
         ("lr", {"lr": torch.tensor(0.1)}),
         ("betas", {"betas": (torch.tensor(0.9), torch.tensor(0.99))}),
+        ("found_inf", {}),
     ],
 )
 def test_capture_refuses_a_step_by_the_host(name, options, capturing, monkeypatch):
+    """Also where torch makes the step."""
     monkeypatch.setattr(functional, "device_of", lambda tensors: torch.device("cuda", 0))
     monkeypatch.setattr(optim, "_health_check", lambda optimizer: None)  # of torch: CPU parameters are not capturable
+    monkeypatch.setattr(ewa.optim.AdamW, "_why_not", lambda *arguments: "")
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = ewa.optim.AdamW([parameter], capturable=True, **options)
+    optimizer.found_inf = torch.tensor(1.0)
     parameter.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match=f"{name} must be a tensor on cuda:0 while a CUDA graph is captured"):
         optimizer.step()
@@ -129,7 +134,9 @@ class TestCompiledForCuda:
 
     def test_learning_rate(self, on_gpu):
         device = torch.device("cuda", 0)
-        graph = self.graph_of(lambda x, lr: x * optim._learning_rate({"lr": lr}, device), on_gpu(3), torch.empty(()))
+        graph = self.graph_of(
+            lambda x, lr: x * optim._numbers({"lr": lr, "betas": ()}, device)[0], on_gpu(3), torch.empty(())
+        )
         assert any(node.target == "to" and node.args[1] == device for node in graph.nodes)
 
     def test_no_seed_where_nothing_is_random(self):
@@ -146,6 +153,22 @@ def test_a_graph_casts_in_each_replay(monkeypatch):
     assert copies.in_dtype(parameter, torch.bfloat16) is copy
     monkeypatch.setattr(graphs, "is_capturing", lambda device: True)
     assert torch.equal(copies.in_dtype(parameter, torch.bfloat16), parameter.bfloat16())
+
+
+def test_a_captured_step_leaves_no_copy_that_counts(capturing, monkeypatch):
+    """Its replays will write it: until then it holds something else."""
+    model = torch.nn.Sequential(ewa.RandomPartitionMoE(4, 8, 2))
+    averager = ewa.ExpertAverager(model, 0.3)
+    optimizer = ewa.optim.AdamW(model.parameters(), averager=averager, bf16_copies=True, capturable=True)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    monkeypatch.setattr(optim, "_health_check", lambda optimizer: None)
+    monkeypatch.setattr(graphs, "is_capturing", lambda device: False)
+    optimizer.step()
+    assert copies.find(model[0].up.weight, torch.bfloat16) is not None
+    monkeypatch.setattr(graphs, "is_capturing", lambda device: True)
+    optimizer.step()
+    assert copies.find(model[0].up.weight, torch.bfloat16) is None
 
 
 class Stream:

@@ -10,7 +10,7 @@ from test_fused import DEVICE, FORMS, dtype_for, parameters, tokens
 
 import ewa_kernels as ewa
 from ewa_kernels.kernels import multiprocessors
-from ewa_kernels.kernels.fused import backward, ffn, forward, groups, onchip
+from ewa_kernels.kernels.fused import backward, configs, ffn, forward, groups, onchip
 from ewa_kernels.kernels.fused.tiles import wait_until
 
 # What a router with a fault may give for 70 rows and 4 experts: more row blocks than there are numbers for, falling
@@ -77,10 +77,10 @@ class TestBadPartition:
         permutation = torch.arange(70, dtype=torch.int32, device=DEVICE)
         permutation[[0, 9, 50]] = torch.tensor([-5, 2**31 - 1, 70], dtype=torch.int32, device=DEVICE)
         given = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
-        options = ("silu", False, 0.0)
-        y, pre, _ = ffn.moe_ffn_forward(x, *weights, None, None, permutation, given, *options, True, form)
-        saved = (x, *weights, None, None, permutation, given, pre)
-        grads = ffn.moe_ffn_backward(grad_y, *saved, *options, [True] * 5 + [False], form)
+        routing_weights, options = walled(70, 1), ("silu", False, 0.0)
+        y, pre, _ = ffn.moe_ffn_forward(x, *weights, routing_weights, None, permutation, given, *options, True, form)
+        saved = (x, *weights, routing_weights, None, permutation, given, pre)
+        grads = ffn.moe_ffn_backward(grad_y, *saved, *options, [True] * 6, form)
         assert pre.isfinite().all()
         for value in (y[permutation.clamp(0, 69).long()], grads[0][permutation.clamp(0, 69).long()], *grads[1:5]):
             assert value.isfinite().all()
@@ -99,6 +99,12 @@ class TestBadPartition:
                 x, *weights, None, None, permutation, offsets, "gelu", False, 0.0, False, "triton-single"
             )
 
+    def test_debug_mode_says_nothing_else(self, interpreter_in_debug_mode):
+        """Hashes may overflow, in the deal and in dropout."""
+        x, weights = tokens(40, 16), parameters(3, 16, 24)
+        for backend in ("triton-single", "triton-onchip"):
+            output_and_grads(ewa.functional.moe_ffn, (x, *weights), x, seed=3, dropout_p=0.2, backend=backend)
+
     @pytest.mark.skipif(DEVICE == "cuda", reason="a failed assert ends the process's use of the GPU")
     def test_no_wait_is_for_ever(self):
         with pytest.raises(Exception, match="what is waited for is never done"):
@@ -116,7 +122,8 @@ def interpreter_in_debug_mode(monkeypatch):
     if DEVICE == "cuda":
         pytest.skip("a failed assert ends the process's use of the GPU")
     builder = triton.runtime.interpreter.interpreter_builder
-    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+    options = {"debug": True, "sanitize_overflow": configs.ASSERTS["sanitize_overflow"]}
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, **options))
 
 
 class Launches:

@@ -80,6 +80,7 @@ def check_backward(arguments, mask, save, backend):
 
 def test_opcheck_the_others():
     opcheck(ops.random_permutation, (100, SEED))
+    opcheck(ops.checked_permutation, (torch.randperm(6), torch.tensor([0, 2, 6]), None))
     opcheck(ops.draw_seed, (X,))
     experts = [torch.randn(3, 4), torch.randn(5), torch.randn(5)]
     for backend in ("reference", "cpp", "triton"):
@@ -108,7 +109,7 @@ def test_every_operation_is_checked():
     defined = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("ewa_kernels::")
     }
-    layer = {"moe_ffn", "moe_ffn_backward", "random_permutation", "draw_seed"}
+    layer = {"moe_ffn", "moe_ffn_backward", "random_permutation", "checked_permutation", "draw_seed"}
     assert defined == layer | {"average_experts_", "adamw_"}
 
 

@@ -20,6 +20,11 @@ def grad_of_bias_factor(
 ) -> Tensor:
     """grad_y[t] · down_bias[e], what the down bias adds to the gradient of a routing weight; by grouped row `[T·k]`."""
     row = torch.arange(len(permutation), dtype=expert_offsets.dtype, device=permutation.device)
-    expert = torch.bucketize(row, expert_offsets[1:], right=True)
+    expert = torch.bucketize(row, expert_offsets[1:], right=True).clamp_(max=len(down_bias) - 1)
     products = grad_y @ down_bias.to(grad_y.dtype).T
-    return products[permutation.long() // top_k, expert]
+    return products[existing(permutation) // top_k, expert]
+
+
+def existing(permutation: Tensor) -> Tensor:
+    """int64, within 0…R−1: nobody has looked at what was given on a GPU, where PyTorch ends the process for others."""
+    return permutation.long().clamp_(0, len(permutation) - 1)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.fused.configs import Tile, ceil_div
+from ewa_kernels.kernels.fused.configs import ASSERTS, Tile, aligned, ceil_div
 from ewa_kernels.kernels.fused.partition import key_pair, mix32
 
 # Its columns: nothing is multiplied.
@@ -101,7 +101,7 @@ def _on(device: torch.device, value: Tensor, dtype: torch.dtype) -> Tensor:
     """[1]; one from the CPU by a kernel that fills it in: a copy would wait for the GPU, and no graph may hold it."""
     if value.device.type == "cpu" and device.type != "cpu":
         return torch.full((1,), value.item(), dtype=dtype, device=device)
-    return value.to(device, dtype).reshape(1)
+    return aligned(value.to(device, dtype).reshape(1))
 
 
 def average(
@@ -133,6 +133,7 @@ def average(
                 BF16=bf16,
                 BLOCK=TILE.block_n,
                 num_warps=TILE.num_warps,
+                **ASSERTS,
             )
         if isinstance(group, Tensor):
             if dense is not group:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Asserts in kernels: one that fails stops the kernel with its message, and the process must begin anew.
+# Asserts in kernels: one that fails stops the kernel with its message, and the process must begin anew. Not those of
+# Triton's own against overflow: hashes wrap around on purpose.
 DEBUG = os.environ.get("EWA_KERNELS_DEBUG", "0") not in ("", "0")
+ASSERTS = {"debug": DEBUG, "sanitize_overflow": False}
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -51,7 +53,7 @@ class Tile:
         assert all(size > 0 and size & (size - 1) == 0 for size in sizes), f"{self}: not all powers of two"
         assert min(sizes[:3]) >= 16, f"{self}: a side below 16"
 
-    def launch_options(self) -> dict[str, int]:
+    def launch_options(self) -> dict[str, int | bool]:
         """Keyword arguments of a kernel launch."""
         registers = 2**16 // (32 * self.num_warps * self.per_multiprocessor)
         return {
@@ -63,7 +65,7 @@ class Tile:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,  # Triton's default changes with its version
-            "debug": DEBUG,
+            **ASSERTS,
         }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels.choices import grad_of_bias_factor, sum_of_choices
+from ewa_kernels.kernels.choices import existing, grad_of_bias_factor, sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.fused.backward import launch_backward
 from ewa_kernels.kernels.fused.configs import aligned
@@ -123,7 +123,7 @@ def moe_ffn_backward(
                 grad_routing = pieces.sum(0)
                 if down_bias is not None and expert_offsets is not None:
                     grad_routing += grad_of_bias_factor(grad_y, down_bias, permutation, expert_offsets, layer.top_k)
-                grad_routing = torch.empty_like(grad_routing).index_copy_(0, permutation.long(), grad_routing)
+                grad_routing = torch.empty_like(grad_routing).index_copy_(0, existing(permutation), grad_routing)
         if grads[0] is not None:
             grads[0] = sum_of_choices(grads[0], layer.top_k)
     return tuple(

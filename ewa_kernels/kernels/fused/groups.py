@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.fused.configs import DEBUG, aligned, ceil_div
+from ewa_kernels.kernels.fused.configs import ASSERTS, aligned, ceil_div
 
 BLOCKS, EXPERTS = 64, 128
 
@@ -78,6 +78,6 @@ def tabulate(expert_offsets: Tensor, num_rows: int, num_blocks: int, block_m: in
         BLOCK_M=block_m,
         BLOCKS=BLOCKS,
         EXPERTS=EXPERTS,
-        debug=DEBUG,
+        **ASSERTS,
     )
     return groups

@@ -63,8 +63,10 @@ class Layer:
     ) -> Layer:
         num_rows = x.shape[0] if routing_weights is None else routing_weights.numel()
         num_experts, d_model, d_ff = down_weight.shape
-        if num_rows > _MAX_ROWS:
-            raise ValueError(f"x must hold at most {_MAX_ROWS} tokens for this backend, got {num_rows}")
+        # Blocks that do not exist may begin behind all rows, by a block for each expert.
+        max_rows = _MAX_ROWS if expert_offsets is None else _MAX_ROWS - 256 * num_experts
+        if num_rows > max_rows:
+            raise ValueError(f"x must hold at most {max_rows} tokens for this backend, got {num_rows}")
         if num_experts > _MAX_EXPERTS:
             raise ValueError(f"up_weight must hold at most {_MAX_EXPERTS} experts for this backend, got {num_experts}")
         return cls(

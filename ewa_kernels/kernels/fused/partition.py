@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.fused.configs import aligned, ceil_div
+from ewa_kernels.kernels.fused.configs import ASSERTS, aligned, ceil_div
 from ewa_kernels.reference import num_rounds
 
 _BLOCK = 1024
@@ -115,5 +115,5 @@ def random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
         grid = (ceil_div(num_tokens, _BLOCK),)
         arguments = (*seed_arguments(seed), num_tokens, *radices(num_tokens))
         with torch.cuda.device_of(seed):
-            _permutation_kernel[grid](permutation, *arguments, BLOCK=_BLOCK, enable_fp_fusion=True)
+            _permutation_kernel[grid](permutation, *arguments, BLOCK=_BLOCK, enable_fp_fusion=True, **ASSERTS)
     return permutation
