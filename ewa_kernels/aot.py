@@ -267,13 +267,14 @@ def _launch(case: Case, layer: Layer) -> Any:
         with _instead(groups, "groups_kernel") as compiled:
             groups.tabulate(new(num_experts + 1, dtype=torch.int32), num_rows, layer.num_blocks(128), 128)
     elif kernel == "average":
+        if case.odd_address:  # which memory has that exists
+            experts = torch.empty(4 * 64 + 1, dtype=layer.dtype)[1:].view(4, 64)
+        else:
+            experts = up_weight
+        share_rate = torch.empty(1, dtype=torch.float64, device=experts.device)
+        seed = torch.empty(1, dtype=torch.int64, device=experts.device) if case.stochastic else None
         with _instead(averaging, "average_kernel") as compiled:
-            share_rate, seed = new(1, dtype=torch.float64), new(1, dtype=torch.int64)
-            # Memory that exists has an address.
-            odd = torch.empty(4 * 64 + 1, dtype=layer.dtype)[1:].view(4, 64)
-            averaging.average(
-                [odd if case.odd_address else up_weight], share_rate, None, seed if case.stochastic else None
-            )
+            averaging.average([experts], share_rate, None, seed)
     elif kernel == "onchip":
         with _instead(onchip, "onchip_kernel") as compiled:
             onchip.launch_onchip(layer, *operands, y, pre_activation, permutation, deal=not case.routed)
