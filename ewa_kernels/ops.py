@@ -17,8 +17,9 @@ import torch.fx.traceback as fx_traceback
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.flop_counter import register_flop_formula
 
-from ewa_kernels import checks, reference
+from ewa_kernels import checks, flops, reference
 from ewa_kernels.kernels import blocked_ffn, experts, fused, graphs, permutation
 
 _LIBRARY = torch.library.Library("ewa_kernels", "DEF")
@@ -300,6 +301,8 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 
 torch.library.register_autograd("ewa_kernels::moe_ffn_backward", _no_second_derivative, lib=_LIBRARY)
+register_flop_formula(moe_ffn.overloadpacket)(flops.moe_ffn)
+register_flop_formula(moe_ffn_backward.overloadpacket)(flops.moe_ffn_backward)
 
 
 # --- torch.func.vmap ---

@@ -6,6 +6,7 @@ import pytest
 import torch
 from parity import random_ffn
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import ewa_kernels as ewa
 from ewa_kernels import ops
@@ -228,6 +229,40 @@ def test_func_grad_raises_rather_than_being_wrong(transform, compiled):
     ours = 'moe_ffn does not support torch.func.grad.*"reference"'
     with pytest.raises(RuntimeError, match=None if compiled else ours):
         function(x)
+
+
+class TestFlops:
+    """What FlopCounterMode counts: the matrix products that are made."""
+
+    def count(self, layer, x, **options):
+        with FlopCounterMode(display=False) as counter:
+            layer(x, **options).sum().backward()
+        return counter.get_total_flops()
+
+    @pytest.mark.parametrize("needs_x", [False, True])
+    @pytest.mark.parametrize("options", [{}, {"gated": True}, {"bias": False}], ids=str)
+    @pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
+    def test_those_of_the_dense_ffn(self, backend, options, needs_x):
+        layer = ewa.RandomPartitionMoE(6, 10, 4, backend=backend, **options)
+        x = torch.randn(3, 7, 6, requires_grad=needs_x)
+        assert self.count(layer, x) == self.count(layer.fuse(), x)
+        assert self.count(layer.eval(), x) == self.count(layer.fuse(), x)
+
+    def test_frozen_weights(self):
+        layer, x = ewa.RandomPartitionMoE(6, 10, 4), torch.randn(21, 6, requires_grad=True)
+        layer.up.weight.requires_grad_(False)
+        layer.down.weight.requires_grad_(False)
+        assert self.count(layer, x) == self.count(layer.fuse(), x) == 4 * 2 * 21 * 60
+
+    def test_recomputing(self):
+        layer, x = ewa.RandomPartitionMoE(6, 10, 4, recompute=True), torch.randn(21, 6)
+        assert self.count(layer, x) == self.count(layer.fuse(), x) + 2 * 21 * 60
+
+    @pytest.mark.parametrize("top_k", [1, 2])
+    def test_routed(self, top_k):
+        layer, x = ewa.RoutedMoE(6, 10, 4, top_k), torch.randn(21, 6)
+        router = 2 * 2 * 21 * 4 * 6
+        assert self.count(layer, x) == router + 5 * 2 * 21 * top_k * 60
 
 
 class TestVmapIsTheLoop:
