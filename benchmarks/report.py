@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import experts, peers
+from benchmarks import experts, host, peers
 from benchmarks.cases import PHASES
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,6 +50,8 @@ def print_run(run: Run, console: Console) -> None:
         console.print(experts_table(run["experts"]), targets_table(run))
     if run.get("training_step"):
         console.print(step_table(run["training_step"]))
+    if run.get("host"):
+        console.print(host.table(run["host"]))
 
 
 def measured_cases(run: Run) -> dict[tuple[str, str], list[Run]]:

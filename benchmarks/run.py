@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, experts, floors, growth, layer, training_step
+from benchmarks import cases, experts, floors, growth, host, layer, training_step
 from benchmarks.cases import Case
 from benchmarks.environment import environment
 from benchmarks.floors import Floors
 from benchmarks.peers import OURS, peers
 
 # What may take long, because it is compiled, comes late: it is left out first.
-SECTIONS = ("layer", "growth", "training_step", "experts")
+SECTIONS = ("layer", "growth", "training_step", "experts", "host")
 BUDGET = {"cpu": 230, "cuda": 540}  # seconds
 # Parts of the budget that go into rounds. What is left is for parity gates, first calls and compiling.
-ROUNDS = {"layer": 0.4, "experts": 0.1, "training_step": 0.12, "growth": 0.04}
+ROUNDS = {"layer": 0.4, "experts": 0.1, "training_step": 0.12, "growth": 0.04, "host": 0.04}
 # No case begins, and nothing is compiled, when less than these parts of the budget are left.
 RESERVE = {"layer": 0.35, "training_step": 0.1, "growth": 0.03}
 RESERVE_FOR_COMPILING = {"layer": 0.5, "training_step": 0.3}
@@ -75,6 +75,8 @@ def run(
             _relate(result, measured, roof.best(floors.measure(device, [case.dtype for case in all_cases])))
         elif section == "experts":
             result["experts"] = experts.run(device, rounds)
+        elif section == "host":
+            result["host"] = host.run(device, rounds)
         elif section == "training_step":
             result["training_step"] = _training_steps(device, budget, rounds)
         elif budget.left(RESERVE["growth"]):

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from benchmarks import experts, floors, growth, layer, plot, report, run, scaling, timing, training_step
+from benchmarks import experts, floors, growth, host, layer, plot, report, run, scaling, timing, training_step
 from benchmarks import peers as peers_module
 from benchmarks.cases import CPU_CASES, GPU_CASES, PHASES, QUICK_CASES, Case, cases
 from benchmarks.parity import Gate, WrongResultError
@@ -229,7 +229,7 @@ def test_a_run_is_stamped_and_has_all_sections(tiny_run):
     where = tiny_run["environment"]
     assert {"commit", "date", "device", "kind", "clocks", "threads", "versions"} <= set(where)
     assert {"python", "torch", "ewa_kernels"} <= set(where["versions"])
-    assert {"floors", "layer", "experts", "training_step", "growth"} <= set(tiny_run)
+    assert {"floors", "layer", "experts", "training_step", "growth", "host"} <= set(tiny_run)
     assert len(tiny_run["layer"]) == 2 * len(peers())
     ours = next(r for r in tiny_run["layer"] if r["peer"] == OURS)
     assert {"median", "p20", "p80", "tflops", "floor", "of_floor"} <= set(ours["both"])
@@ -324,6 +324,17 @@ def test_scaling_page_takes_what_a_gpu_has_measured():
     assert "| a large bf16 product | 654 TFLOP/s | (m) |" in text
     assert text.count("321 TFLOP/s | (m)") == 2
     assert "nothing below is measured" not in text
+
+
+def test_host_time_is_measured_beside_what_it_is_compared_with(tiny_run):
+    """Each limit is of something that was measured, on a CPU or, with launches that are real, on a GPU."""
+    rows = {(row["case"], row["variant"]): row for row in tiny_run["host"]}
+    assert {(limit.case, limit.variant) for limit in host.LIMITS} <= set(rows)
+    for baseline in (("forward", host.DENSE), ("eval", host.DENSE), ("optimizer step", host.FUSED)):
+        assert rows[baseline]["ratio"]["median"] == 1
+    assert all(0 < row["microseconds"]["median"] < 1e6 for row in rows.values())
+    # What is stubbed computes nothing, and so takes less than what does.
+    assert rows["forward", host.STUBBED]["microseconds"]["p20"] < rows["forward", "torch"]["microseconds"]["p80"]
 
 
 def test_experts_cost_parameters_and_traffic_but_no_arithmetic():
