@@ -119,6 +119,7 @@ class TestWhoSees:
         traced = make_fx(lambda x: layer(x, seed=5))(torch.randn(21, 6))
         assert ops.moe_ffn in [node.target for node in traced.graph.nodes]
 
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
     def test_jit_trace(self, layer):
         layer.requires_grad_(False)
         x = torch.randn(21, 6)
