@@ -39,7 +39,10 @@ def sections(output: Path) -> list[dict[str, Section]]:
         {"build": ([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 80)},
         {"report": ([sys.executable, "-m", "ewa_kernels"], 20)},
         {
-            "tests": ([*PYTEST, "tests/test_fused.py", "tests/test_routed.py", "tests/gpu"], 200),
+            "tests": (
+                [*PYTEST, "tests/test_fused.py", "tests/test_launches.py", "tests/test_routed.py", "tests/gpu"],
+                200,
+            ),
             "memcheck": ([*sanitizer, "memcheck", *SMALL], 200),
             # Of shared memory alone: that programs hand results over in order is for repetition to show (tests/gpu).
             "racecheck": ([*sanitizer, "racecheck", *SMALL], 200),
