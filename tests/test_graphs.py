@@ -14,7 +14,6 @@ SIZES = ((2, 32, 16), (2, 32), (2, 16, 32), (2, 16))
 @pytest.fixture
 def capturing(monkeypatch):
     """As if a graph were being captured."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
 
@@ -85,7 +84,8 @@ def test_capture_refuses_a_step_by_the_host(name, options, capturing, monkeypatc
 
 
 @pytest.mark.parametrize("found_inf", [False, 0.0, torch.tensor(0.0)])
-def test_capture_refuses_a_decision_to_skip(found_inf, capturing):
+def test_capture_refuses_a_decision_to_skip(found_inf, capturing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     averager = ewa.ExpertAverager([torch.ones(2, 3)], 0.3)
     with pytest.raises(RuntimeError, match="found_inf must be a tensor on the GPU while a CUDA graph is captured"):
         averager.step(found_inf)

@@ -69,11 +69,12 @@ class Tile:
         }
 
 
-# {kernel: its tiles, best first}. If 8 does not divide D and F, those under "… unaligned"; with dropout or routing
-# weights, which take registers, those under "… tight"; if there are any. Of several, `choose` takes the one that leaves
-# fewest of its cells empty: for small D that of two programs a multiprocessor, one of which works while the other
-# waits. For "onchip", block_n columns of hidden are worked on at a time, and block_k is the largest D. On Hopper they
-# were chosen by measurement, as far as they spill no registers: see benchmarks/NOTES.md.
+# {kernel: its tiles, best first}. If 8 does not divide D and F, those under "… unaligned"; with dropout, routing
+# weights or, in the forward, sizes that 64 does not divide, all of which take registers, those under "… tight"; if
+# there are any. Of several, `choose` takes the one that leaves fewest of its cells empty: for small D that of two
+# programs a multiprocessor, one of which works while the other waits. For "onchip", block_n columns of hidden are
+# worked on at a time, and block_k is the largest D. On Hopper they were chosen by measurement, as far as they spill no
+# registers: see benchmarks/NOTES.md.
 Table = dict[str, tuple[Tile, ...]]
 
 _UNALIGNED: Table = {  # each element is loaded by itself, into registers
