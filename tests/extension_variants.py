@@ -15,9 +15,10 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).parent.parent
-TESTS = tuple(
-    f"tests/test_{name}.py" for name in ("experts", "optim", "optim_copies", "optim_bad_input", "cuda_on_host")
-)
+TESTS = {
+    "sanitized": ("experts", "optim", "optim_copies", "optim_bad_input", "cpp", "products"),
+    "cuda-on-host": ("experts", "optim", "optim_copies", "optim_bad_input", "cuda_on_host"),
+}
 CXX_SOURCES = tuple(sorted(path.name for path in (ROOT / "csrc").glob("*.cpp")))
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 VARIANTS = {
@@ -60,7 +61,7 @@ def run_tests(variant: str, *arguments: str) -> None:
             environment["LD_PRELOAD"] = " ".join(runtime.stdout.strip() for runtime in runtimes)
             # Python and torch leave memory to the end of the process, and load C++ that does as it likes.
             environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_odr_violation=0"
-        tests = (*TESTS, "tests/test_cpp.py", "tests/test_products.py") if variant == "sanitized" else TESTS
+        tests = [f"tests/test_{name}.py" for name in TESTS[variant]]
         command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *tests, *arguments]
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
