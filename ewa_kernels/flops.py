@@ -52,5 +52,7 @@ def moe_ffn_backward(
     need_x, need_up_weight, need_up_bias, need_down_weight, _need_down_bias, need_routing = output_mask
     up, down = _products(x, up_weight, down_weight, routing_weights)
     need_pre = need_x or need_up_weight or need_up_bias or need_routing
+    # The gradient of routing weights has grad_y times the down biases of all experts.
+    by_biases = 2 * math.prod(x) * up_weight[0] if need_routing and down_bias is not None else 0
     again = up if pre_activation[0] == 0 and (need_pre or need_down_weight) else 0
-    return again + down * (need_pre + need_down_weight) + up * (need_x + need_up_weight)
+    return again + by_biases + down * (need_pre + need_down_weight) + up * (need_x + need_up_weight)

@@ -246,7 +246,7 @@ def _moe_ffn(
         return reference.grouped_ffn(x, *parameters, **options)
     _refuse_transforms((x, *operands))
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands))
-    y, _, _ = ops.call_moe_ffn(
+    y, _, _ = ops.moe_ffn(
         x.to(dtype).reshape(-1, x.shape[-1]),
         *operands,
         seed,

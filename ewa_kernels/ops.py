@@ -19,7 +19,7 @@ from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import register_flop_formula
 
-from ewa_kernels import checks, flops, reference, watchers
+from ewa_kernels import checks, flops, reference
 from ewa_kernels.kernels import blocked_ffn, experts, fused, graphs, permutation
 
 _LIBRARY = torch.library.Library("ewa_kernels", "DEF")
@@ -256,21 +256,9 @@ moe_ffn_backward = _define(
 )
 
 
-def call_moe_ffn(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`moe_ffn`; in eager, where nobody watches, without the dispatcher, which takes longer than all the rest."""
-    if watchers.watch(inputs):
-        return moe_ffn(*inputs)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-        return _MoeFFN.apply(None, *inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _moe_ffn(*inputs)
-
-
 class _MoeFFN(torch.autograd.Function):
     """What `torch.library.register_autograd` would make, less a tenth of a millisecond a call: torch reads the list of
     a schema's arguments once for each of them there, in search of defaults, of which this schema has none.
-
-    `keys`: of the dispatcher; None: called without it.
     """
 
     @staticmethod
@@ -290,20 +278,13 @@ class _MoeFFN(torch.autograd.Function):
         mask = list(ctx.needs_input_grad[1:7])
         if grad_y is None:
             return (None,) * 15
-        inputs = (grad_y, *ctx.saved_tensors, *ctx.options, mask, ctx.backend)
-        if torch.is_grad_enabled() or watchers.watch(inputs):
-            grads = moe_ffn_backward(*inputs)  # with grad enabled, to say that there is no second derivative
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                grads = _moe_ffn_backward(*inputs)
+        grads = moe_ffn_backward(grad_y, *ctx.saved_tensors, *ctx.options, mask, ctx.backend)
         needed = (grad if need else None for grad, need in zip(grads, mask, strict=True))
         return (None, *needed, *itertools.repeat(None, 8))
 
 
 def _below_autograd(keys: Any, *inputs: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
-        if keys is None:
-            return _moe_ffn(*inputs)
         return moe_ffn.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
 

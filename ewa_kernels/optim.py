@@ -145,7 +145,12 @@ class AdamW(torch.optim.AdamW):
         device = functional.device_of([p for group in self.param_groups for p in group["params"]])
         if graphs.is_capturing(device):
             for group in self.param_groups:
-                _numbers(group, device)
+                _learning_rate(group, device)
+                if any(isinstance(beta, Tensor) for beta in group["betas"]):
+                    raise RuntimeError(
+                        "betas must be numbers while a CUDA graph is captured, which would repeat in each replay what "
+                        f"tensors hold now, got {group['betas']}"
+                    )
             if found_inf is not None:
                 graphs.replayable("found_inf", found_inf, device)
 
@@ -234,9 +239,8 @@ class AdamW(torch.optim.AdamW):
         device = functional.device_of(params)
         lrs, options = [], []
         for group in self.param_groups:
-            lr, betas = _numbers(group, device)
-            lrs.append(lr)
-            options += [*map(float, betas), group["eps"], group["weight_decay"], float(group["maximize"])]
+            lrs.append(_learning_rate(group, device))
+            options += [*map(float, group["betas"]), group["eps"], group["weight_decay"], float(group["maximize"])]
         ops.adamw_(
             params,
             grads,
@@ -326,19 +330,18 @@ def _device_of_numbers(device: torch.device) -> torch.device:
     return device if torch.compiler.is_compiling() else torch.device("cpu")
 
 
-def _numbers(group: dict[str, Any], device: torch.device) -> tuple[Tensor, list[float | Tensor]]:
-    """Learning rate and betas of a parameter group, as the kernel takes them.
+def _learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
+    """That of a parameter group, as the kernel takes it.
 
     Raises:
-        RuntimeError: one is on the CPU, and may change, while a CUDA graph is captured.
+        RuntimeError: it is on the CPU, and may change, while a CUDA graph is captured.
     """
     lr = group["lr"]
     # A schedule leaves its first rate there; without one, a number stays as it is.
     may_change = isinstance(lr, Tensor) or "initial_lr" in group
     if not isinstance(lr, Tensor):
         lr = torch.tensor(lr, dtype=torch.float64, device=_device_of_numbers(device))
-    betas = [graphs.replayable("betas", b, device) if isinstance(b, Tensor) else b for b in group["betas"]]
-    return graphs.replayable("lr", lr, device) if may_change else lr, betas
+    return graphs.replayable("lr", lr, device) if may_change else lr
 
 
 def _local_states(states: dict[Tensor, _State], found_inf: Tensor | None) -> dict[Tensor, _State]:

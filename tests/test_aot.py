@@ -103,6 +103,9 @@ class TestTheGate:
         assert aot.sum_problems("\n".join((store, add))) == []
         assert aot.sum_problems("\n".join((store.replace("piece_1", "piece_2").replace("#a", "#b"), add)))
         assert aot.sum_problems(add)
+        assert aot.sum_problems(add.replace("%piece_1", "%piece#1"))
+        assert aot.sum_problems("", is_expected=True)
+        assert aot.sum_problems("\n".join((store, add)), is_expected=True) == []
 
     def test_a_bad_default_is_an_exit_code(self, monkeypatch, capsys):
         bad = aot.Report("forward", "", True, "bfloat16", "sm_90", 255, 8, 8, 1000, 4, False, [])

@@ -53,23 +53,22 @@ def test_capture_refuses_to_average_by_the_host(name, value, capturing, monkeypa
 )
 def test_capture_refuses_a_learning_rate_that_changes(group, capturing):
     with pytest.raises(RuntimeError, match="lr must be a tensor on cuda:0"):
-        optim._numbers({**group, "betas": ()}, torch.device("cuda", 0))
+        optim._learning_rate(group, torch.device("cuda", 0))
 
 
 def test_capture_takes_a_learning_rate_that_stays(capturing):
-    lr, betas = optim._numbers({"lr": 0.25, "betas": (0.5, 0.75)}, torch.device("cuda", 0))
-    assert (float(lr), betas) == (0.25, [0.5, 0.75])
+    assert float(optim._learning_rate({"lr": 0.25}, torch.device("cuda", 0))) == 0.25
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("message", "options"),
     [
-        ("lr", {"lr": torch.tensor(0.1)}),
-        ("betas", {"betas": (torch.tensor(0.9), torch.tensor(0.99))}),
-        ("found_inf", {}),
+        ("lr must be a tensor on cuda:0", {"lr": torch.tensor(0.1)}),
+        ("betas must be numbers", {"betas": (torch.tensor(0.9), torch.tensor(0.99))}),
+        ("found_inf must be a tensor on cuda:0", {}),
     ],
 )
-def test_capture_refuses_a_step_by_the_host(name, options, capturing, monkeypatch):
+def test_capture_refuses_a_step_by_the_host(message, options, capturing, monkeypatch):
     """Also where torch makes the step."""
     monkeypatch.setattr(functional, "device_of", lambda tensors: torch.device("cuda", 0))
     monkeypatch.setattr(optim, "_health_check", lambda optimizer: None)  # of torch: CPU parameters are not capturable
@@ -78,7 +77,7 @@ def test_capture_refuses_a_step_by_the_host(name, options, capturing, monkeypatc
     optimizer = ewa.optim.AdamW([parameter], capturable=True, **options)
     optimizer.found_inf = torch.tensor(1.0)
     parameter.grad = torch.ones(3)
-    with pytest.raises(RuntimeError, match=f"{name} must be a tensor on cuda:0 while a CUDA graph is captured"):
+    with pytest.raises(RuntimeError, match=f"{message} while a CUDA graph is captured"):
         optimizer.step()
     assert torch.equal(parameter, torch.ones(3))
 
@@ -134,9 +133,7 @@ class TestCompiledForCuda:
 
     def test_learning_rate(self, on_gpu):
         device = torch.device("cuda", 0)
-        graph = self.graph_of(
-            lambda x, lr: x * optim._numbers({"lr": lr, "betas": ()}, device)[0], on_gpu(3), torch.empty(())
-        )
+        graph = self.graph_of(lambda x, lr: x * optim._learning_rate({"lr": lr}, device), on_gpu(3), torch.empty(()))
         assert any(node.target == "to" and node.args[1] == device for node in graph.nodes)
 
     def test_no_seed_where_nothing_is_random(self):

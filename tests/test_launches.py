@@ -146,10 +146,28 @@ class Launches:
 def launches(monkeypatch):
     """What each of the layer's kernels is launched with, by name."""
     noted = {}
-    for module, name in ((forward, "forward_kernel"), (backward, "backward_kernel"), (onchip, "onchip_kernel")):
+    kernels = ("forward", "backward", "onchip", "groups")
+    for module, name in zip(
+        (forward, backward, onchip, groups), (f"{kernel}_kernel" for kernel in kernels), strict=True
+    ):
         noted[name] = Launches(getattr(module, name))
         monkeypatch.setattr(module, name, noted[name])
     return noted
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hashes_may_overflow_in_every_launch(form, launches):
+    """Triton's own asserts would take them for faults, in debug mode and under TRITON_DEBUG=1."""
+    dtype = dtype_for(form)
+    x, weights = tokens(40, 16, dtype=dtype).requires_grad_(), parameters(3, 16, 24, dtype=dtype)
+    permutation = torch.arange(40, dtype=torch.int32, device=DEVICE)
+    offsets = torch.tensor([0, 9, 9, 40], device=DEVICE)
+    partition = {"permutation": permutation, "expert_offsets": offsets, "dropout_p": 0.1}
+    ewa.functional.grouped_ffn(x, *weights, **partition, backend=form).sum().backward()
+    launched = [noted.options for noted in launches.values() if noted.grids]
+    assert len(launched) == 3
+    assert all(configs.ASSERTS.items() <= options.items() for options in launched)
+    assert configs.ASSERTS == {"debug": False, "sanitize_overflow": False}
 
 
 def off_by_one(tensor):

@@ -27,4 +27,4 @@ def grad_of_bias_factor(
 
 def existing(permutation: Tensor) -> Tensor:
     """int64, within 0…R−1: nobody has looked at what was given on a GPU, where PyTorch ends the process for others."""
-    return permutation.long().clamp_(0, len(permutation) - 1)
+    return permutation.long().clamp(0, len(permutation) - 1)

@@ -1,4 +1,4 @@
-"""In eager the kernels are called straight; who watches sees the operations, and the same numbers."""
+"""Who stands between eager code and the kernels sees the operations: compilers, modes, transforms, subclasses."""
 
 import pytest
 import torch
@@ -35,80 +35,28 @@ class Subclass(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-def layers():
-    torch.manual_seed(0)
-    return {
-        "random partition": ewa.RandomPartitionMoE(6, 10, 3),
-        "gated, dropout": ewa.RandomPartitionMoE(6, 10, 3, gated=True, dropout=0.3, bias=False),
-        "recompute": ewa.RandomPartitionMoE(6, 10, 3, recompute=True),
-        "PyTorch calls": ewa.RandomPartitionMoE(6, 10, 3, backend="torch"),
-        "Triton": ewa.RandomPartitionMoE(6, 10, 3, backend="triton"),
-        "routed": ewa.RoutedMoE(6, 10, 3, 2),
-    }
+@pytest.fixture
+def layer():
+    return ewa.RandomPartitionMoE(6, 10, 3)
 
 
-def output_and_grads(layer, x):
-    x = x.clone().requires_grad_()
-    y = layer(x, seed=5)
-    return y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
-
-
-def forbid_dispatch(monkeypatch):
-    """The operations themselves must not be called."""
-
-    def fail(*arguments):
-        raise AssertionError("dispatched")
-
-    monkeypatch.setattr(ops, "moe_ffn", fail)
-    monkeypatch.setattr(ops, "moe_ffn_backward", fail)
-
-
-@pytest.mark.parametrize("name", layers())
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-def test_the_same_bits_watched_or_not(name, autocast, monkeypatch):
-    layer, x = layers()[name], torch.randn(21, 6)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        with Watcher() as watcher:
-            watched = output_and_grads(layer, x)
-        forbid_dispatch(monkeypatch)
-        straight = output_and_grads(layer, x)
-    assert [op.name() for op in watcher.seen] == ["ewa_kernels::moe_ffn", "ewa_kernels::moe_ffn_backward"]
-    for ours, theirs in zip(straight, watched, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_without_gradients(monkeypatch):
-    layer, x = layers()["random partition"], torch.randn(21, 6)
-    expected = layer(x, seed=5)
-    forbid_dispatch(monkeypatch)
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            y = layer(x, seed=5)
-        assert not y.requires_grad
-        assert torch.equal(y, expected)
-
-
-def test_a_watcher_of_the_backward_alone():
-    layer, x = layers()["random partition"], torch.randn(21, 6)
+def test_a_watcher_of_the_backward_alone(layer):
+    x = torch.randn(21, 6)
     loss = layer(x, seed=5).sum()
     with Watcher() as watcher:
         loss.backward()
     assert watcher.seen == [ops.moe_ffn_backward]
 
 
-def test_no_second_derivative():
-    layer, x = layers()["random partition"], torch.randn(21, 6, requires_grad=True)
+def test_no_second_derivative(layer):
+    x = torch.randn(21, 6, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x, seed=5).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
 
 
 class TestWhoSees:
-    """The operation, as before."""
-
-    @pytest.fixture
-    def layer(self):
-        return ewa.RandomPartitionMoE(6, 10, 3)
+    """The operation."""
 
     def test_fake_tensors(self, layer):
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -143,6 +91,41 @@ class TestWhoSees:
 
         torch.compile(lambda x: layer(x, seed=5), backend=backend, fullgraph=True)(torch.randn(21, 6))
         assert ops.moe_ffn in seen
+
+    def test_tracing_before_dispatch(self, layer):
+        traced = make_fx(lambda x: layer(x, seed=5), pre_dispatch=True)(torch.randn(21, 6))
+        assert ops.moe_ffn in [node.target for node in traced.graph.nodes]
+
+    def test_gradients_in_a_batch(self, layer):
+        """By the vmap that autograd has of its own."""
+        x, grads_y = torch.randn(21, 6, requires_grad=True), torch.randn(4, 21, 6)
+        y = layer(x, seed=5)
+        (together,) = torch.autograd.grad(y, x, grads_y, is_grads_batched=True, retain_graph=True)
+        one_by_one = [torch.autograd.grad(y, x, grad_y, retain_graph=True)[0] for grad_y in grads_y]
+        torch.testing.assert_close(together, torch.stack(one_by_one))
+
+    @pytest.mark.parametrize("backend", ["auto", "torch"])
+    def test_meta_tensors(self, backend):
+        layer = ewa.RoutedMoE(6, 10, 3, 2, backend=backend).to("meta")
+        x = torch.empty(21, 6, device="meta", requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad.shape == x.shape
+
+    def test_a_function_mode(self, layer):
+        seen = []
+
+        class Mode(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                seen.append(function)
+                return function(*args, **(kwargs or {}))
+
+        with Mode():
+            layer(torch.randn(21, 6), seed=5)
+        assert ops.moe_ffn in seen
+
+    def test_a_tensor_that_is_yet_to_be_negated(self, layer):
+        x = torch.randn(21, 6)
+        assert torch.equal(layer(torch._neg_view(x), seed=5), layer(-x, seed=5))
 
     def test_vmap(self, layer):
         batch = torch.randn(2, 21, 6)
