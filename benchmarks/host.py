@@ -21,8 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+import ewa_kernels as ewa
 from benchmarks.environment import ROOT, environment
 from benchmarks.timing import Variant, ratios, rounds, timings
+from ewa_kernels import backends
+from ewa_kernels.kernels import fused
 
 NUM_TOKENS, D_MODEL, D_FF, NUM_EXPERTS, NUM_LAYERS = 8, 16, 32, 4, 12
 CALLS = {"optimizer": 5, "layer": 50}  # in a sample
@@ -57,7 +60,9 @@ class _Nothing:
 
 
 def stub_launches() -> None:
-    """Of all Triton kernels of the layer, for the rest of the process."""
+    """Of all Triton kernels of the layer, for the rest of the process; of none where there is no Triton."""
+    if fused.WHY_NOT is not None:
+        return
     from ewa_kernels.kernels.fused import backward, forward, onchip
 
     for module, name in ((forward, "forward_kernel"), (backward, "backward_kernel"), (onchip, "onchip_kernel")):
@@ -66,9 +71,6 @@ def stub_launches() -> None:
 
 def layer_cases(device: str) -> dict[str, dict[str, Callable[[], object]]]:
     """{what is called: {by whom: the call}}; the first is the baseline."""
-    import ewa_kernels as ewa
-    from ewa_kernels import backends
-
     x = torch.randn(NUM_TOKENS, D_MODEL, device=device).requires_grad_()
     grad_y = torch.randn_like(x)
     up, down = nn.Linear(D_MODEL, D_FF, device=device), nn.Linear(D_FF, D_MODEL, device=device)
@@ -106,7 +108,6 @@ def layer_cases(device: str) -> dict[str, dict[str, Callable[[], object]]]:
 
 def optimizer_cases(device: str) -> dict[str, Callable[[], object]]:
     """Steps of the same 108 small parameters, of which 48 are experts; the first is the baseline."""
-    import ewa_kernels as ewa
 
     def parameters() -> tuple[nn.Module, list[Tensor]]:
         layers = (ewa.RandomPartitionMoE(4, 8, NUM_EXPERTS, device=device) for _ in range(NUM_LAYERS))

@@ -335,7 +335,7 @@ def average_experts_(
         experts.write_back()
 
 
-def device_of(tensors: Sequence[Tensor]) -> torch.device:
+def device_of(tensors: Iterable[Tensor]) -> torch.device:
     """That of the first which is not on the CPU, if there is one."""
     return next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
 

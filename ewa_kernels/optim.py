@@ -142,7 +142,7 @@ class AdamW(torch.optim.AdamW):
 
     def _check_graph(self, found_inf: Tensor | None) -> None:
         """While a CUDA graph is captured, what each replay would repeat raises."""
-        device = functional.device_of([p for group in self.param_groups for p in group["params"]])
+        device = functional.device_of(p for group in self.param_groups for p in group["params"])
         if graphs.is_capturing(device):
             for group in self.param_groups:
                 _learning_rate(group, device)
