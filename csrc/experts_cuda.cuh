@@ -137,7 +137,7 @@ template <bool kStep>
 struct Tile {
     const Parameters<kStep>& p;
     View<kStep> view;
-    CudaGroup group;
+    const CudaGroup& group;  // a copy of it all would take registers that the kernel lacks
     double share_rate;
     float grad_scale;
     RandomKeys keys;
@@ -176,22 +176,22 @@ __device__ void columns(const Tile<kStep>& tile, int64_t k) {
     using V = Vector<T, kWidth>;
     constexpr auto load = kAligned ? ewa::load<T, kWidth> : load_anywhere<T, kWidth>;
     constexpr auto store = kAligned ? ewa::store<T, kWidth> : store_anywhere<T, kWidth>;
-    const CudaGroup& group = tile.group;
-    const bool averaging = group.num_experts > 1 && tile.share_rate != 0;
+    const int num_experts = tile.group.num_experts, first_member = tile.group.first_member;
+    const bool averaging = num_experts > 1 && tile.share_rate != 0;
     const auto* adams = reinterpret_cast<const Adam<W>*>(shared);
     V registers[kHeld > 0 ? kHeld : 1];
     const auto staged = [&](int e) -> V& {
         return *reinterpret_cast<V*>(shared + tile.p.adam_vectors + e * blockDim.x + threadIdx.x);
     };
-    const auto param = [&](int e) { return tile.view.param(group.first_member + e); };
+    const auto param = [&](int e) { return tile.view.param(first_member + e); };
     const auto for_each_expert = [&](const auto& body) {
         if constexpr (kHeld > 0) {
 #pragma unroll
             for (int e = 0; e < kHeld; ++e)
-                if (e < group.num_experts) body(e);
+                if (e < num_experts) body(e);
         } else {
 #pragma unroll 4
-            for (int e = 0; e < group.num_experts; ++e) body(e);
+            for (int e = 0; e < num_experts; ++e) body(e);
         }
     };
 
@@ -200,7 +200,7 @@ __device__ void columns(const Tile<kStep>& tile, int64_t k) {
     for_each_expert([&](int e) {
         V v = load(param(e), k);
         if constexpr (kStep) {
-            const Member& member = tile.view.members[group.first_member + e];
+            const Member& member = tile.view.members[first_member + e];
             if (member.grad != nullptr)
                 v = adam_step<T, kWidth, kAligned>(member, adams[e], tile.grad_scale != 1.0f, k, v);
         }
@@ -215,11 +215,11 @@ __device__ void columns(const Tile<kStep>& tile, int64_t k) {
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) mean[j] += widen(v.lanes[j]) - widen(first.lanes[j]);
     });
-    const W share = W(1) / static_cast<W>(group.num_experts);
+    const W share = W(1) / static_cast<W>(num_experts);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) mean[j] = widen(first.lanes[j]) + mean[j] * share;
 
-    const Pull<W> pull = Pull<W>::of(tile.share_rate, group.num_experts);
+    const Pull<W> pull = Pull<W>::of(tile.share_rate, num_experts);
     const bool stochastically = sizeof(T) == 2 && tile.p.scalars.stochastic;
     for_each_expert([&](int e) {
         V v;
@@ -228,7 +228,7 @@ __device__ void columns(const Tile<kStep>& tile, int64_t k) {
         else
             v = e < tile.p.staged ? staged(e) : load(param(e), k);
         if (averaging) {
-            const uint32_t of_expert = tile.keys.of_expert(group.number + e);
+            const uint32_t of_expert = tile.keys.of_expert(tile.group.number + e);
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) {
                 const W pulled = pull(widen(v.lanes[j]), mean[j]);
@@ -242,7 +242,7 @@ __device__ void columns(const Tile<kStep>& tile, int64_t k) {
         }
         store(param(e), k, v);
         if constexpr (kStep && sizeof(T) == 4) {
-            if (uint16_t* copy = tile.view.members[group.first_member + e].copy; copy != nullptr) {
+            if (uint16_t* copy = tile.view.members[first_member + e].copy; copy != nullptr) {
                 Vector<BFloat16, kWidth> narrow;
 #pragma unroll
                 for (int j = 0; j < kWidth; ++j) narrow.lanes[j] = nearest<BFloat16>(v.lanes[j]);

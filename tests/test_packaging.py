@@ -155,7 +155,8 @@ def test_with_nvcc(tmp_path):
     command = [TOOLS / "cuobjdump", "--dump-resource-usage", tmp_path / "site" / module]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert len(kernels) == 6 * 6, usage  # 4, 8 or any number of experts, with AdamW or without
+    # The pass over 4, 8 or any number of experts, with AdamW or without; and what writes large tables.
+    assert len(kernels) == 6 * (2 * 3 + 1), usage
     for registers, stack, local in kernels:
         assert int(registers) <= 255
         assert (stack, local) == ("0", "0"), usage
