@@ -34,7 +34,7 @@ sanitize: venv
 
 venv: $(READY)
 
-$(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
+$(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*.* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("ewa_kernels needs Python 3.10 or later, \
 	$(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)

@@ -22,8 +22,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
-CXX_SOURCES = ("bindings", "permutation", "rows", "products", "experts_cpu")
-CUDA_SOURCES = ("experts_cuda",)
+CXX_SOURCES = ("bindings", "layer/permutation", "layer/rows", "layer/products", "parameter_pass/cpu")
+CUDA_SOURCES = ("parameter_pass/cuda",)
 ARCHITECTURES = "80 86 89 90a 100 120"
 PTX = "80"  # for every GPU that is not listed, compiled by its driver
 
@@ -109,7 +109,8 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         includes = [f"-isystem {shlex.quote(i)}" for i in (sysconfig.get_path("include"), pybind11.get_include())]
-        flags = " ".join([CXX_FLAGS, *includes, os.environ.get("CXXFLAGS", "")])
+        own = f"-I {shlex.quote(str(ROOT / 'csrc'))}"
+        flags = " ".join([CXX_FLAGS, own, *includes, os.environ.get("CXXFLAGS", "")])
         if nvcc:
             names = " ".join(cuda)
             flags += f" '-DEWA_CUDA=\"{names}\"'"
@@ -117,7 +118,7 @@ class NinjaBuild(build_ext):
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda]
             codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
             link = f"{shlex.quote(nvcc)} -ccbin {host} -shared -cudart static -Xlinker --exclude-libs=ALL"
-            cuda_flags = f"-ccbin {host} {CUDA_FLAGS} {' '.join(codes)}"
+            cuda_flags = f"-ccbin {host} {CUDA_FLAGS} {own} {' '.join(codes)}"
         else:
             link = f"{cxx} -shared" if platform.system() != "Darwin" else f"{cxx} -bundle -undefined dynamic_lookup"
             cuda_flags = ""
@@ -126,7 +127,7 @@ class NinjaBuild(build_ext):
         text = [NINJA.format(cxx=cxx, nvcc=shlex.quote(nvcc or ""), link=link, ldflags=ldflags)]
         for name in CXX_SOURCES:
             # The same bits on every processor: no multiply and add in one rounding where there is such an instruction.
-            exact = " -ffp-contract=off" if name.startswith("experts") else ""
+            exact = " -ffp-contract=off" if name.startswith("parameter_pass") else ""
             text.append(f"build {name}.o: compile {escape(ROOT / 'csrc' / name)}.cpp\n  flags = {flags}{exact}\n")
         for name in CUDA_SOURCES if nvcc else ():
             text.append(f"build {name}.o: compile_cuda {escape(ROOT / 'csrc' / name)}.cu\n  flags = {cuda_flags}\n")

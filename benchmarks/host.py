@@ -25,7 +25,7 @@ import ewa_kernels as ewa
 from benchmarks.environment import ROOT, environment
 from benchmarks.timing import Variant, ratios, rounds, timings
 from ewa_kernels import backends
-from ewa_kernels.kernels import fused
+from ewa_kernels.kernels import triton as triton_kernels
 
 NUM_TOKENS, D_MODEL, D_FF, NUM_EXPERTS, NUM_LAYERS = 8, 16, 32, 4, 12
 CALLS = {"optimizer": 5, "layer": 50}  # in a sample
@@ -61,9 +61,9 @@ class _Nothing:
 
 def stub_launches() -> None:
     """Of all Triton kernels of the layer, for the rest of the process; of none where there is no Triton."""
-    if fused.WHY_NOT is not None:
+    if triton_kernels.WHY_NOT is not None:
         return
-    from ewa_kernels.kernels.fused import backward, forward, onchip
+    from ewa_kernels.kernels.triton import backward, forward, onchip
 
     for module, name in ((forward, "forward_kernel"), (backward, "backward_kernel"), (onchip, "onchip_kernel")):
         setattr(module, name, _Nothing())

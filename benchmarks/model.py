@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import GPU_CASES, PHASES, Case
-from ewa_kernels.kernels.fused.configs import Tile, choose, choose_onchip, table
+from ewa_kernels.kernels.triton.configs import Tile, choose, choose_onchip, table
 
 # Measured on one H200 with large problems: a bf16 matrix product and a device-to-device copy.
 MATRIX_RATE = 790e12  # FLOP/s

@@ -2,7 +2,7 @@
 
 Every candidate is compiled first, in as many processes as there are cores; those that spill registers or do not fit
 are dropped. The others are held against the results of the tile that ships, and take turns in one run. Writes
-`tune-<device>.json`; whoever believes it changes `ewa_kernels/kernels/fused/configs.py`.
+`tune-<device>.json`; whoever believes it changes `ewa_kernels/kernels/triton/configs.py`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from benchmarks import model
 from benchmarks.cases import Case
 from benchmarks.environment import environment
 from benchmarks.timing import Stopwatch, interleaved, timed
-from ewa_kernels.kernels.fused.backward import launch_backward
-from ewa_kernels.kernels.fused.configs import Tile
-from ewa_kernels.kernels.fused.forward import launch_forward
-from ewa_kernels.kernels.fused.layer import Layer
-from ewa_kernels.kernels.fused.onchip import launch_onchip
+from ewa_kernels.kernels.triton.backward import launch_backward
+from ewa_kernels.kernels.triton.configs import Tile
+from ewa_kernels.kernels.triton.forward import launch_forward
+from ewa_kernels.kernels.triton.layer import Layer
+from ewa_kernels.kernels.triton.onchip import launch_onchip
 
 KERNELS = ("forward", "backward", "onchip")
 ROUNDS = 15

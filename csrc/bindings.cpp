@@ -3,10 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "experts.h"
-#include "permutation.h"
-#include "products.h"
-#include "rows.h"
+#include "layer/permutation.h"
+#include "layer/products.h"
+#include "layer/rows.h"
+#include "parameter_pass/parameter_pass.h"
 
 namespace py = pybind11;
 
@@ -17,12 +17,12 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// (address, type) of rows, as ewa_kernels/kernels/cpp_rows.py gives them.
+// (address, type) of rows, as ewa_kernels/kernels/blocked/cpp_rows.py gives them.
 using Matrix = std::pair<uintptr_t, int32_t>;
 
 ewa::Matrix matrix(const Matrix& given) { return {pointer<void>(given.first), static_cast<ewa::Type>(given.second)}; }
 
-// From rows of numbers, in the order of the structs' fields: see ewa_kernels/kernels/experts.py.
+// From rows of numbers, in the order of the structs' fields: see ewa_kernels/kernels/parameter_pass.py.
 ewa::Table table_of(const std::vector<std::array<int64_t, 5>>& groups,
                     const std::vector<std::array<uint64_t, 8>>& members,
                     const std::vector<std::tuple<double, uintptr_t, bool, double, double, double, double, bool>>& options) {
@@ -162,16 +162,16 @@ PYBIND11_MODULE(_C, m) {
                                 pointer<const float>(grad_scale),
                                 pointer<const float>(found_inf)};
         }));
-    m.def("experts_pass_cpu", &ewa::experts_pass_cpu, unlocked);
+    m.def("parameter_pass_cpu", &ewa::parameter_pass_cpu, unlocked);
 #ifdef EWA_CUDA
     py::class_<ewa::CudaPlan>(m, "CudaPlan")
         .def(py::init<const ewa::Table&>(), unlocked)
         .def_readonly("memory_bytes", &ewa::CudaPlan::memory_bytes);
     m.def(
-        "experts_pass_cuda",
+        "parameter_pass_cuda",
         [](const ewa::CudaPlan& plan, const ewa::Scalars& scalars, uintptr_t memory, uintptr_t counter, int device,
            uintptr_t stream) {
-            ewa::experts_pass_cuda(plan, scalars, pointer<void>(memory), pointer<uint32_t>(counter), device,
+            ewa::parameter_pass_cuda(plan, scalars, pointer<void>(memory), pointer<uint32_t>(counter), device,
                                    pointer<void>(stream));
         },
         unlocked);

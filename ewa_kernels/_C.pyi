@@ -13,7 +13,7 @@ class Activation:
 
 def random_permutation(num_tokens: int, seed: int, out: int) -> None: ...
 
-# Address and type of rows: see ewa_kernels/kernels/cpp_rows.py.
+# Address and type of rows: see ewa_kernels/kernels/blocked/cpp_rows.py.
 Matrix = tuple[int, int]
 
 def gather_rows(in_: Matrix, tokens: int, n: int, d: int, out: Matrix) -> None: ...
@@ -102,14 +102,14 @@ class Scalars:
         found_inf: int,
     ) -> None: ...
 
-def experts_pass_cpu(table: Table, scalars: Scalars) -> None: ...
+def parameter_pass_cpu(table: Table, scalars: Scalars) -> None: ...
 
 # Where `cuda` is None, there is nothing of what follows.
 class CudaPlan:
     memory_bytes: int
     def __init__(self, table: Table) -> None: ...
 
-def experts_pass_cuda(
+def parameter_pass_cuda(
     plan: CudaPlan, scalars: Scalars, memory: int, counter: int, device: int, stream: int
 ) -> None: ...
 

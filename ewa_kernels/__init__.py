@@ -4,16 +4,13 @@ Source: "Experts Weights Averaging: A New General Training Scheme for Vision Tra
 """
 
 from ewa_kernels import functional, integrations, optim, reference
-from ewa_kernels.averaging import ExpertAverager
 from ewa_kernels.backends import BackendError, set_sm_margin
-from ewa_kernels.decay import weight_decay_groups
 from ewa_kernels.modules import FFN, RandomPartitionMoE, expert_tensors
 from ewa_kernels.moe.adapters import register_experts_adapter
 from ewa_kernels.moe.experts import find_experts
 from ewa_kernels.moe.fold import fold_moe_, restore_moe_
 from ewa_kernels.moe.replace import replace_moe_
 from ewa_kernels.routed import RoutedMoE
-from ewa_kernels.share_rate import ConstantShareRate, CosineShareRate, LinearShareRate
 from ewa_kernels.surgery import (
     find_ffns,
     fold_,
@@ -23,6 +20,9 @@ from ewa_kernels.surgery import (
     replace_ffn_,
     save_unfolded,
 )
+from ewa_kernels.train.averager import ExpertAverager
+from ewa_kernels.train.share_rate import ConstantShareRate, CosineShareRate, LinearShareRate
+from ewa_kernels.train.weight_decay import weight_decay_groups
 from ewa_kernels.version import VERSION
 
 __version__ = VERSION

@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from ewa_kernels import backends
+import ewa_kernels.backends as backends
 from ewa_kernels.kernels import extension
 from ewa_kernels.version import VERSION
 

@@ -25,10 +25,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ewa_kernels.kernels import fused
-from ewa_kernels.kernels.fused import averaging, backward, forward, groups, onchip
-from ewa_kernels.kernels.fused.configs import Tile, table
-from ewa_kernels.kernels.fused.layer import Layer
+from ewa_kernels.kernels import triton as triton_kernels
+from ewa_kernels.kernels.triton import averaging, backward, forward, groups, onchip
+from ewa_kernels.kernels.triton.configs import Tile, table
+from ewa_kernels.kernels.triton.layer import Layer
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
@@ -342,7 +342,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: all; may be repeated")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     arguments = parser.parse_args()
-    if fused.INTERPRETED:
+    if triton_kernels.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
 
     chosen = [

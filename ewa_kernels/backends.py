@@ -6,8 +6,9 @@ import warnings
 
 import torch
 
-from ewa_kernels import checks
-from ewa_kernels.kernels import experts, extension, fused, multiprocessors
+import ewa_kernels.checks as checks
+from ewa_kernels.kernels import extension, multiprocessors, parameter_pass
+from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.version import VERSION
 
 BACKENDS = ("auto", "reference", "torch", "triton", "triton-single", "triton-split", "triton-onchip", "cuda", "cpp")
@@ -64,7 +65,7 @@ def _warn_once_of_slowness(operation: str, found: str, device: torch.device) -> 
     """Where the extension would be faster and is not there: one warning for all operations on a kind of device."""
     missing = extension.WHY_NOT if device.type == "cpu" else None
     if device.type == "cuda":
-        missing = extension.WHY_NOT_CUDA or experts.old_driver()
+        missing = extension.WHY_NOT_CUDA or parameter_pass.old_driver()
     expected = {"cpu": "cpp", "cuda": "cuda"}.get(device.type)
     # On AMD's GPUs there is nothing to install.
     if missing is None or torch.version.hip or device.type in _warned or expected not in _IMPLEMENTED[operation]:
@@ -109,7 +110,7 @@ def _why_not_cuda(device: torch.device) -> str | None:
         return "it is for CUDA devices"
     if torch.version.hip:
         return "it is for NVIDIA's GPUs"
-    return extension.WHY_NOT_CUDA or experts.old_driver() or _too_old(device)
+    return extension.WHY_NOT_CUDA or parameter_pass.old_driver() or _too_old(device)
 
 
 def _too_old(device: torch.device) -> str | None:
@@ -118,15 +119,15 @@ def _too_old(device: torch.device) -> str | None:
 
 
 def _why_not_triton(operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if fused.WHY_NOT is not None:
-        return fused.WHY_NOT
+    if triton_kernels.WHY_NOT is not None:
+        return triton_kernels.WHY_NOT
     if operation == "moe_ffn" and dtype not in _MOE_FFN_DTYPES:
         return f"it is for torch.float16, torch.bfloat16 and torch.float32, not {dtype}"
     if device.type == "cuda":
         return _too_old(device)
     if device.type != "cpu":
         return "it is for CUDA devices"
-    if not fused.INTERPRETED:
+    if not triton_kernels.INTERPRETED:
         return "on the CPU it needs Triton's interpreter: set TRITON_INTERPRET=1 before ewa_kernels is imported"
     return None
 

@@ -9,7 +9,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ewa_kernels import checks, ops, reference, shards
+import ewa_kernels.checks as checks
+import ewa_kernels.ops as ops
+import ewa_kernels.reference as reference
+import ewa_kernels.train.shards as shards
 from ewa_kernels.backends import resolve
 from ewa_kernels.kernels import graphs
 

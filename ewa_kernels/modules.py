@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewa_kernels import backends, checks, functional, reference, shards
+import ewa_kernels.backends as backends
+import ewa_kernels.checks as checks
+import ewa_kernels.functional as functional
+import ewa_kernels.reference as reference
+import ewa_kernels.train.shards as shards
 
 # Living ones, by which a function that is given a parameter alone can tell that it holds experts.
 _expert_linears: weakref.WeakSet[ExpertLinear] = weakref.WeakSet()

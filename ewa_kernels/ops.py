@@ -19,8 +19,12 @@ from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import register_flop_formula
 
-from ewa_kernels import checks, flops, reference
-from ewa_kernels.kernels import blocked_ffn, experts, fused, graphs, permutation
+import ewa_kernels.checks as checks
+import ewa_kernels.flops as flops
+import ewa_kernels.reference as reference
+from ewa_kernels.kernels import graphs, parameter_pass, permutation
+from ewa_kernels.kernels import triton as triton_kernels
+from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
 
 _LIBRARY = torch.library.Library("ewa_kernels", "DEF")
 
@@ -177,7 +181,7 @@ checked_permutation = _define(
 
 
 def _kernels(backend: str) -> Any:
-    return fused.ffn if backend.startswith("triton") else blocked_ffn
+    return triton_kernels.moe_ffn if backend.startswith("triton") else blocked_ffn
 
 
 def _moe_ffn(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -341,14 +345,14 @@ def _average_experts_(
     backend: str,
 ) -> None:
     if backend in ("cpp", "cuda"):
-        return experts.average(tensors, group_sizes, share_rate, found_inf, seed)
+        return parameter_pass.average(tensors, group_sizes, share_rate, found_inf, seed)
     groups = [
         group if size else group[0]
-        for group, size in zip(experts.groups_of(tensors, group_sizes), group_sizes, strict=True)
+        for group, size in zip(parameter_pass.groups_of(tensors, group_sizes), group_sizes, strict=True)
     ]
     if backend == "triton":
-        fused.averaging.average(groups, share_rate, found_inf, seed)
-        return experts.increment_versions(tensors)
+        triton_kernels.averaging.average(groups, share_rate, found_inf, seed)
+        return parameter_pass.increment_versions(tensors)
     rounding = "nearest" if seed is None else "stochastic"
     reference.average_experts_(groups, share_rate, rounding=rounding, seed=seed, found_inf=found_inf)
 
@@ -370,6 +374,6 @@ adamw_ = _define(
     "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
     "Tensor(e!)[] steps, Tensor(f!)[] copies, int[] group_sizes, int[] options_of, Tensor[] lrs, float[] options, "
     "Tensor share_rate, Tensor? grad_scale, Tensor? found_inf, Tensor? seed) -> ()",
-    experts.adamw,
+    parameter_pass.adamw,
     lambda *arguments: None,
 )

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewa_kernels import checks, functional
+import ewa_kernels.checks as checks
+import ewa_kernels.functional as functional
 from ewa_kernels.modules import StackedExperts
 
 

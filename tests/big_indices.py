@@ -10,10 +10,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 import ewa_kernels as ewa
-from ewa_kernels.kernels.fused.backward import launch_backward
-from ewa_kernels.kernels.fused.forward import launch_forward
-from ewa_kernels.kernels.fused.layer import Layer
-from ewa_kernels.kernels.fused.onchip import launch_onchip
+from ewa_kernels.kernels.triton.backward import launch_backward
+from ewa_kernels.kernels.triton.forward import launch_forward
+from ewa_kernels.kernels.triton.layer import Layer
+from ewa_kernels.kernels.triton.onchip import launch_onchip
 
 WIDTH, ROWS = 32, 64
 BASE = 2**31 // WIDTH

@@ -13,14 +13,14 @@ spec.loader.exec_module(module)
 sys.modules["ewa_kernels._C"] = module
 
 if os.environ["EWA_TEST_VARIANT"] == "cuda-on-host":
-    module.experts_pass_by_cpp = module.experts_pass_cpu
+    module.parameter_pass_by_cpp = module.parameter_pass_cpu
     counter = torch.zeros(1, dtype=torch.int32)
 
-    def experts_pass_cpu(table, scalars):
+    def parameter_pass_cpu(table, scalars):
         plan = module.CudaPlan(table)
         memory = torch.full((plan.memory_bytes + 16,), 77, dtype=torch.uint8)
-        module.experts_pass_cuda(plan, scalars, memory.data_ptr(), counter.data_ptr(), 0, 0)
+        module.parameter_pass_cuda(plan, scalars, memory.data_ptr(), counter.data_ptr(), 0, 0)
         assert counter == 0, "the counter must be left zero"
         assert (memory[plan.memory_bytes :] == 77).all(), "more is written than was asked for"
 
-    module.experts_pass_cpu = experts_pass_cpu
+    module.parameter_pass_cpu = parameter_pass_cpu

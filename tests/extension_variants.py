@@ -19,13 +19,13 @@ TESTS = {
     "sanitized": ("experts", "optim", "optim_copies", "optim_bad_input", "cpp", "products"),
     "cuda-on-host": ("experts", "optim", "optim_copies", "optim_bad_input", "cuda_on_host"),
 }
-CXX_SOURCES = tuple(sorted(path.name for path in (ROOT / "csrc").glob("*.cpp")))
+CXX_SOURCES = tuple(sorted(str(path) for path in (ROOT / "csrc").rglob("*.cpp")))
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 VARIANTS = {
     "sanitized": (f"-O1 -fopenmp {SANITIZERS}", CXX_SOURCES),
     "cuda-on-host": (
         """-O2 -I tests/cuda_on_host '-DEWA_CUDA="host"' -Wno-unknown-pragmas""",
-        (*CXX_SOURCES, "experts_cuda.cu"),
+        (*CXX_SOURCES, str(ROOT / "csrc/parameter_pass/cuda.cu")),
     ),
 }
 
@@ -37,11 +37,10 @@ def compiler() -> list[str]:
 def build(variant: str, folder: Path) -> Path:
     """The module's file."""
     flags, sources = VARIANTS[variant]
-    includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    includes = [f"-I{folder}" for folder in (sysconfig.get_path("include"), pybind11.get_include(), ROOT / "csrc")]
     common = [*compiler(), "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", *includes, *shlex.split(flags)]
     target = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    files = [str(ROOT / "csrc" / source) for source in sources]
-    subprocess.run([*common, "-x", "c++", *files, "-o", str(target)], cwd=ROOT, check=True)
+    subprocess.run([*common, "-x", "c++", *sources, "-o", str(target)], cwd=ROOT, check=True)
     return target
 
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 from ewa_kernels import aot
-from ewa_kernels.kernels.fused.configs import Tile
+from ewa_kernels.kernels.triton.configs import Tile
 
 # The kernels of this process are the interpreter's.
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -28,7 +28,7 @@ def compile_tile(kernel, tile, **options):
     case = aot.Case(kernel, tile, "sm_90", "bfloat16", **options)
     fields = {**dataclasses.asdict(case), "tile": dataclasses.astuple(tile)}
     code = (
-        "import json, dataclasses; from ewa_kernels import aot; from ewa_kernels.kernels.fused.configs import Tile\n"
+        "import json, dataclasses; from ewa_kernels import aot; from ewa_kernels.kernels.triton.configs import Tile\n"
         f"fields = {fields!r}; fields['tile'] = Tile(*fields['tile'])\n"
         "print(json.dumps(dataclasses.asdict(aot.compile_case(aot.Case(**fields)))))"
     )
@@ -110,7 +110,7 @@ class TestTheGate:
     def test_a_bad_default_is_an_exit_code(self, monkeypatch, capsys):
         bad = aot.Report("forward", "", True, "bfloat16", "sm_90", 255, 8, 8, 1000, 4, False, [])
         monkeypatch.setattr(aot, "compile_all", lambda chosen: iter([bad]))
-        monkeypatch.setattr(aot.fused, "INTERPRETED", False)
+        monkeypatch.setattr(aot.triton_kernels, "INTERPRETED", False)
         monkeypatch.setattr(sys, "argv", ["aot", "--arch", "sm_90"])
         assert aot.main() == 1
         assert "spills: 8 bytes stored, 8 loaded" in capsys.readouterr().out

@@ -11,9 +11,11 @@ from parity import assert_parity, check_ffn, output_and_grads, random_ffn, weigh
 
 import ewa_kernels as ewa
 from ewa_kernels import backends
-from ewa_kernels.kernels import blocked_ffn, cpp_rows, extension
+from ewa_kernels.kernels import extension
+from ewa_kernels.kernels.blocked import cpp_rows
+from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
+from ewa_kernels.kernels.blocked.torch_rows import TorchRows
 from ewa_kernels.kernels.scratch import Scratch
-from ewa_kernels.kernels.torch_rows import TorchRows
 
 CPU = torch.device("cpu")
 ACTIVATIONS = list(ewa.reference.ACTIVATIONS)

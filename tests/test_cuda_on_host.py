@@ -28,7 +28,7 @@ def by_cpp(monkeypatch):
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "experts_pass_cpu", module.experts_pass_by_cpp)
+            patch.setattr(module, "parameter_pass_cpu", module.parameter_pass_by_cpp)
             function()
 
     return run

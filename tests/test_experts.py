@@ -13,11 +13,15 @@ from hypothesis import strategies as st
 from parity import assert_parity
 
 import ewa_kernels as ewa
-from ewa_kernels.kernels import extension, fused
+from ewa_kernels.kernels import extension
+from ewa_kernels.kernels import triton as triton_kernels
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 HALF = [torch.float16, torch.bfloat16]
-BACKENDS = ["cpp", pytest.param("triton", marks=pytest.mark.skipif(not fused.INTERPRETED, reason="on the CPU"))]
+BACKENDS = [
+    "cpp",
+    pytest.param("triton", marks=pytest.mark.skipif(not triton_kernels.INTERPRETED, reason="on the CPU")),
+]
 average_experts_ = ewa.functional.average_experts_
 
 
@@ -99,7 +103,7 @@ def test_mixed_list():
         experts_of(4, 0),
         experts_of(1, 5),
     ]
-    for backend in ("cpp", "triton") if fused.INTERPRETED else ("cpp",):
+    for backend in ("cpp", "triton") if triton_kernels.INTERPRETED else ("cpp",):
         check(tensors, 0.3, seed=1, backend=backend)
 
 
@@ -370,7 +374,7 @@ def test_cuda_gives_the_bits_of_cpp(dtype, monkeypatch):
 
     by_cuda = run()
     monkeypatch.setattr(
-        sys.modules["ewa_kernels._C"], "experts_pass_cpu", sys.modules["ewa_kernels._C"].experts_pass_by_cpp
+        sys.modules["ewa_kernels._C"], "parameter_pass_cpu", sys.modules["ewa_kernels._C"].parameter_pass_by_cpp
     )
     for ours, theirs in zip(by_cuda, run(), strict=True):
         assert torch.equal(ours, theirs)

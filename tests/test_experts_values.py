@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ewa_kernels as ewa
 from ewa_kernels import backends
-from ewa_kernels.kernels import experts, extension, fused
+from ewa_kernels.kernels import extension, parameter_pass
+from ewa_kernels.kernels import triton as triton_kernels
 
 
 class Calls(TorchDispatchMode):
@@ -31,19 +32,21 @@ class OnAGpu(torch.Tensor):
 
 def test_values_on_a_gpu_for_experts_on_the_cpu():
     """The kernel for CPUs reads values, and no addresses."""
-    scalars = experts._Scalars(torch.device("cpu"))
+    scalars = parameter_pass._Scalars(torch.device("cpu"))
     for dtype in (torch.float32, torch.float64):
         assert scalars.real(torch.tensor(0.25, dtype=dtype).as_subclass(OnAGpu)) == (0.25, 0, False)
     assert scalars.integer(torch.tensor(2**40 + 1).as_subclass(OnAGpu)) == (2**40 + 1, 0)
 
 
-@pytest.mark.skipif(not fused.INTERPRETED, reason="on the CPU")
+@pytest.mark.skipif(not triton_kernels.INTERPRETED, reason="on the CPU")
 def test_values_on_the_cpu_are_not_copied_to_a_gpu():
     """A copy waits for the GPU and cannot be captured in a graph; "meta" stands for one."""
     meta = torch.device("meta")
     values = {torch.float64: torch.tensor(0.3), torch.int64: torch.tensor(2**62 + 1)}
     with Calls() as calls:
-        assert [fused.averaging._on(meta, value, dtype).dtype for dtype, value in values.items()] == list(values)
+        assert [triton_kernels.averaging._on(meta, value, dtype).dtype for dtype, value in values.items()] == list(
+            values
+        )
     assert torch.ops.aten.full.default in calls.seen
     assert not {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default} & calls.seen
 

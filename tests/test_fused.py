@@ -13,9 +13,9 @@ from parity import assert_parity, check_ffn, output_and_grads, random_ffn
 
 import ewa_kernels as ewa
 from ewa_kernels import ops
-from ewa_kernels.kernels import multiprocessors, workspace
-from ewa_kernels.kernels.fused import partition
-from ewa_kernels.kernels.fused.activations import activate, activate_with_slope
+from ewa_kernels.kernels import counters, multiprocessors
+from ewa_kernels.kernels.triton import permutation
+from ewa_kernels.kernels.triton.activations import activate, activate_with_slope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ["triton-single", "triton-split", "triton-onchip"]
@@ -196,7 +196,7 @@ class TestGivenPartition:
 def test_permutation_is_the_specified_one(num_tokens, seed):
     expected = ewa.reference.random_permutation(num_tokens, seed)
     on_device = torch.tensor(seed, device=DEVICE)
-    assert torch.equal(partition.random_permutation(num_tokens, on_device).cpu(), expected)
+    assert torch.equal(permutation.random_permutation(num_tokens, on_device).cpu(), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -314,28 +314,28 @@ def test_recompute_saves_x_alone():
 class TestWorkspace:
     def test_left_clean(self):
         check_ffn(tokens(70, 16), parameters(3, 16, 24), seed=1, backend="triton-single")
-        assert workspace._counters
-        assert not any(counters.any() for counters in workspace._counters.values())
+        assert counters._counters
+        assert not any(counters.any() for counters in counters._counters.values())
 
     def test_not_used_again_after_an_error(self):
         def launch():
-            with workspace.zeroed_counters(10, torch.device(DEVICE, 0)) as counters:
-                counters.fill_(7)
+            with counters.zeroed_counters(10, torch.device(DEVICE, 0)) as zeros:
+                zeros.fill_(7)
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             launch()
-        with workspace.zeroed_counters(10, torch.device(DEVICE, 0)) as counters:
-            assert not counters.any()
+        with counters.zeroed_counters(10, torch.device(DEVICE, 0)) as zeros:
+            assert not zeros.any()
 
     def test_grows(self):
-        with workspace.zeroed_counters(5000, torch.device(DEVICE, 0)) as counters:
-            assert len(counters) >= 5000
-            assert not counters.any()
+        with counters.zeroed_counters(5000, torch.device(DEVICE, 0)) as zeros:
+            assert len(zeros) >= 5000
+            assert not zeros.any()
 
     def test_two_at_once_are_two(self):
         device = torch.device(DEVICE, 0)
-        with workspace.zeroed_counters(10, device) as first, workspace.zeroed_counters(10, device) as second:
+        with counters.zeroed_counters(10, device) as first, counters.zeroed_counters(10, device) as second:
             assert first.data_ptr() != second.data_ptr()
 
 

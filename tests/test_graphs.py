@@ -5,8 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ewa_kernels as ewa
-from ewa_kernels import functional, ops, optim
-from ewa_kernels.kernels import copies, graphs, workspace
+from ewa_kernels import functional, ops
+from ewa_kernels.kernels import copies, counters, graphs
+from ewa_kernels.train import adamw
 
 SIZES = ((2, 32, 16), (2, 32), (2, 16, 32), (2, 16))
 
@@ -53,11 +54,11 @@ def test_capture_refuses_to_average_by_the_host(name, value, capturing, monkeypa
 )
 def test_capture_refuses_a_learning_rate_that_changes(group, capturing):
     with pytest.raises(RuntimeError, match="lr must be a tensor on cuda:0"):
-        optim._learning_rate(group, torch.device("cuda", 0))
+        adamw._learning_rate(group, torch.device("cuda", 0))
 
 
 def test_capture_takes_a_learning_rate_that_stays(capturing):
-    assert float(optim._learning_rate({"lr": 0.25}, torch.device("cuda", 0))) == 0.25
+    assert float(adamw._learning_rate({"lr": 0.25}, torch.device("cuda", 0))) == 0.25
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_capture_takes_a_learning_rate_that_stays(capturing):
 def test_capture_refuses_a_step_by_the_host(message, options, capturing, monkeypatch):
     """Also where torch makes the step."""
     monkeypatch.setattr(functional, "device_of", lambda tensors: torch.device("cuda", 0))
-    monkeypatch.setattr(optim, "_health_check", lambda optimizer: None)  # of torch: CPU parameters are not capturable
+    monkeypatch.setattr(adamw, "_health_check", lambda optimizer: None)  # of torch: CPU parameters are not capturable
     monkeypatch.setattr(ewa.optim.AdamW, "_why_not", lambda *arguments: "")
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = ewa.optim.AdamW([parameter], capturable=True, **options)
@@ -133,7 +134,7 @@ class TestCompiledForCuda:
 
     def test_learning_rate(self, on_gpu):
         device = torch.device("cuda", 0)
-        graph = self.graph_of(lambda x, lr: x * optim._learning_rate({"lr": lr}, device), on_gpu(3), torch.empty(()))
+        graph = self.graph_of(lambda x, lr: x * adamw._learning_rate({"lr": lr}, device), on_gpu(3), torch.empty(()))
         assert any(node.target == "to" and node.args[1] == device for node in graph.nodes)
 
     def test_no_seed_where_nothing_is_random(self):
@@ -159,7 +160,7 @@ def test_a_captured_step_leaves_no_copy_that_counts(capturing, monkeypatch):
     optimizer = ewa.optim.AdamW(model.parameters(), averager=averager, bf16_copies=True, capturable=True)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    monkeypatch.setattr(optim, "_health_check", lambda optimizer: None)
+    monkeypatch.setattr(adamw, "_health_check", lambda optimizer: None)
     monkeypatch.setattr(graphs, "is_capturing", lambda device: False)
     optimizer.step()
     assert copies.find(model[0].up.weight, torch.bfloat16) is not None
@@ -182,11 +183,11 @@ def test_a_foreign_stream_leaves_no_counters_behind(stream, is_kept, monkeypatch
     """It may be destroyed, and its handle return for another stream while its last launch is still at work."""
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(graphs, "is_capturing", lambda device: False)
-    monkeypatch.setattr(workspace, "_counters", {})
+    monkeypatch.setattr(counters, "_counters", {})
     zeros = torch.zeros
-    monkeypatch.setattr(workspace, "_new_counters", lambda count, device: zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(counters, "_new_counters", lambda count, device: zeros(count, dtype=torch.int32))
     monkeypatch.setattr(torch, "zeros", lambda *shape, device, **options: zeros(*shape, **options))
-    with workspace.zeroed_counters(10, torch.device("cuda", 0)) as first:
+    with counters.zeroed_counters(10, torch.device("cuda", 0)) as first:
         first.fill_(1)  # still at work
-    with workspace.zeroed_counters(10, torch.device("cuda", 0)) as second:
+    with counters.zeroed_counters(10, torch.device("cuda", 0)) as second:
         assert (second.data_ptr() == first.data_ptr()) == is_kept

@@ -10,8 +10,8 @@ from test_fused import DEVICE, FORMS, dtype_for, parameters, tokens
 
 import ewa_kernels as ewa
 from ewa_kernels.kernels import multiprocessors
-from ewa_kernels.kernels.fused import backward, configs, ffn, forward, groups, onchip
-from ewa_kernels.kernels.fused.tiles import wait_until
+from ewa_kernels.kernels.triton import backward, configs, forward, groups, moe_ffn, onchip
+from ewa_kernels.kernels.triton.tiles import wait_until
 
 # What a router with a fault may give for 70 rows and 4 experts: more row blocks than there are numbers for, falling
 # offsets, beginnings and ends elsewhere, and numbers that differ by more than an int32.
@@ -78,9 +78,11 @@ class TestBadPartition:
         permutation[[0, 9, 50]] = torch.tensor([-5, 2**31 - 1, 70], dtype=torch.int32, device=DEVICE)
         given = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
         routing_weights, options = walled(70, 1), ("silu", False, 0.0)
-        y, pre, _ = ffn.moe_ffn_forward(x, *weights, routing_weights, None, permutation, given, *options, True, form)
+        y, pre, _ = moe_ffn.moe_ffn_forward(
+            x, *weights, routing_weights, None, permutation, given, *options, True, form
+        )
         saved = (x, *weights, routing_weights, None, permutation, given, pre)
-        grads = ffn.moe_ffn_backward(grad_y, *saved, *options, [True] * 6, form)
+        grads = moe_ffn.moe_ffn_backward(grad_y, *saved, *options, [True] * 6, form)
         assert pre.isfinite().all()
         for value in (y[permutation.clamp(0, 69).long()], grads[0][permutation.clamp(0, 69).long()], *grads[1:5]):
             assert value.isfinite().all()
@@ -95,7 +97,7 @@ class TestBadPartition:
         x, weights = tokens(4, 16), parameters(2, 16, 24)
         permutation, offsets = torch.tensor([0, 1, 2, 4]).int(), torch.tensor([0, 2, 4]).int()
         with pytest.raises(Exception, match="permutation must hold"):
-            ffn.moe_ffn_forward(
+            moe_ffn.moe_ffn_forward(
                 x, *weights, None, None, permutation, offsets, "gelu", False, 0.0, False, "triton-single"
             )
 
@@ -179,7 +181,7 @@ def off_by_one(tensor):
 @pytest.mark.parametrize("form", FORMS)
 def test_no_kernel_sees_an_odd_address(form, launches):
     """Triton would compile it anew, to load element by element and spill; flat parameter buffers have some."""
-    ffn._warn_once_of_copies.cache_clear()
+    moe_ffn._warn_once_of_copies.cache_clear()
     dtype = dtype_for(form)
     operands = (tokens(40, 16, dtype=dtype), *parameters(3, 16, 24, dtype=dtype))
     partition = {

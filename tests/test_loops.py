@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training import backward, bits, make, make_model, same, train
 
 import ewa_kernels as ewa
-from ewa_kernels import attachment
-from ewa_kernels.kernels import cpp_rows
+from ewa_kernels.kernels.blocked import cpp_rows
+from ewa_kernels.train import attachment
 
 FUSED = [
     pytest.param(torch.optim.AdamW, {"fused": True}, id="AdamW"),

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from parity import assert_parity, check_ffn, random_ffn
 
 import ewa_kernels as ewa
-from ewa_kernels.kernels import blocked_ffn
+from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
+from ewa_kernels.kernels.blocked.torch_rows import TorchRows
 from ewa_kernels.kernels.scratch import Scratch
-from ewa_kernels.kernels.torch_rows import TorchRows
 
 ACTIVATIONS = ["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "identity"]
 BACKENDS = ["cpp", "torch", "reference"]

@@ -11,6 +11,7 @@ from torch import nn
 
 import ewa_kernels as ewa
 from ewa_kernels.kernels import extension
+from ewa_kernels.train import adamw
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -271,7 +272,7 @@ class Subclass(torch.Tensor):
 
 class TestByTorch:
     def test_a_subclass_is_warned_of_once(self, monkeypatch):
-        monkeypatch.setattr(ewa.optim, "_warned", set())
+        monkeypatch.setattr(adamw, "_warned", set())
         _, theirs = twins()
         params = [nn.Parameter(p.detach().as_subclass(Subclass)) for p in parameters()]
         averager = averager_of(params)
@@ -284,7 +285,7 @@ class TestByTorch:
         assert_same(ours, theirs)
 
     def test_too_many_experts_are_warned_of(self, monkeypatch):
-        monkeypatch.setattr(ewa.optim, "_warned", set())
+        monkeypatch.setattr(adamw, "_warned", set())
         param = nn.Parameter(torch.arange(1025.0)[:, None])
         optimizer = ewa.optim.AdamW([param], lr=0.0, averager=ewa.ExpertAverager([param], 1024 / 1025))
         param.grad = torch.ones_like(param)

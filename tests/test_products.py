@@ -9,8 +9,8 @@ import torch
 from parity import assert_parity, check_ffn, output_and_grads, random_ffn, weighted
 
 import ewa_kernels as ewa
-from ewa_kernels.kernels import blocked_ffn
-from ewa_kernels.kernels.cpp_rows import have_products
+from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
+from ewa_kernels.kernels.blocked.cpp_rows import have_products
 
 
 @pytest.fixture(params=["ours", "PyTorch's"])
@@ -142,7 +142,7 @@ def test_no_bit_depends_on_the_number_of_threads(monkeypatch, dtype, d_model, d_
 GUARDED = """
 import ctypes, mmap, torch
 import ewa_kernels as ewa
-from ewa_kernels.kernels import blocked_ffn
+from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
 
 blocked_ffn.FEW_ROWS = 0
 libc, kept = ctypes.CDLL(None), []

@@ -10,8 +10,9 @@ from parity import assert_parity, output_and_grads, random_ffn
 from torch import nn
 
 import ewa_kernels as ewa
-from ewa_kernels.kernels import blocked_ffn, blocks
-from ewa_kernels.kernels.cpp_rows import have_products
+from ewa_kernels.kernels.blocked import blocks
+from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
+from ewa_kernels.kernels.blocked.cpp_rows import have_products
 
 FORMS = ["triton-single", "triton-split", "triton-onchip"]
 # On a GPU the last one is for 16 bits alone.

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 from benchmarks import tune
 from benchmarks.cases import Case
 from benchmarks.timing import Stopwatch
-from ewa_kernels.kernels.fused.configs import Tile
+from ewa_kernels.kernels.triton.configs import Tile
 
 SHAPE = Case("small", 40, 32, 32, num_experts=2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

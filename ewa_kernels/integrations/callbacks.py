@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from ewa_kernels import checks, shards
-from ewa_kernels.attachment import Attachment, hooked
-from ewa_kernels.averaging import ExpertAverager
+import ewa_kernels.checks as checks
+import ewa_kernels.train.shards as shards
 from ewa_kernels.modules import RandomPartitionMoE
-from ewa_kernels.share_rate import as_schedule
 from ewa_kernels.surgery import fold_
+from ewa_kernels.train.attachment import Attachment, hooked
+from ewa_kernels.train.averager import ExpertAverager
+from ewa_kernels.train.share_rate import as_schedule
 
 
 class Averaging:

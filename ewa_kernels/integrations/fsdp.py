@@ -23,9 +23,10 @@ if not dist.is_available():
 
 from torch.distributed.tensor import Shard
 
-from ewa_kernels import checks, shards
-from ewa_kernels import folded_state_dict as _folded_state_dict
+import ewa_kernels.checks as checks
+import ewa_kernels.train.shards as shards
 from ewa_kernels.modules import StackedExperts, holds_experts
+from ewa_kernels.surgery import folded_state_dict as _folded_state_dict
 
 __all__ = ["expert_shard_placement", "fold_rank_into_seed_", "folded_state_dict"]
 

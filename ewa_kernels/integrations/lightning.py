@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ewa_kernels.averaging import ExpertAverager
 from ewa_kernels.integrations.callbacks import Averaging
+from ewa_kernels.train.averager import ExpertAverager
 
 __all__ = ["EWACallback"]
 

@@ -20,10 +20,10 @@ except ImportError as error:
         f"pip install transformers accelerate ({error})"
     ) from error
 
-from ewa_kernels.averaging import ExpertAverager
 from ewa_kernels.integrations.callbacks import Averaging
 from ewa_kernels.surgery.replaced import replaced_ffns
 from ewa_kernels.surgery.unfolded import load_unfolded_, save_unfolded
+from ewa_kernels.train.averager import ExpertAverager
 
 __all__ = ["EWACallback"]
 

@@ -11,7 +11,7 @@ HOW_TO = (
 )
 
 try:
-    from ewa_kernels import _C
+    import ewa_kernels._C as _C
 
     WHY_NOT: str | None = None
     CUDA_ARCHITECTURES = _C.cuda

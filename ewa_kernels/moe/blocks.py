@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ewa_kernels import functional
+import ewa_kernels.functional as functional
 from ewa_kernels.moe import traces
 from ewa_kernels.moe.adapters import NotExpertsError
 from ewa_kernels.surgery.layout import FFNLayout

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ewa_kernels import checks
+import ewa_kernels.checks as checks
 from ewa_kernels.modules import StackedExperts, expert_tensors
 from ewa_kernels.moe import adapters
 from ewa_kernels.moe.adapters import NotExpertsError, Paths

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ewa_kernels import checks, shards
+import ewa_kernels.checks as checks
+import ewa_kernels.train.shards as shards
 from ewa_kernels.moe import stacked
 from ewa_kernels.moe.replaced import ExpertStack, MeanExpert, formula_of_block, place_, restore_, switched
 from ewa_kernels.surgery.layout import swap_modules_

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ewa_kernels import backends, checks
+import ewa_kernels.backends as backends
+import ewa_kernels.checks as checks
 from ewa_kernels.moe import stacked
 from ewa_kernels.moe.adapters import NotExpertsError
 from ewa_kernels.moe.blocks import BlockFormula, prove

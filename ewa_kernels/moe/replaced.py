@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewa_kernels import functional
+import ewa_kernels.functional as functional
 from ewa_kernels.modules import FFN, StackedExperts
 from ewa_kernels.moe.blocks import BlockFormula
 from ewa_kernels.moe.stacked import random_partition_forward, routed_forward

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ewa_kernels import functional, reference
+import ewa_kernels.functional as functional
+import ewa_kernels.reference as reference
 from ewa_kernels.modules import forward_mean
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_is_expert_parallel")

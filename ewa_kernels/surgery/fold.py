@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ewa_kernels import checks, shards
+import ewa_kernels.checks as checks
+import ewa_kernels.train.shards as shards
 from ewa_kernels.modules import RandomPartitionMoE
 from ewa_kernels.surgery.replaced import ReplacedFFN, folded, fuse_all, put_back_
 

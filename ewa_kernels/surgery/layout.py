@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewa_kernels import reference
+import ewa_kernels.reference as reference
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ewa_kernels import functional
+import ewa_kernels.functional as functional
 from ewa_kernels.surgery.replaced import ReplacedFFN, folded, replaced_ffns
 
 _METHOD = "save_pretrained"

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ewa_kernels import reference
+import ewa_kernels.reference as reference
 from ewa_kernels.surgery.layout import FFNLayout, copy_with_parameters
 
 # Relative. Rounding is 1e-15 of float64, the two kinds of GELU are 1e-4 apart.

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ewa_kernels import backends, checks
+import ewa_kernels.backends as backends
+import ewa_kernels.checks as checks
 from ewa_kernels.surgery.joined import forbid_nested_tensors_
 from ewa_kernels.surgery.layout import copy_with_parameters, swap_modules_
 from ewa_kernels.surgery.pretrained import guard_save_pretrained

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ewa_kernels import checks
+import ewa_kernels.checks as checks
 from ewa_kernels.modules import RandomPartitionMoE
 from ewa_kernels.surgery import places
 from ewa_kernels.surgery.adapters import adapter_of

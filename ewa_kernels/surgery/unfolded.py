@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ewa_kernels import backends, checks, shards
+import ewa_kernels.backends as backends
+import ewa_kernels.checks as checks
+import ewa_kernels.train.shards as shards
 from ewa_kernels.surgery.replace import ReplacementReport, stand_in_
 from ewa_kernels.surgery.replaced import ReplacedFFN, put_back_, replaced_ffns
 from ewa_kernels.surgery.sites import FFNSite, find_ffns

@@ -1,4 +1,4 @@
-// Enough of CUDA for g++ to compile csrc/experts_cuda.cu and run it on the host: blocks one after the other, with one
+// Enough of CUDA for g++ to compile csrc/parameter_pass/cuda.cu and run it on the host: blocks one after the other, with one
 // thread each. It shows which elements are read and written and what is computed, not what threads do to one another.
 #pragma once
 

@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import ewa_kernels as ewa
-from ewa_kernels.kernels import workspace
-from ewa_kernels.kernels.fused.backward import backward_kernel
-from ewa_kernels.kernels.fused.forward import forward_kernel
+from ewa_kernels.kernels import counters
+from ewa_kernels.kernels.triton.backward import backward_kernel
+from ewa_kernels.kernels.triton.forward import forward_kernel
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -181,7 +181,7 @@ def test_same_bits_a_hundred_times(d_model, form):
     first = step(x, weights, grad_y, 1, form)
     for _ in range(100):
         assert all(torch.equal(a, b) for a, b in zip(step(x, weights, grad_y, 1, form), first, strict=True))
-    assert not any(counters.any() for counters in workspace._counters.values())
+    assert not any(counters.any() for counters in counters._counters.values())
 
 
 def test_streams_do_not_disturb_one_another():
@@ -207,8 +207,8 @@ def test_after_a_launch_that_failed():
     expected = step(x, weights, grad_y, 1, "triton-single")
 
     def fail():
-        with workspace.zeroed_counters(10, torch.device("cuda", torch.cuda.current_device())) as counters:
-            counters.fill_(7)
+        with counters.zeroed_counters(10, torch.device("cuda", torch.cuda.current_device())) as zeros:
+            zeros.fill_(7)
             raise KeyboardInterrupt
 
     for _ in range(3):
@@ -437,12 +437,12 @@ def test_a_foreign_stream():
     x, weights = tokens(5000, 384).requires_grad_(), [w.requires_grad_() for w in parameters(4, 384, 768)]
     expected = step(x, weights, x, 1, "triton-single")
     torch.cuda.synchronize()
-    kept = len(workspace._counters)
+    kept = len(counters._counters)
     stream = torch.cuda.ExternalStream(torch.cuda.Stream().cuda_stream)
     with torch.cuda.stream(stream):
         ours = step(x, weights, x, 1, "triton-single")
     stream.synchronize()
-    assert len(workspace._counters) == kept
+    assert len(counters._counters) == kept
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 

@@ -149,7 +149,7 @@ class TestLaunches:
         seed = torch.tensor(1, device="cuda")
         launched = kernels(lambda: ewa.functional.average_experts_(groups, share_rate, seed=seed))
         assert len(launched) == 1, launched
-        assert "experts_pass" in launched[0]
+        assert "parameter_pass" in launched[0]
 
     def test_adamw(self):
         optimizer, _ = optimizers("cuda", few_experts())
@@ -161,8 +161,8 @@ class TestLaunches:
         """More than fit the parameters of a launch: one launch, after some that write their table."""
         groups = [torch.randn(4, 10, device="cuda") for _ in range(2000)]
         launched = kernels(lambda: ewa.functional.average_experts_(groups, 0.3))
-        assert sum("experts_pass" in name for name in launched) == 1
-        assert all("experts_pass" in name or "write_table" in name for name in launched), launched
+        assert sum("parameter_pass" in name for name in launched) == 1
+        assert all("parameter_pass" in name or "write_table" in name for name in launched), launched
 
 
 class TestGraphs:

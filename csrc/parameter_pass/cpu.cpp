@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "elements.h"
-#include "experts.h"
+#include "parameter_pass.h"
 #include "random.h"
 
 namespace ewa {
@@ -165,7 +165,7 @@ EWA_CLONES void any_tile(const Pass& pass, const Group& group, int64_t begin, in
 
 }  // namespace
 
-void experts_pass_cpu(const Table& table, const Scalars& scalars) {
+void parameter_pass_cpu(const Table& table, const Scalars& scalars) {
     if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
     const float grad_scale = scalars.grad_scale == nullptr ? 1.0f : *scalars.grad_scale;
     Pass pass{&table, {}, scalars.share_rate, grad_scale != 1.0f, scalars.stochastic != 0, RandomKeys(scalars.seed)};

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ewa_kernels.kernels import extension
-from ewa_kernels.kernels.blocks import Block
-from ewa_kernels.kernels.cpp_rows import CppRows, address, floats, matrix
-from ewa_kernels.kernels.torch_rows import Dropout
+from ewa_kernels.kernels.blocked.blocks import Block
+from ewa_kernels.kernels.blocked.cpp_rows import CppRows, address, floats, matrix
+from ewa_kernels.kernels.blocked.torch_rows import Dropout
 
 if extension.WHY_NOT is None:
-    from ewa_kernels import _C
+    import ewa_kernels._C as _C
 
 
 class LookedUp(NamedTuple):

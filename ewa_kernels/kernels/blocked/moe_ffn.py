@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import cpp_rows
-from ewa_kernels.kernels.blocks import Block, blocks, rows_in_a_block
+from ewa_kernels.kernels.blocked import cpp_rows
+from ewa_kernels.kernels.blocked.blocks import Block, blocks, rows_in_a_block
+from ewa_kernels.kernels.blocked.cpp_products import CppProducts
+from ewa_kernels.kernels.blocked.cpp_rows import have_products
+from ewa_kernels.kernels.blocked.torch_rows import Dropout, TorchRows
 from ewa_kernels.kernels.choices import grad_of_bias_factor, sum_of_choices
-from ewa_kernels.kernels.cpp_products import CppProducts
-from ewa_kernels.kernels.cpp_rows import have_products
 from ewa_kernels.kernels.permutation import random_permutation
 from ewa_kernels.kernels.scratch import Scratch
-from ewa_kernels.kernels.torch_rows import Dropout, TorchRows
 
 # Of so few rows of an expert PyTorch makes products of bfloat16 faster than C++ does, which packs more.
 FEW_ROWS = 256

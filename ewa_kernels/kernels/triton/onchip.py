@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.fused.activations import activate, dropout_scale
-from ewa_kernels.kernels.fused.epilogues import store_rows
-from ewa_kernels.kernels.fused.layer import Layer
-from ewa_kernels.kernels.fused.partition import load_seed, radices, tokens_of_rows
-from ewa_kernels.kernels.fused.tiles import load_choices, multiple_of_eight, multiply, rows_of_block
+from ewa_kernels.kernels.triton.activations import activate, dropout_scale
+from ewa_kernels.kernels.triton.epilogues import store_rows
+from ewa_kernels.kernels.triton.layer import Layer
+from ewa_kernels.kernels.triton.permutation import load_seed, radices, tokens_of_rows
+from ewa_kernels.kernels.triton.tiles import load_choices, multiple_of_eight, multiply, rows_of_block
 
 
 @triton.jit

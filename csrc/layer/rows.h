@@ -1,7 +1,7 @@
 // What the layer does on a CPU besides matrix products: moving rows, activations, dropout.
 //
 // Knows nothing of torch: addresses of dense row-major memory, and sizes in elements. Nothing is checked here;
-// ewa_kernels/kernels/cpp_rows.py does that. All is computed in float32, and no result depends on the number of threads.
+// ewa_kernels/kernels/blocked/cpp_rows.py does that. All is computed in float32, and no result depends on the number of threads.
 #pragma once
 
 #include <cstdint>

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ewa_kernels.kernels import extension
-from ewa_kernels.kernels.experts import DTYPES
+from ewa_kernels.kernels.blocked.torch_rows import Dropout, TorchRows
+from ewa_kernels.kernels.parameter_pass import DTYPES
 from ewa_kernels.kernels.scratch import Scratch
-from ewa_kernels.kernels.torch_rows import Dropout, TorchRows
 
 if extension.WHY_NOT is None:
-    from ewa_kernels import _C
+    import ewa_kernels._C as _C
 
 
 def random_permutation(num_tokens: int, seed: Tensor) -> Tensor:

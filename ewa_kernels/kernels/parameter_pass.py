@@ -1,4 +1,4 @@
-"""One pass over parameters, in C++ or CUDA: the AdamW step and Experts Weights Averaging. See `csrc/experts.h`.
+"""One pass over parameters, in C++ or CUDA: the AdamW step and Experts Weights Averaging. See `csrc/parameter_pass`.
 
 What the kernels need is made here: a table of addresses, anew in each call, so that it cannot be stale. Tensors
 that are not dense, or lie in memory in another order than the parameter they belong to, go through dense copies; so
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import extension, workspace
+from ewa_kernels.kernels import counters, extension
 
 if extension.WHY_NOT is None:
-    from ewa_kernels import _C
+    import ewa_kernels._C as _C
 
 # More share no block of a GPU.
 MAX_EXPERTS = 1024
@@ -97,7 +97,7 @@ def _dense_strides(group: Sequence[Tensor], stacked: bool) -> tuple[int, ...] | 
 
 
 class _Table:
-    """Rows of numbers in the order of the fields of `Group` and `Member` in `csrc/experts.h`, for one device."""
+    """Rows of numbers in the order of the fields of `Group` and `Member` in `csrc/parameter_pass`, for one device."""
 
     def __init__(self) -> None:
         self.groups: list[tuple[int, ...]] = []
@@ -225,13 +225,13 @@ class _Pass:
             )
             native_table = _C.Table(table.groups, table.members, rows)
             if device.type == "cpu":
-                _C.experts_pass_cpu(native_table, native)
+                _C.parameter_pass_cpu(native_table, native)
             else:
-                with torch.cuda.device(device), workspace.zeroed_counters(1, device) as counter:
+                with torch.cuda.device(device), counters.zeroed_counters(1, device) as counter:
                     stream = torch.cuda.current_stream(device).cuda_stream
                     plan = _C.CudaPlan(native_table)
                     memory = torch.empty(plan.memory_bytes, dtype=torch.uint8, device=device)
-                    _C.experts_pass_cuda(plan, native, memory.data_ptr(), counter.data_ptr(), device.index, stream)
+                    _C.parameter_pass_cuda(plan, native, memory.data_ptr(), counter.data_ptr(), device.index, stream)
             table.dense.write_back()
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from ewa_kernels import checks
+import ewa_kernels.checks as checks
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ewa_kernels.kernels import multiprocessors
-from ewa_kernels.kernels.fused.configs import INTERPRETER, Table, Tile, aligned, ceil_div, choose, choose_onchip, table
-from ewa_kernels.kernels.fused.groups import tabulate
-from ewa_kernels.kernels.fused.partition import int32_bits, seed_arguments
-from ewa_kernels.kernels.fused.tiles import INTERPRETED
+from ewa_kernels.kernels.triton.configs import INTERPRETER, Table, Tile, aligned, ceil_div, choose, choose_onchip, table
+from ewa_kernels.kernels.triton.groups import tabulate
+from ewa_kernels.kernels.triton.permutation import int32_bits, seed_arguments
+from ewa_kernels.kernels.triton.tiles import INTERPRETED
 
 _MAX_ROWS = 2**31 - 1024  # so that a row past the end of a tile is an int32
 _MAX_EXPERTS = 2**15  # so that the product of two experts' numbers is one

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ewa_kernels import checks, functional, shards
-from ewa_kernels.attachment import Attachment, holds, hooked
+import ewa_kernels.checks as checks
+import ewa_kernels.functional as functional
+import ewa_kernels.train.shards as shards
 from ewa_kernels.modules import RandomPartitionMoE, StackedExperts, expert_tensors
 from ewa_kernels.moe.adapters import Paths
 from ewa_kernels.moe.experts import find_experts, resolved
-from ewa_kernels.share_rate import ConstantShareRate, ShareRate, as_schedule
+from ewa_kernels.train.attachment import Attachment, holds, hooked
+from ewa_kernels.train.share_rate import ConstantShareRate, ShareRate, as_schedule
 
 Experts = Tensor | Sequence[Tensor]
 

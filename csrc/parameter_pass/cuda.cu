@@ -2,7 +2,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "experts_cuda.cuh"
+#include "cuda.cuh"
 
 namespace ewa {
 namespace {
@@ -48,7 +48,7 @@ void launch_pass(const CudaPlan& plan, Parameters<kStep>& p, int device, cudaStr
     p.adam_vectors = kStep ? plan.max_experts * sizeof(Adam<double>) / vector_bytes + 1 : 0;
     int threads = max_threads, limit = 0;
     check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-    const auto kernel = experts_pass<kHeld, kStep>;
+    const auto kernel = parameter_pass<kHeld, kStep>;
     if (kHeld == 0) {
         cudaFuncAttributes attributes;
         check(cudaFuncGetAttributes(&attributes, kernel), "shared memory");
@@ -130,7 +130,7 @@ CudaPlan::CudaPlan(const Table& given) : num_members(static_cast<int32_t>(given.
     if (table.size() > room) memory_bytes = static_cast<int64_t>(table.size());
 }
 
-void experts_pass_cuda(const CudaPlan& plan, const Scalars& scalars, void* memory, uint32_t* counter, int device,
+void parameter_pass_cuda(const CudaPlan& plan, const Scalars& scalars, void* memory, uint32_t* counter, int device,
                        void* stream) {
     if (plan.num_tiles == 0) return;
     if (plan.num_tiles > INT32_MAX) throw std::runtime_error("too many elements for one launch");

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.fused.configs import ASSERTS, aligned, ceil_div
+from ewa_kernels.kernels.triton.configs import ASSERTS, aligned, ceil_div
 
 BLOCKS, EXPERTS = 64, 128
 

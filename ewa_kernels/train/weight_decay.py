@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ewa_kernels import checks
+import ewa_kernels.checks as checks
 from ewa_kernels.modules import ExpertLinear
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ewa_kernels.kernels.choices import existing, grad_of_bias_factor, sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
-from ewa_kernels.kernels.fused.backward import launch_backward
-from ewa_kernels.kernels.fused.configs import aligned
-from ewa_kernels.kernels.fused.forward import launch_forward
-from ewa_kernels.kernels.fused.layer import Layer
-from ewa_kernels.kernels.fused.onchip import launch_onchip
+from ewa_kernels.kernels.triton.backward import launch_backward
+from ewa_kernels.kernels.triton.configs import aligned
+from ewa_kernels.kernels.triton.forward import launch_forward
+from ewa_kernels.kernels.triton.layer import Layer
+from ewa_kernels.kernels.triton.onchip import launch_onchip
 
 
 def moe_ffn_forward(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ewa_kernels import checks
+import ewa_kernels.checks as checks
 
 
 @dataclass(frozen=True, kw_only=True)

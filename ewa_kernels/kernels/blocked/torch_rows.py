@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels.blocks import Block
+from ewa_kernels.kernels.blocked.blocks import Block
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.scratch import Scratch
 from ewa_kernels.reference import dropout_scale

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ewa_kernels.kernels.fused.activations import activate, activate_with_slope, dropout_scale
-from ewa_kernels.kernels.fused.tiles import halves, halves_of_row, load_choices, pairs
+from ewa_kernels.kernels.triton.activations import activate, activate_with_slope, dropout_scale
+from ewa_kernels.kernels.triton.tiles import halves, halves_of_row, load_choices, pairs
 
 _SUM_BLOCKS = tl.constexpr(32)  # row blocks at a time in sums over them
 

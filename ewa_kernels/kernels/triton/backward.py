@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.fused.configs import ceil_div
-from ewa_kernels.kernels.fused.epilogues import (
+from ewa_kernels.kernels.counters import zeroed_counters
+from ewa_kernels.kernels.triton.configs import ceil_div
+from ewa_kernels.kernels.triton.epilogues import (
     group_rows,
     load_pre,
     store_grad_pre,
@@ -22,9 +23,9 @@ from ewa_kernels.kernels.fused.epilogues import (
     sum_blocks,
     sum_splits,
 )
-from ewa_kernels.kernels.fused.layer import Layer
-from ewa_kernels.kernels.fused.partition import load_seed
-from ewa_kernels.kernels.fused.tiles import (
+from ewa_kernels.kernels.triton.layer import Layer
+from ewa_kernels.kernels.triton.permutation import load_seed
+from ewa_kernels.kernels.triton.tiles import (
     FIRST_COUNTER,
     block_of_tile,
     clamp_columns,
@@ -39,7 +40,6 @@ from ewa_kernels.kernels.fused.tiles import (
     signal,
     wait_for_expert,
 )
-from ewa_kernels.kernels.workspace import zeroed_counters
 
 _MAX_SPLITS = 8
 _MIN_SPLIT_STEPS = 8  # steps of a product's loop that a split has at least

@@ -3,7 +3,7 @@
 // cache.
 //
 // Rows of tokens are grouped by expert; groups may be of any size, also empty. No result depends on the number of
-// threads. Nothing is checked here; ewa_kernels/kernels/cpp_products.py does that.
+// threads. Nothing is checked here; ewa_kernels/kernels/blocked/cpp_products.py does that.
 #pragma once
 
 #include <cstdint>

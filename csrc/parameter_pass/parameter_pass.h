@@ -1,7 +1,7 @@
 // One pass over the parameters of a model: the AdamW step where there is a gradient, and Experts Weights Averaging.
 //
 // Knows nothing of torch: a table of addresses, sizes in elements, a stream. Nothing is checked here;
-// ewa_kernels/kernels/experts.py does that. Every element is read once and written once; no result depends on the
+// ewa_kernels/kernels/parameter_pass.py does that. Every element is read once and written once; no result depends on the
 // number of threads.
 #pragma once
 
@@ -52,7 +52,7 @@ struct Scalars {
     const float* found_inf;   // if not 0 nothing changes; or null
 };
 
-void experts_pass_cpu(const Table& table, const Scalars& scalars);
+void parameter_pass_cpu(const Table& table, const Scalars& scalars);
 
 // A table as the kernel for GPUs reads it.
 struct CudaPlan {
@@ -67,7 +67,7 @@ struct CudaPlan {
 
 // `memory`: plan.memory_bytes, written in the order of the stream, aligned to 16. `counter`: one zero, for this stream,
 // left zero; used if any member has a gradient. Throws std::runtime_error.
-void experts_pass_cuda(const CudaPlan& plan, const Scalars& scalars, void* memory, uint32_t* counter, int device,
+void parameter_pass_cuda(const CudaPlan& plan, const Scalars& scalars, void* memory, uint32_t* counter, int device,
                        void* stream);
 
 // (newest CUDA that the driver knows, 0 without one; CUDA that this was built with), as 1000·major + 10·minor.

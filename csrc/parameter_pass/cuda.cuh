@@ -1,13 +1,13 @@
-// The kernel of `experts_pass_cuda`, and the table that it reads.
+// The kernel of `parameter_pass_cuda`, and the table that it reads.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "elements.h"
-#include "experts.h"
+#include "parameter_pass.h"
 #include "random.h"
 
-// In an experts_pass: the coefficients of AdamW for each expert, then what is staged.
+// In an parameter_pass: the coefficients of AdamW for each expert, then what is staged.
 extern __shared__ uint4 shared[];
 
 namespace ewa {
@@ -293,7 +293,7 @@ constexpr int min_blocks = kHeld == 8 && kStep ? 1 : 2;
 // Grid: one block for each tile of `tile_bytes` of every expert of a group.
 template <int kHeld, bool kStep>
 __global__ void __launch_bounds__(max_threads, min_blocks<kHeld, kStep>)
-    experts_pass(const __grid_constant__ Parameters<kStep> p) {
+    parameter_pass(const __grid_constant__ Parameters<kStep> p) {
     if (p.scalars.found_inf != nullptr && *p.scalars.found_inf != 0) return;
     const View<kStep> view(p);
     int low = 0;

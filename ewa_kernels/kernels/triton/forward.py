@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.fused.configs import ceil_div
-from ewa_kernels.kernels.fused.epilogues import store_rows, store_up
-from ewa_kernels.kernels.fused.layer import Layer
-from ewa_kernels.kernels.fused.partition import load_seed, radices, tokens_of_rows
-from ewa_kernels.kernels.fused.tiles import (
+from ewa_kernels.kernels.counters import zeroed_counters
+from ewa_kernels.kernels.triton.configs import ceil_div
+from ewa_kernels.kernels.triton.epilogues import store_rows, store_up
+from ewa_kernels.kernels.triton.layer import Layer
+from ewa_kernels.kernels.triton.permutation import load_seed, radices, tokens_of_rows
+from ewa_kernels.kernels.triton.tiles import (
     FIRST_COUNTER,
     draw_ticket,
     leave_clean,
@@ -24,7 +25,6 @@ from ewa_kernels.kernels.fused.tiles import (
     signal,
     wait_until,
 )
-from ewa_kernels.kernels.workspace import zeroed_counters
 
 
 @triton.jit(do_not_specialize=[

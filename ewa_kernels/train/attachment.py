@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ewa_kernels import shards
+import ewa_kernels.train.shards as shards
 
 
 def _nothing() -> None:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.fused.configs import ASSERTS, aligned, ceil_div
+from ewa_kernels.kernels.triton.configs import ASSERTS, aligned, ceil_div
 from ewa_kernels.reference import num_rounds
 
 _BLOCK = 1024

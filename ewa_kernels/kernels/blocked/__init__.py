@@ -1,0 +1,1 @@
+"""The layer by matrix products of a library, or of the C++ extension, a block of rows at a time."""

@@ -1,0 +1,1 @@
+"""What runs after a step: averaging of experts, its schedules, AdamW that averages, and sharded experts."""
