@@ -34,6 +34,7 @@ from ewa_kernels.kernels.triton.configs import Tile
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.onchip import launch_onchip
+from ewa_kernels.problem import Problem
 
 KERNELS = ("forward", "backward", "onchip")
 ROUNDS = 15
@@ -55,7 +56,7 @@ def candidates(kernel: str) -> Iterator[Tile]:
         yield Tile(m, n, k, parts, warps, stages, per_multiprocessor=2)
 
 
-class Problem:
+class Operands:
     """The operands of a shape, and what a kernel makes of them with a given tile."""
 
     def __init__(self, shape: Case, device: str, dtype: torch.dtype, num_tokens: int | None = None):
@@ -73,28 +74,31 @@ class Problem:
         self.y, self.grad_x = torch.empty_like(self.x), torch.empty_like(self.x)
         self.pre_activation, self.hidden = random(t, up), random(t, f)
         self.grads = [torch.empty_like(p) for p in self.parameters]
-        self._layer = Layer(
-            num_rows=t,
+        self._problem = Problem(
+            num_tokens=t,
+            top_k=1,
             num_experts=e,
             d_model=d,
             d_ff=f,
             activation="silu" if shape.gated else "gelu",
             gated=shape.gated,
             dropout_p=0.0,
-            seed=torch.tensor(1),
-            expert_offsets=None,
-            routing_weights=None,
+            is_given=False,
             dtype=dtype,
             device=self.x.device,
+            input_dtypes=(dtype,) * 6,
+            save=True,
+            backend="triton",
         )
 
     def shipped(self, kernel: str) -> Tile | None:
         """What `configs` picks; None where there is none."""
-        return self._layer.onchip_tile() if kernel == "onchip" else self._layer.tile(kernel)
+        layer = Layer(self._problem)
+        return layer.onchip_tile() if kernel == "onchip" else layer.tile(kernel)
 
     def run(self, kernel: str, tile: Tile) -> list[Tensor]:
         """Launches it, and returns what it wrote."""
-        layer = replace(self._layer, table={kernel: (tile,)})
+        layer = Layer(self._problem, seed=1, table={kernel: (tile,)})
         operands = (self.x, *self.parameters)
         if kernel == "forward":
             outputs = (self.y, self.pre_activation, self.hidden, self.permutation)
@@ -112,7 +116,7 @@ def compiles(arguments: tuple[Case, str, Tile, torch.dtype]) -> str | None:
     """Runs a candidate on few tokens, which leaves it in Triton's cache; returns what is wrong with it."""
     shape, kernel, tile, dtype = arguments
     try:
-        problem = Problem(shape, "cuda", dtype, num_tokens=1024)
+        problem = Operands(shape, "cuda", dtype, num_tokens=1024)
         shipped = problem.shipped("forward")
         assert shipped is not None
         problem.run("forward", shipped)  # the permutation, for the backward
@@ -128,7 +132,7 @@ def differs(ours: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(ours, expected, strict=True))
 
 
-def tune(problem: Problem, kernel: str, tiles: list[Tile], watch: Stopwatch, rounds: int) -> list[Any]:
+def tune(problem: Operands, kernel: str, tiles: list[Tile], watch: Stopwatch, rounds: int) -> list[Any]:
     """(tile, milliseconds) of those that compute what the shipped one does, fastest first."""
     shipped = problem.shipped(kernel)
     assert shipped is not None
@@ -160,7 +164,7 @@ def main() -> None:
             for kernel in arguments.kernels:
                 if time.monotonic() - start > 60 * arguments.minutes:
                     break
-                problem = Problem(shape, "cuda", dtype)
+                problem = Operands(shape, "cuda", dtype)
                 shipped = problem.shipped(kernel)
                 if shipped is None:
                     continue

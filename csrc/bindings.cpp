@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "layer/merge.h"
+#include "layer/moe_ffn.h"
 #include "layer/permutation.h"
 #include "layer/products.h"
 #include "layer/rows.h"
@@ -21,6 +23,13 @@ T* pointer(uintptr_t address) {
 using Matrix = std::pair<uintptr_t, int32_t>;
 
 ewa::Matrix matrix(const Matrix& given) { return {pointer<void>(given.first), static_cast<ewa::Type>(given.second)}; }
+
+ewa::Inputs inputs(uintptr_t x, uintptr_t up_weight, uintptr_t up_bias, uintptr_t down_weight, uintptr_t down_bias,
+                   uintptr_t routing_weights, uint64_t seed, uintptr_t permutation, uintptr_t pre_activation) {
+    return {pointer<void>(x),         pointer<void>(up_weight), pointer<void>(up_bias),
+            pointer<void>(down_weight), pointer<void>(down_bias), pointer<const float>(routing_weights),
+            seed,                      pointer<int32_t>(permutation), pointer<void>(pre_activation)};
+}
 
 // From rows of numbers, in the order of the structs' fields: see ewa_kernels/kernels/parameter_pass.py.
 ewa::Table table_of(const std::vector<std::array<int64_t, 5>>& groups,
@@ -96,58 +105,56 @@ PYBIND11_MODULE(_C, m) {
         },
         unlocked);
 
+    m.def(
+        "merge_experts",
+        [](uintptr_t experts, int64_t num_experts, int64_t numel, int32_t type, uintptr_t out) {
+            ewa::merge_experts(pointer<const void>(experts), num_experts, numel, static_cast<ewa::Type>(type),
+                               pointer<void>(out));
+        },
+        unlocked);
     m.def("have_products", [](int32_t type) { return ewa::have_products(static_cast<ewa::Type>(type)); });
-    py::class_<ewa::Tokens>(m, "Tokens").def(py::init([](Matrix rows, uintptr_t which, uintptr_t factor) {
-        return ewa::Tokens{matrix(rows), pointer<const int64_t>(which), pointer<const float>(factor)};
-    }));
-    py::class_<ewa::TimesWeights>(m, "TimesWeights")
-        .def(py::init([](const std::vector<int64_t>& rows, int64_t k, int64_t n, const ewa::Tokens& tokens, Matrix weights,
-                         bool transposed, bool bfloat16) {
-            return ewa::TimesWeights{ewa::Groups(rows), k, n, tokens, {matrix(weights), transposed}, bfloat16};
+    py::class_<ewa::Layer>(m, "Layer")
+        .def(py::init([](int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t d_model, int64_t d_ff,
+                         ewa::Activation activation, bool gated, double dropout_p, bool bfloat16, int32_t tokens,
+                         const std::array<int32_t, 4>& types) {
+            const auto type = [](int32_t number) { return static_cast<ewa::Type>(number); };
+            return ewa::Layer{num_tokens, top_k,     num_experts,    d_model,        d_ff,
+                              activation, gated,     dropout_p,      type(tokens),   bfloat16,
+                              type(types[0]), type(types[1]), type(types[2]), type(types[3])};
+        }));
+    py::class_<ewa::LayerPass>(m, "LayerPass")
+        .def(py::init([](const ewa::Layer& layer, uintptr_t expert_offsets, int64_t block_rows, bool backward) {
+            return ewa::LayerPass(layer, pointer<const int32_t>(expert_offsets), block_rows, backward);
         }))
-        .def("workspace_floats", [](const ewa::TimesWeights& product) { return ewa::workspace_floats(product); });
-    py::class_<ewa::Outer>(m, "Outer")
-        .def(py::init([](const std::vector<int64_t>& rows, int64_t m, int64_t n, const ewa::Tokens& left,
-                         const ewa::Tokens& right, bool bfloat16) {
-            return ewa::Outer{ewa::Groups(rows), m, n, left, right, bfloat16};
-        }))
-        .def("workspace_floats", [](const ewa::Outer& product) { return ewa::workspace_floats(product); });
-    m.def(
-        "multiply_and_activate",
-        [](const ewa::TimesWeights& product, uintptr_t workspace, ewa::Activation activation, const ewa::Block& block,
-           uintptr_t bias, Matrix pre, Matrix hidden) {
-            const ewa::Matrix kept = matrix(pre);
-            const auto then =
-                ewa::activate_rows(activation, block, pointer<const float>(bias), kept, matrix(hidden));
-            float* const result = kept.type == ewa::Type::float32 ? static_cast<float*>(kept.at) : nullptr;
-            ewa::multiply(product, pointer<float>(workspace), result, then);
-        },
-        unlocked);
-    m.def(
-        "multiply_and_scatter",
-        [](const ewa::TimesWeights& product, uintptr_t workspace, uintptr_t bias, uintptr_t factor, uintptr_t tokens,
-           Matrix out) {
-            const auto then = ewa::scatter_to_rows(product.n, pointer<const float>(bias), pointer<const float>(factor),
-                                                   pointer<const int64_t>(tokens), matrix(out));
-            ewa::multiply(product, pointer<float>(workspace), nullptr, then);
-        },
-        unlocked);
-    m.def(
-        "multiply_and_activate_backward",
-        [](const ewa::TimesWeights& product, uintptr_t workspace, ewa::Activation activation, const ewa::Block& block,
-           Matrix pre, uintptr_t factor, Matrix grad_pre, Matrix hidden, uintptr_t grad_factor) {
-            const auto then =
-                ewa::activate_backward_rows(activation, block, matrix(pre), pointer<const float>(factor),
-                                            matrix(grad_pre), matrix(hidden), pointer<float>(grad_factor));
-            ewa::multiply(product, pointer<float>(workspace), nullptr, then);
-        },
-        unlocked);
-    m.def(
-        "multiply_outer",
-        [](const ewa::Outer& product, uintptr_t workspace, float beta, Matrix result, uintptr_t sums) {
-            ewa::multiply(product, pointer<float>(workspace), beta, matrix(result), pointer<float>(sums));
-        },
-        unlocked);
+        .def_property_readonly("num_blocks", &ewa::LayerPass::num_blocks)
+        .def_property_readonly("counts", &ewa::LayerPass::counts)
+        .def_property_readonly("memory_bytes", &ewa::LayerPass::memory_bytes)
+        .def(
+            "forward",
+            [](ewa::LayerPass& pass, uintptr_t x, uintptr_t up_weight, uintptr_t up_bias, uintptr_t down_weight,
+               uintptr_t down_bias, uintptr_t routing_weights, uint64_t seed, uintptr_t permutation, bool deal,
+               uintptr_t y, uintptr_t pre_activation, uintptr_t memory) {
+                pass.forward(inputs(x, up_weight, up_bias, down_weight, down_bias, routing_weights, seed, permutation,
+                                    pre_activation),
+                             deal, pointer<void>(y), pointer<char>(memory));
+            },
+            unlocked)
+        .def(
+            "backward",
+            [](ewa::LayerPass& pass, uintptr_t grad_y, uintptr_t x, uintptr_t up_weight, uintptr_t up_bias,
+               uintptr_t down_weight, uintptr_t routing_weights, uint64_t seed, uintptr_t permutation,
+               uintptr_t pre_activation, uintptr_t grad_x, Matrix grad_up_weight, uintptr_t grad_up_bias,
+               Matrix grad_down_weight, uintptr_t grad_down_bias, uintptr_t grad_routing, uintptr_t of_bias_factor,
+               uintptr_t memory) {
+                const ewa::Gradients gradients{pointer<void>(grad_x),         matrix(grad_up_weight),
+                                               matrix(grad_down_weight),      pointer<float>(grad_up_bias),
+                                               pointer<float>(grad_down_bias), pointer<float>(grad_routing),
+                                               pointer<const float>(of_bias_factor)};
+                pass.backward(inputs(x, up_weight, up_bias, down_weight, 0, routing_weights, seed, permutation,
+                                     pre_activation),
+                              pointer<const void>(grad_y), gradients, pointer<char>(memory));
+            },
+            unlocked);
 
     py::class_<ewa::Table>(m, "Table").def(py::init(&table_of));
     py::class_<ewa::Scalars>(m, "Scalars")

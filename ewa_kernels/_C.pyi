@@ -37,46 +37,66 @@ def activate_backward(
     hidden: Matrix,
     grad_factor: int,
 ) -> None: ...
+def merge_experts(experts: int, num_experts: int, numel: int, type: int, out: int) -> None: ...
 def have_products(type: int) -> bool: ...
 
-class Tokens:
-    def __init__(self, matrix: Matrix, rows: int, factor: int) -> None: ...
-
-# `rows`: of each expert.
-class TimesWeights:
+# Types: of tokens; of up_weight, up_bias, down_weight and down_bias.
+class Layer:
     def __init__(
-        self, rows: Sequence[int], k: int, n: int, tokens: Tokens, weights: Matrix, transposed: bool, bfloat16: bool
+        self,
+        num_tokens: int,
+        top_k: int,
+        num_experts: int,
+        d_model: int,
+        d_ff: int,
+        activation: Activation,
+        gated: bool,
+        dropout_p: float,
+        bfloat16: bool,
+        tokens: int,
+        types: Sequence[int],
     ) -> None: ...
-    def workspace_floats(self) -> int: ...
 
-class Outer:
-    def __init__(self, rows: Sequence[int], m: int, n: int, left: Tokens, right: Tokens, bfloat16: bool) -> None: ...
-    def workspace_floats(self) -> int: ...
-
-def multiply_and_activate(
-    product: TimesWeights,
-    workspace: int,
-    activation: Activation,
-    block: Block,
-    bias: int,
-    pre: Matrix,
-    hidden: Matrix,
-) -> None: ...
-def multiply_and_scatter(
-    product: TimesWeights, workspace: int, bias: int, factor: int, tokens: int, out: Matrix
-) -> None: ...
-def multiply_and_activate_backward(
-    product: TimesWeights,
-    workspace: int,
-    activation: Activation,
-    block: Block,
-    pre: Matrix,
-    factor: int,
-    grad_pre: Matrix,
-    hidden: Matrix,
-    grad_factor: int,
-) -> None: ...
-def multiply_outer(product: Outer, workspace: int, beta: float, result: Matrix, sums: int) -> None: ...
+class LayerPass:
+    num_blocks: int
+    counts: list[list[int]]
+    memory_bytes: int
+    def __init__(self, layer: Layer, expert_offsets: int, block_rows: int, backward: bool) -> None: ...
+    def forward(
+        self,
+        x: int,
+        up_weight: int,
+        up_bias: int,
+        down_weight: int,
+        down_bias: int,
+        routing_weights: int,
+        seed: int,
+        permutation: int,
+        deal: bool,
+        y: int,
+        pre_activation: int,
+        memory: int,
+    ) -> None: ...
+    def backward(
+        self,
+        grad_y: int,
+        x: int,
+        up_weight: int,
+        up_bias: int,
+        down_weight: int,
+        routing_weights: int,
+        seed: int,
+        permutation: int,
+        pre_activation: int,
+        grad_x: int,
+        grad_up_weight: Matrix,
+        grad_up_bias: int,
+        grad_down_weight: Matrix,
+        grad_down_bias: int,
+        grad_routing: int,
+        of_bias_factor: int,
+        memory: int,
+    ) -> None: ...
 
 # Which architectures the CUDA part is compiled for, as "80 86"; None without it.
 cuda: str | None

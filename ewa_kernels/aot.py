@@ -29,6 +29,7 @@ from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.kernels.triton import averaging, backward, forward, groups, onchip
 from ewa_kernels.kernels.triton.configs import Tile, table
 from ewa_kernels.kernels.triton.layer import Layer
+from ewa_kernels.problem import Problem
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
@@ -220,19 +221,28 @@ def compile_all(chosen: list[Case]) -> Iterator[Report]:
 def _compile(case: Case) -> tuple[Any, str]:
     """The compiled kernel, and what ptxas said."""
     onchip_size = case.tile.block_k if case.kernel == "onchip" else 0
-    layer = Layer(
-        num_rows=50432,
+    dtype = _torch_dtype(case.dtype)
+    problem = Problem(
+        num_tokens=25216 if case.routed else 50432,
+        top_k=2 if case.routed else 1,
         num_experts=4,
         d_model=onchip_size or case.d_model,
         d_ff=4 * onchip_size or case.d_ff,
         activation="silu" if case.gated else "gelu",
         gated=case.gated,
         dropout_p=0.1 if case.dropout else 0.0,
-        seed=torch.tensor(0),
+        is_given=case.routed,
+        dtype=dtype,
+        device=torch.device("meta"),
+        input_dtypes=(dtype,) * 6,
+        save=True,
+        backend="triton",
+    )
+    layer = Layer(
+        problem,
+        seed=0,
         expert_offsets=torch.empty(5, dtype=torch.int32, device="meta") if case.routed else None,
         routing_weights=torch.empty(25216, 2, device="meta") if case.routed else None,
-        dtype=_torch_dtype(case.dtype),
-        device=torch.device("meta"),
         table={case.kernel.split()[0]: (case.tile,)},
         num_programs=132,
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ewa_kernels.memory as memory
+import ewa_kernels.private_torch as private_torch
 from ewa_kernels.reference import ACTIVATIONS
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,6 +44,18 @@ def seed_tensor(seed: int | Tensor, device: torch.device | None = None) -> Tenso
     if device is not None and not torch.compiler.is_compiling():
         device = torch.device("cpu")
     return torch.full((), int(seed), dtype=torch.int64, device=device)
+
+
+def seed(seed: int | Tensor, device: torch.device) -> int | Tensor:
+    """The same, where it is needed: an int, unless it is a tensor on `device` and that is no CPU.
+
+    Raises:
+        TypeError, ValueError: see `seed_tensor`.
+    """
+    if type(seed) is int and 0 <= seed < 2**63:
+        return seed
+    tensor = seed_tensor(seed, device)
+    return int(tensor) if tensor.device.type == "cpu" else tensor
 
 
 def module(name: str, value: Any) -> None:
@@ -135,6 +148,13 @@ def stacked(name: str, tensor: Any) -> None:
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for `device`. Meta has none; torch 2.11 cannot trace the question which devices have."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """In which autocast has the layer computed; None where it is off, and for float64, which it leaves alone."""
+    if x.dtype == torch.float64 or not autocast_enabled(x.device):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _shape(name: str, tensor: Tensor, meaning: str, shape: tuple[int, ...]) -> None:
@@ -233,13 +253,6 @@ def partition_values(permutation: Tensor, expert_offsets: Tensor, routing_weight
         raise ValueError(f"permutation must hold each of 0…{num_rows - 1} once")
 
 
-def _can_be_read(tensor: Tensor) -> bool:
-    """Whether its values are at hand: neither on another device nor yet to come."""
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
 def choices(tensor: Any, num_experts: int) -> None:
     """Raises TypeError or ValueError unless `[T, k]` numbers of experts; values are checked on the CPU only."""
     if not isinstance(tensor, Tensor):
@@ -248,7 +261,7 @@ def choices(tensor: Any, num_experts: int) -> None:
         raise TypeError(f"choices must be int32 or int64, got {tensor.dtype}")
     if tensor.ndim != 2:
         raise ValueError(f"choices must be [T, k], got {list(tensor.shape)}")
-    if tensor.numel() == 0 or not _can_be_read(tensor):
+    if tensor.numel() == 0 or not private_torch.has_values(tensor):
         return
     low, high = tensor.min(), tensor.max()
     if low < 0 or high >= num_experts:

@@ -9,12 +9,16 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+import ewa_kernels.autograd as autograd
 import ewa_kernels.checks as checks
 import ewa_kernels.ops as ops
+import ewa_kernels.private_torch as private_torch
 import ewa_kernels.reference as reference
+import ewa_kernels.seeds as seeds
 import ewa_kernels.train.shards as shards
 from ewa_kernels.backends import resolve
-from ewa_kernels.kernels import graphs
+from ewa_kernels.kernels import graphs, merging
+from ewa_kernels.problem import Problem, keep
 
 ROUNDINGS = ("stochastic", "nearest")
 
@@ -117,11 +121,8 @@ def moe_ffn(
         RuntimeError: forward-mode AD, or a gradient of torch.func, is asked for, which only backend="reference" has; or
             the seed is on the CPU while a CUDA graph is captured.
     """
-    checks.ffn(x, up_weight, up_bias, down_weight, down_bias, activation, gated, dropout_p)
-    checks.boolean("recompute", recompute)
-    seed = graphs.replayable("seed", checks.seed_tensor(seed, x.device), x.device)
-    operands = (up_weight, up_bias, down_weight, down_bias, None)
-    return _moe_ffn(x, operands, seed, None, None, activation, gated, dropout_p, backend, recompute)
+    inputs = (x, up_weight, up_bias, down_weight, down_bias, None)
+    return _ffn(inputs, seed, None, None, False, activation, gated, dropout_p, backend, recompute)
 
 
 def grouped_ffn(
@@ -160,15 +161,8 @@ def grouped_ffn(
     `expert_offsets` on the host.
     Other Args, Returns, Raises: see `moe_ffn`.
     """
-    checks.ffn(x, up_weight, up_bias, down_weight, down_bias, activation, gated, dropout_p)
-    checks.boolean("recompute", recompute)
-    checks.partition(permutation, expert_offsets, routing_weights, x, num_experts=up_weight.shape[0])
-    seed = checks.seed_tensor(seed, x.device)
-    # Without dropout nothing is random, and no seed is put into a graph.
-    needed = graphs.replayable("seed", seed, x.device) if dropout_p > 0 else None
-    partition = (_int32(permutation), _int32(expert_offsets))
-    operands = (up_weight, up_bias, down_weight, down_bias, routing_weights)
-    return _moe_ffn(x, operands, needed, *partition, activation, gated, dropout_p, backend, recompute)
+    inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
+    return _ffn(inputs, seed, permutation, expert_offsets, True, activation, gated, dropout_p, backend, recompute)
 
 
 def route(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:
@@ -221,47 +215,164 @@ def _int32(indices: Tensor) -> Tensor:
     return indices.to(torch.int32).contiguous()
 
 
-def _moe_ffn(
-    x: Tensor,
-    operands: tuple[Any, ...],
-    seed: Tensor | None,
+# Of calls that were checked, by all that was.
+_problems: dict[Any, Problem] = {}
+
+
+def problem_of(
+    inputs: tuple[Any, ...],
+    is_given: bool,
+    activation: str,
+    gated: bool,
+    dropout_p: float,
+    backend: str,
+    recompute: bool,
+) -> Problem:
+    """What describes a call in eager mode, whose arguments are checked, but for its seed and partition.
+
+    Args:
+        inputs: x, the parameters and the routing weights: plain tensors, which differ in what the key has, and else in
+            nothing that counts.
+    """
+    x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
+    key = (
+        (x.shape, x.dtype, x.device, up_weight.shape, up_weight.dtype, up_weight.device),
+        None if up_bias is None else (up_bias.shape, up_bias.dtype, up_bias.device),
+        (down_weight.shape, down_weight.dtype, down_weight.device),
+        None if down_bias is None else (down_bias.shape, down_bias.dtype, down_bias.device),
+        None if routing_weights is None else (routing_weights.shape, routing_weights.dtype, routing_weights.device),
+        # 1 is equal to True, and is refused.
+        (is_given, activation, gated, type(gated), dropout_p, type(dropout_p), backend, recompute, type(recompute)),
+        (_needs_grad(inputs), checks.autocast_dtype(x)),
+    )
+    try:
+        problem = _problems.get(key)
+    except TypeError:  # something unhashable, which is about to be refused
+        problem = None
+    if problem is None:
+        backend, dtype, save = _checked(inputs, activation, gated, dropout_p, backend, recompute)
+        problem = Problem.of(*inputs, is_given, activation, gated, dropout_p, save, backend, dtype)
+        keep(_problems, key, problem)
+    return problem
+
+
+def _checked(
+    inputs: tuple[Any, ...], activation: str, gated: bool, dropout_p: float, backend: str, recompute: bool
+) -> tuple[str, torch.dtype, bool]:
+    """The backend, what it computes in, and whether it saves pre_activation."""
+    x = inputs[0]
+    checks.ffn(*inputs[:5], activation, gated, dropout_p)
+    checks.boolean("recompute", recompute)
+    dtype = checks.autocast_dtype(x) or x.dtype
+    return resolve("moe_ffn", backend, x.device, dtype), dtype, _needs_grad(inputs) and not recompute
+
+
+def check_ffn(*arguments: Any) -> None:
+    """Raises what `checks.ffn` does; looks once at calls of the same kind."""
+    *inputs, activation, gated, dropout_p = arguments
+    if private_torch.is_watched(inputs):
+        checks.ffn(*arguments)
+    else:
+        problem_of((*inputs, None), False, activation, gated, dropout_p, "reference", False)
+
+
+def _needs_grad(inputs: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def _ffn(
+    inputs: tuple[Any, ...],
+    seed: int | Tensor,
     permutation: Tensor | None,
     expert_offsets: Tensor | None,
+    is_given: bool,
     activation: str,
     gated: bool,
     dropout_p: float,
     backend: str,
     recompute: bool,
 ) -> Tensor:
-    autocast = checks.autocast_enabled(x.device) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    backend = resolve("moe_ffn", backend, x.device, dtype)
+    if private_torch.is_watched((*inputs, permutation, expert_offsets)):
+        return _watched_ffn(
+            inputs, seed, permutation, expert_offsets, is_given, activation, gated, dropout_p, backend, recompute
+        )
+    problem = problem_of(inputs, is_given, activation, gated, dropout_p, backend, recompute)
+    x, *_, routing_weights = inputs
+    if is_given:
+        checks.partition(permutation, expert_offsets, routing_weights, x, problem.num_experts)
+        permutation, expert_offsets = _int32(permutation), _int32(expert_offsets)
+    of_call: int | Tensor | None = checks.seed(seed, x.device)
+    if is_given and dropout_p == 0:
+        of_call = None  # nothing is random
+    elif x.is_cuda:
+        graphs.check_replayable("seed", of_call, x.device)
+    if problem.backend == "reference":
+        return _by_reference(inputs, of_call, permutation, expert_offsets, activation, gated, dropout_p)
+    if is_given and x.is_cpu:
+        checks.partition_values(permutation, expert_offsets, routing_weights)
+    call = autograd.MoeFFN.apply if _needs_grad(inputs) else autograd.run
+    return call(problem, of_call, permutation, expert_offsets, *inputs)
+
+
+def _watched_ffn(
+    inputs: tuple[Any, ...],
+    seed: int | Tensor,
+    permutation: Tensor | None,
+    expert_offsets: Tensor | None,
+    is_given: bool,
+    activation: str,
+    gated: bool,
+    dropout_p: float,
+    backend: str,
+    recompute: bool,
+) -> Tensor:
+    """`_ffn` by the operation, where somebody has to see it."""
+    x, *parameters, routing_weights = inputs
+    backend, dtype, save = _checked(inputs, activation, gated, dropout_p, backend, recompute)
+    if is_given:
+        checks.partition(permutation, expert_offsets, routing_weights, x, num_experts=parameters[0].shape[0])
+        permutation, expert_offsets = _int32(permutation), _int32(expert_offsets)
+    of_call: Tensor | None = checks.seed_tensor(seed, x.device)
+    # Without dropout nothing is random in groups that are given, and no seed is put into a graph.
+    of_call = None if is_given and dropout_p == 0 else graphs.replayable("seed", of_call, x.device)
     if backend == "reference":
-        *parameters, routing_weights = operands
-        options: dict[str, Any] = {"activation": activation, "gated": gated, "dropout_p": dropout_p}
-        if seed is not None:
-            options["seed"] = seed
-        if permutation is None or expert_offsets is None:
-            return reference.moe_ffn(x, *parameters, **options)
-        if x.device.type == "cpu":
-            permutation = ops.checked_permutation(permutation, expert_offsets, routing_weights)
-        options |= {"permutation": permutation, "expert_offsets": expert_offsets, "routing_weights": routing_weights}
-        return reference.grouped_ffn(x, *parameters, **options)
-    _refuse_transforms((x, *operands))
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands))
+        return _by_reference(inputs, of_call, permutation, expert_offsets, activation, gated, dropout_p)
+    _refuse_transforms(inputs)
     y, _, _ = ops.moe_ffn(
         x.to(dtype).reshape(-1, x.shape[-1]),
-        *operands,
-        seed,
+        *parameters,
+        routing_weights,
+        of_call,
         permutation,
         expert_offsets,
         activation,
         gated,
         float(dropout_p),
-        needs_grad and not recompute,
+        save,
         backend,
     )
     return y.reshape(x.shape)
+
+
+def _by_reference(
+    inputs: tuple[Any, ...],
+    seed: int | Tensor | None,
+    permutation: Tensor | None,
+    expert_offsets: Tensor | None,
+    activation: str,
+    gated: bool,
+    dropout_p: float,
+) -> Tensor:
+    x, *parameters, routing_weights = inputs
+    options: dict[str, Any] = {"activation": activation, "gated": gated, "dropout_p": dropout_p}
+    if seed is not None:
+        options["seed"] = seed
+    if permutation is None or expert_offsets is None:
+        return reference.moe_ffn(x, *parameters, **options)
+    if x.device.type == "cpu":
+        permutation = ops.checked_permutation(permutation, expert_offsets, routing_weights)
+    options |= {"permutation": permutation, "expert_offsets": expert_offsets, "routing_weights": routing_weights}
+    return reference.grouped_ffn(x, *parameters, **options)
 
 
 def average_experts_(
@@ -353,25 +464,33 @@ def merge_experts(tensor: Tensor) -> Tensor:
     The mean of a DTensor is one, made without communication unless the expert dimension is sharded.
     """
     checks.stacked("tensor", tensor)
+    is_constant = not (tensor.requires_grad and torch.is_grad_enabled())
+    if is_constant and tensor.is_cpu and not private_torch.is_watched((tensor,)) and merging.WHY_NOT is None:
+        return merging.merge_experts(tensor)
     return reference.merge_experts(shards.whole_experts(tensor))
 
 
-def draw_seed(x: Tensor) -> Tensor:
-    """A seed from torch's default generator of x's device: int64, no dimensions.
+def draw_seed(x: Tensor) -> int | Tensor:
+    """A seed from torch's default generator of x's device: a Python int, drawn without a launch or a wait.
 
-    It is on the CPU, where drawing it costs no launch, unless it is drawn in a compiled or captured graph, which
-    runs on x's device. The value is the same, except in a captured graph.
+    In a compiled or captured graph it is an int64 tensor on x's device. The value is the same, except in a captured
+    graph.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x) or not x.is_cuda:
+    if private_torch.is_watched((x,)) and (
+        torch.compiler.is_compiling() or private_torch.is_batched(x) or not x.is_cuda
+    ):
         return ops.draw_seed(x)
-    return ops.checked_seed(ops.fresh_seed(x))
+    return seeds.of_deal(x)
 
 
-def rounding_seed(tensor: Tensor) -> Tensor:
+def rounding_seed(like: Tensor) -> Tensor:
     """As `draw_seed`, but not of a deal: in backward too it may be one that was never drawn before."""
-    return ops.draw_seed(tensor) if torch.compiler.is_compiling() else ops.fresh_seed(tensor)
+    return ops.draw_seed(like) if torch.compiler.is_compiling() else seeds.tensor(seeds.fresh(like), _CPU)
+
+
+_CPU = torch.device("cpu")
 
 
 def _refuse_transforms(tensors: Iterable[Tensor | None]) -> None:
@@ -382,15 +501,5 @@ def _refuse_transforms(tensors: Iterable[Tensor | None]) -> None:
             continue
         if forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError('moe_ffn does not support forward-mode AD (torch.func.jvp): use backend="reference"')
-        if not torch.compiler.is_compiling() and _is_tracked(tensor):
+        if not torch.compiler.is_compiling() and private_torch.is_differentiated(tensor):
             raise RuntimeError('moe_ffn does not support torch.func.grad, vjp or jacrev: use backend="reference"')
-
-
-def _is_tracked(tensor: Tensor) -> bool:
-    """Whether a transform of torch.func, at any level, takes the gradient with respect to it."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_gradtrackingtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False

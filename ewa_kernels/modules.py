@@ -177,7 +177,7 @@ class StackedExperts(nn.Module):
         """up_weight, up_bias, down_weight and down_bias, as the functions of `ewa_kernels.functional` take them."""
         return self.up.weight, self.up.bias, self.down.weight, self.down.bias
 
-    def draw_seed(self, x: Tensor) -> Tensor:
+    def draw_seed(self, x: Tensor) -> int | Tensor:
         seed = functional.draw_seed(x)
         return seed if self.seed_offset == 0 else seed ^ self.seed_offset
 
@@ -259,10 +259,11 @@ class RandomPartitionMoE(StackedExperts):
             TypeError, ValueError: x or seed is not what `ewa_kernels.functional.moe_ffn` needs.
         """
         if not self.training:
-            checks.ffn(x, *self.experts, self.activation, self.gated, self.dropout)
+            experts = self.experts
+            functional.check_ffn(x, *experts, self.activation, self.gated, self.dropout)
             if seed is not None:
                 checks.seed_tensor(seed, x.device)
-            return self.forward_mean(x)
+            return forward_mean(x, experts, self.activation, self.gated)
         if seed is None:
             seed = self.draw_seed(x)
         return functional.moe_ffn(

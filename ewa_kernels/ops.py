@@ -8,23 +8,23 @@ random: a partition is given, and there is no dropout.
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.fx.traceback as fx_traceback
 from torch import Tensor
-from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import register_flop_formula
 
 import ewa_kernels.checks as checks
 import ewa_kernels.flops as flops
+import ewa_kernels.private_torch as private_torch
 import ewa_kernels.reference as reference
-from ewa_kernels.kernels import graphs, parameter_pass, permutation
+import ewa_kernels.seeds as seeds
+from ewa_kernels.kernels import moe_ffn as kernels
+from ewa_kernels.kernels import parameter_pass, permutation
 from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
+from ewa_kernels.problem import Problem
 
 _LIBRARY = torch.library.Library("ewa_kernels", "DEF")
 
@@ -42,73 +42,13 @@ def _define(schema: str, implementation: Any, fake: Any, tags: tuple[torch.Tag, 
 
 random_permutation = _define(
     "random_permutation(SymInt num_tokens, Tensor seed) -> Tensor",
-    permutation.random_permutation,
+    lambda num_tokens, seed: permutation.random_permutation(num_tokens, seed, seed.device),
     lambda num_tokens, seed: seed.new_empty(num_tokens, dtype=torch.int32),
 )
 
 
-def fresh_seed(like: Tensor) -> Tensor:
-    """A seed from torch's default generator of the tensor's device, on the CPU unless a graph is being captured."""
-    if like.is_cuda and not graphs.is_capturing(like.device):
-        return torch.tensor(_draw_seed_on_host(like.device), dtype=torch.int64, device="cpu")
-    # In a CUDA graph the seed must be drawn by the graph, in each replay.
-    # `high` is exclusive and at most the largest int64, so 2^63 − 1 alone is never drawn.
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device)
-
-
-def _draw_seed_on_host(device: torch.device) -> int:
-    """A seed from torch's default generator of a GPU, drawn without asking the GPU for anything.
-
-    The generator's state is on the host: a seed and an offset, which every random kernel advances when it is
-    launched. So does this, as if it had launched one; `torch.manual_seed` and checkpointing reproduce it.
-    """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator = torch.cuda.default_generators[index]
-    offset = generator.get_offset()
-    generator.set_offset(offset + 4)  # it must be a multiple of four
-    return seed_from_state(generator.initial_seed(), offset)
-
-
-def seed_from_state(initial_seed: int, offset: int) -> int:
-    """A seed in 0…2⁶³−1 from the state of a generator."""
-    return _mix64(_mix64(initial_seed) + offset) >> 1
-
-
-def _mix64(z: int) -> int:
-    """splitmix64's step on a Python int."""
-    mask = 2**64 - 1
-    z = (z + 0x9E3779B97F4A7C15) & mask
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
-    z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
-    return z ^ z >> 31
-
-
-# The seeds last drawn, more than there can be layers times batches between a forward and its backward.
-_drawn: OrderedDict[int, None] = OrderedDict()
-_MAX_DRAWN = 65536
-
-
-def checked_seed(seed: Tensor) -> Tensor:
-    """The seed of a deal, which in backward must be one that forward drew: there a deal is only ever made again."""
-    if seed.device.type != "cpu":
-        return seed
-    value = int(seed)
-    if torch._C._current_graph_task_id() == -1:
-        _drawn[value] = None
-        _drawn.move_to_end(value)
-        if len(_drawn) > _MAX_DRAWN:
-            _drawn.popitem(last=False)
-    elif value not in _drawn:
-        raise RuntimeError(
-            "RandomPartitionMoE was computed again in backward with another deal of the tokens than in forward, so "
-            "that gradients would be wrong: use checkpointing with preserve_rng_state=True, or give the layer its seed"
-        )
-    return seed
-
-
 def _draw_seed(like: Tensor) -> Tensor:
-    seed = checked_seed(fresh_seed(like))
-    return seed if seed.device == like.device else torch.full_like(seed, int(seed), device=like.device)
+    return seeds.tensor(seeds.of_deal(like), like.device)
 
 
 # An operation of its own, so that a compiled model draws the very seed that the eager model draws.
@@ -126,19 +66,16 @@ def _draw_seed_to_be_saved(like: Tensor) -> Tensor:
     What it traces is marked as selective checkpointing marks what a policy says must be saved. With a memory budget
     of 0 the compiler heeds no mark.
     """
-    meta = fx_traceback.current_meta
-    is_traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    if is_traced and torch.is_grad_enabled():
-        region = meta.get("custom", {}).get("_region_activation_memory_budget")
-        if (functorch_config.activation_memory_budget if region is None else region) == 0:
-            raise RuntimeError(
-                "RandomPartitionMoE needs an activation_memory_budget above 0, however small: with 0 torch.compile "
-                "would deal the tokens anew in backward, and gradients would be wrong. Or give the layer its seed"
-            )
+    if private_torch.is_traced() and torch.is_grad_enabled() and private_torch.activation_memory_budget() == 0:
+        raise RuntimeError(
+            "RandomPartitionMoE needs an activation_memory_budget above 0, however small: with 0 torch.compile "
+            "would deal the tokens anew in backward, and gradients would be wrong. Or give the layer its seed"
+        )
+    meta = private_torch.traced_meta()
     before = meta.get("recompute")
     meta["recompute"] = CheckpointPolicy.MUST_SAVE
     try:
-        with torch._C._AutoDispatchBelowAutograd():
+        with private_torch.below_autograd():
             return draw_seed(like)
     finally:
         del meta["recompute"]
@@ -180,16 +117,36 @@ checked_permutation = _define(
 )
 
 
-def _kernels(backend: str) -> Any:
-    return triton_kernels.moe_ffn if backend.startswith("triton") else blocked_ffn
-
-
-def _moe_ffn(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    routing_weights, _, permutation, expert_offsets = arguments[4:8]
-    if permutation is not None and x.device.type == "cpu":
+def _moe_ffn(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    routing_weights: Tensor | None,
+    seed: Tensor | None,
+    permutation: Tensor | None,
+    expert_offsets: Tensor | None,
+    activation: str,
+    gated: bool,
+    dropout_p: float,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if permutation is not None and expert_offsets is not None and x.device.type == "cpu":
         # Not in `functional`: a compiled graph knows the values here only.
         checks.partition_values(permutation, expert_offsets, routing_weights)
-    return _kernels(arguments[-1]).moe_ffn_forward(x, *arguments)
+    inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
+    options = (permutation is not None, activation, gated, dropout_p, save, backend)
+    problem = Problem.of(*inputs, *options)
+    of_backend = kernels.of(problem)
+    parameters = of_backend.parameters(problem, *inputs[1:5])
+    y, pre_activation, drawn = of_backend.forward(
+        problem, x, *parameters, routing_weights, seed, permutation, expert_offsets
+    )
+    # What is not kept is [0].
+    pre_activation = x.new_empty(0) if pre_activation is None else pre_activation
+    return y, pre_activation, drawn if save and permutation is None else drawn.new_empty(0)
 
 
 def _moe_ffn_fake(
@@ -228,8 +185,45 @@ moe_ffn = _define(
 )
 
 
-def _moe_ffn_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _kernels(arguments[-1]).moe_ffn_backward(grad_y, *arguments)
+def _moe_ffn_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    routing_weights: Tensor | None,
+    seed: Tensor | None,
+    permutation: Tensor,
+    expert_offsets: Tensor | None,
+    pre_activation: Tensor,
+    activation: str,
+    gated: bool,
+    dropout_p: float,
+    output_mask: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
+    is_given = expert_offsets is not None
+    save = pre_activation.shape[0] > 0
+    problem = Problem.of(*inputs, is_given, activation, gated, dropout_p, save, backend)
+    of_backend = kernels.of(problem)
+    parameters = of_backend.parameters(problem, *inputs[1:5])
+    grads = of_backend.backward(
+        problem,
+        grad_y,
+        x,
+        *parameters,
+        routing_weights,
+        seed,
+        permutation if is_given or permutation.shape[0] > 0 else None,
+        expert_offsets,
+        pre_activation if save else None,
+        output_mask,
+    )
+    return tuple(
+        (x if t is None else t).new_empty(0) if grad is None else grad for t, grad in zip(inputs, grads, strict=True)
+    )
 
 
 def _moe_ffn_backward_fake(
@@ -260,44 +254,26 @@ moe_ffn_backward = _define(
 )
 
 
-class _MoeFFN(torch.autograd.Function):
-    """What `torch.library.register_autograd` would make, less a tenth of a millisecond a call: torch reads the list of
-    a schema's arguments once for each of them there, in search of defaults, of which this schema has none.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        _, pre_activation, drawn = output = _below_autograd(keys, *inputs)
-        *operands, seed, permutation, expert_offsets, activation, gated, dropout_p, _, backend = inputs
-        ctx.mark_non_differentiable(pre_activation, drawn)
-        ctx.set_materialize_grads(False)
-        permutation = drawn if permutation is None else permutation
-        ctx.save_for_backward(*operands, seed, permutation, expert_offsets, pre_activation)
-        ctx.options = (activation, gated, dropout_p)
-        ctx.backend = backend
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        mask = list(ctx.needs_input_grad[1:7])
-        if grad_y is None:
-            return (None,) * 15
-        grads = moe_ffn_backward(grad_y, *ctx.saved_tensors, *ctx.options, mask, ctx.backend)
-        needed = (grad if need else None for grad, need in zip(grads, mask, strict=True))
-        return (None, *needed, *itertools.repeat(None, 8))
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *operands, seed, permutation, expert_offsets, activation, gated, dropout_p, _, backend = inputs
+    _, pre_activation, drawn = output
+    ctx.mark_non_differentiable(pre_activation, drawn)
+    ctx.set_materialize_grads(False)
+    permutation = drawn if permutation is None else permutation
+    ctx.save_for_backward(*operands, seed, permutation, expert_offsets, pre_activation)
+    ctx.options = (activation, gated, dropout_p)
+    ctx.backend = backend
 
 
-def _below_autograd(keys: Any, *inputs: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return moe_ffn.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+def _gradients(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 14
+    needed = list(ctx.needs_input_grad[:6])
+    grads = moe_ffn_backward(grad_y, *ctx.saved_tensors, *ctx.options, needed, ctx.backend)
+    return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *itertools.repeat(None, 8))
 
 
-def _moe_ffn_autograd(keys: Any, *inputs: Any) -> Any:
-    tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-    return _MoeFFN.apply(keys, *inputs) if tracked else _below_autograd(keys, *inputs)
-
-
-_LIBRARY.impl("moe_ffn", _moe_ffn_autograd, "Autograd", with_keyset=True)
+torch.library.register_autograd("ewa_kernels::moe_ffn", _gradients, setup_context=_setup_context, lib=_LIBRARY)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:

@@ -14,6 +14,7 @@ from ewa_kernels.kernels.triton.backward import launch_backward
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.onchip import launch_onchip
+from ewa_kernels.problem import Problem
 
 WIDTH, ROWS = 32, 64
 BASE = 2**31 // WIDTH
@@ -35,10 +36,11 @@ class LastRows(Layer):
 
 
 def layer(first_row):
-    sizes, offsets = (first_row + ROWS, 1, WIDTH, WIDTH), torch.zeros(2, dtype=torch.int32)
-    kind = (torch.float16, torch.device("cpu"))
+    sizes, offsets = (first_row + ROWS, 1, 1, WIDTH, WIDTH), torch.zeros(2, dtype=torch.int32)
+    kind = (torch.float16, torch.device("cpu"), (torch.float16,) * 6)
+    problem = Problem(*sizes, "silu", False, 0.0, True, *kind, save=True, backend="triton")
     # One program, so that no sum is split.
-    return LastRows(*sizes, "silu", False, 0.0, None, offsets, None, *kind, num_programs=1)
+    return LastRows(problem, expert_offsets=offsets, num_programs=1)
 
 
 def run(first_row, last_rows):

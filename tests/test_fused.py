@@ -12,7 +12,7 @@ import triton.language as tl
 from parity import assert_parity, check_ffn, output_and_grads, random_ffn
 
 import ewa_kernels as ewa
-from ewa_kernels import ops
+from ewa_kernels import ops, seeds
 from ewa_kernels.kernels import counters, multiprocessors
 from ewa_kernels.kernels.triton import permutation
 from ewa_kernels.kernels.triton.activations import activate, activate_with_slope
@@ -352,7 +352,7 @@ def test_module_uses_the_backend_and_compiles():
 
 def test_seed_from_state():
     """Values of the generator's state that follow one another give seeds that do not."""
-    seeds = {ops.seed_from_state(state, offset) for state in range(50) for offset in range(0, 400, 4)}
+    seeds = {seeds.from_state(state, offset) for state in range(50) for offset in range(0, 400, 4)}
     assert len(seeds) == 5000
     assert all(0 <= seed < 2**63 for seed in seeds)
     bits = torch.tensor([[seed >> k & 1 for k in range(63)] for seed in sorted(seeds)], dtype=torch.float64)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from training import same
 
 import ewa_kernels as ewa
-from ewa_kernels import ops
+from ewa_kernels import ops, seeds
 
 
 class Block(nn.Module):
@@ -32,7 +32,7 @@ def blocks():
 def grads_of(blocks, function):
     """Of x and all parameters; `function` is `blocks`, run in another way."""
     torch.manual_seed(1)
-    ops._drawn.clear()  # what the tests before have drawn from this very seed
+    seeds._drawn.clear()  # what the tests before have drawn from this very seed
     blocks.zero_grad()
     x = torch.randn(30, 8, requires_grad=True)
     function(x).square().sum().backward()
@@ -190,7 +190,7 @@ class TestCompilerThatRecomputes:
 
     def test_seeds_are_forgotten_after_many(self, monkeypatch):
         """The record does not grow for ever, and keeps the newest."""
-        monkeypatch.setattr(ops, "_MAX_DRAWN", 10)
-        ops._drawn.clear()
+        monkeypatch.setattr(seeds, "_MAX_DRAWN", 10)
+        seeds._drawn.clear()
         seeds = [int(ops.draw_seed(torch.empty(0))) for _ in range(30)]
-        assert list(ops._drawn) == seeds[-10:]
+        assert list(seeds._drawn) == seeds[-10:]

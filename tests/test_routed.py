@@ -10,7 +10,7 @@ from parity import assert_parity, output_and_grads, random_ffn
 from torch import nn
 
 import ewa_kernels as ewa
-from ewa_kernels.kernels.blocked import blocks
+from ewa_kernels.kernels.blocked import blocks, cpp_products
 from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
 from ewa_kernels.kernels.blocked.cpp_rows import have_products
 
@@ -72,6 +72,64 @@ def check(layer, x, dtype=torch.float64):
     baseline = grads_of(layer.to(dtype), x.to(dtype), grad_y, **options)
     for name, ours in grads_of(layer, x.to(dtype), grad_y).items():
         assert_parity(name, ours, exact[name], baseline[name])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize(
+    "options", [{}, {"gated": True, "activation": "silu", "bias": False}, {"renormalize": True}], ids=str
+)
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_is_the_loop(backend, options, top_k):
+    if top_k > 1 or not options.get("renormalize"):
+        check(make(5, top_k, backend=backend, **options), tokens(37, 12))
+
+
+def test_is_the_loop_in_float32_by_cpp():
+    check(make(5, 2, backend="cpp", gated=True), tokens(37, 12), torch.float32)
+
+
+def test_another_default_device_changes_nothing():
+    layer, x = make(4, 2, dtype=torch.float32), tokens(20, 12, dtype=torch.float32)
+    expected = layer(x)
+    with torch.device("meta"):
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("block_rows", [64, 2048])
+def test_groups_of_other_sizes_advance_together(monkeypatch, backend, block_rows):
+    """As far as all have rows; what is left comes by turns."""
+    monkeypatch.setattr(blocks, "LOCKSTEP_ROWS", 1)
+    monkeypatch.setattr(blocked_ffn, "rows_in_a_block", lambda *_: block_rows)
+    monkeypatch.setattr(blocked_ffn, "have_products", lambda _: False)
+    passes = []
+    monkeypatch.setattr(blocked_ffn, "blocks", lambda *args: passes.append(blocks.blocks(*args)) or passes[-1])
+    check(make(3, 2, dtype=torch.float32, backend=backend, gated=True), tokens(200, 12), torch.float32)
+    forward, backward = (
+        [(block.experts, block.counts, block.beta) for block in of_pass] for of_pass in (passes[0], passes[-1])
+    )
+    assert forward == backward
+    assert forward[0][0] == slice(0, 3)
+    assert [beta for *_, beta in forward] == [0] + [1] * (len(forward) - 1)
+    counts = [counts for _, counts, _ in forward]
+    assert {len(of_block) for of_block in counts} == {1, 3}
+    assert all(len(set(of_block)) == 1 for of_block in counts)
+
+
+@pytest.mark.skipif(not have_products(torch.float32), reason="no AVX-512")
+@pytest.mark.parametrize("block_rows", [64, 2048])
+def test_all_advance_together_by_products_of_our_own(monkeypatch, block_rows):
+    """Whatever sizes groups have."""
+    monkeypatch.setattr(blocked_ffn, "rows_in_a_block", lambda *_: block_rows)
+    passes, make_pass = [], cpp_products._C.LayerPass
+    monkeypatch.setattr(cpp_products._C, "LayerPass", lambda *args: passes.append(make_pass(*args)) or passes[-1])
+    check(make(3, 2, dtype=torch.float32, backend="cpp", gated=True), tokens(200, 12), torch.float32)
+    counts = passes[0].counts
+    assert counts == passes[-1].counts
+    assert len(counts) == max(round(400 / block_rows), 1)
+    assert {len(of_block) for of_block in counts} == {3}
+    assert sum(map(sum, counts)) == 400
+    assert len(set(map(sum, counts))) <= 3
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

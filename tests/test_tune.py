@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.mark.parametrize("kernel", tune.KERNELS)
 def test_ranks_what_is_right(kernel):
-    problem = tune.Problem(SHAPE, DEVICE, torch.float16)
+    problem = tune.Operands(SHAPE, DEVICE, torch.float16)
     others = [Tile(16, 32, 32, 1, 4, 1), Tile(32, 16, 32, 1, 4, 1, per_multiprocessor=2)]
     ranked = tune.tune(problem, kernel, others, Stopwatch("cpu"), rounds=2)
     assert {tile for tile, _ in ranked} == {problem.shipped(kernel), *others}
@@ -23,8 +23,8 @@ def test_ranks_what_is_right(kernel):
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):
-    problem = tune.Problem(SHAPE, DEVICE, torch.float16)
-    bad, run = Tile(16, 16, 16, 1, 4, 1), tune.Problem.run
+    problem = tune.Operands(SHAPE, DEVICE, torch.float16)
+    bad, run = Tile(16, 16, 16, 1, 4, 1), tune.Operands.run
 
     def broken(self, kernel, tile):
         outputs = run(self, kernel, tile)
@@ -32,7 +32,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
             outputs[0][3] += 1
         return outputs
 
-    monkeypatch.setattr(tune.Problem, "run", broken)
+    monkeypatch.setattr(tune.Operands, "run", broken)
     ranked = tune.tune(problem, "forward", [bad], Stopwatch("cpu"), rounds=2)
     assert [tile for tile, _ in ranked] == [problem.shipped("forward")]
 

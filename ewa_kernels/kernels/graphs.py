@@ -24,9 +24,15 @@ def replayable(name: str, value: Tensor, device: torch.device) -> Tensor:
         return value
     if torch.compiler.is_compiling():
         return value.to(device)
-    if torch.cuda.is_current_stream_capturing():
+    check_replayable(name, value, device)
+    return value
+
+
+def check_replayable(name: str, value: object, device: torch.device) -> None:
+    """Raises RuntimeError if a CUDA graph is being captured and a value that launches on a GPU take is on the host."""
+    is_on_host = not isinstance(value, Tensor) or value.device.type == "cpu"
+    if is_on_host and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{name} must be a tensor on {device} while a CUDA graph is captured, got a value on the CPU, which every "
             "replay would repeat"
         )
-    return value

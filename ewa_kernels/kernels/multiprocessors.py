@@ -6,6 +6,8 @@ import functools
 
 import torch
 
+import ewa_kernels.private_torch as private_torch
+
 _margin = 0
 
 
@@ -19,7 +21,7 @@ def left_free(device: torch.device) -> int:
     """Those that the caller, or PyTorch's carve-out for its own kernels, wants left to others: the larger number."""
     if device.type != "cuda":
         return _margin
-    return max(_margin, torch._C._get_sm_carveout_experimental() or 0)
+    return max(_margin, private_torch.multiprocessor_carveout())
 
 
 @functools.cache

@@ -1,19 +1,24 @@
-"""The deal by whatever is fastest where the seed is: C++, Triton or PyTorch; all give the same."""
+"""The deal by whatever is fastest where it is needed: C++, Triton or PyTorch; all give the same."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 import ewa_kernels.reference as reference
 from ewa_kernels.kernels import extension
 from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.kernels.blocked import cpp_rows
+
+if extension.WHY_NOT is None:
+    import ewa_kernels._C as _C
 
 
-def random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
-    """`ewa_kernels.reference.random_permutation`, on the seed's device; int32 `[T]`."""
-    if seed.device.type == "cpu" and extension.WHY_NOT is None:
-        return cpp_rows.random_permutation(num_tokens, seed)
-    if seed.device.type == "cuda" and triton_kernels.WHY_NOT is None:
-        return triton_kernels.permutation.random_permutation(num_tokens, seed)
-    return reference.random_permutation(num_tokens, seed)
+def random_permutation(num_tokens: int, seed: int | Tensor, device: torch.device) -> Tensor:
+    """`ewa_kernels.reference.random_permutation`; int32 `[T]`."""
+    if device.type == "cpu" and extension.WHY_NOT is None:
+        permutation = torch.empty(num_tokens, dtype=torch.int32, device="cpu")
+        _C.random_permutation(num_tokens, int(seed), permutation.data_ptr())
+        return permutation
+    if device.type == "cuda" and triton_kernels.WHY_NOT is None:
+        return triton_kernels.permutation.random_permutation(num_tokens, seed, device)
+    return reference.random_permutation(num_tokens, seed, device=device)

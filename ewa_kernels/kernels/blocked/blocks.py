@@ -56,22 +56,17 @@ def blocks(
     top_k: int,
     num_experts: int,
     block_rows: int | None,
-    any_counts: bool,
 ) -> list[Block]:
-    """Each grouped row once. All experts advance together. Where those of a block must have equally many rows, they do
-    so as far as each of them has rows, and take turns with what is left. Given offsets are read on the host.
+    """Each grouped row once. Experts of a block have equally many rows: all advance together as far as each of them has
+    rows, and take turns with what is left. Given offsets are read on the host.
 
     Args:
         block_rows: of all experts together, about; None: as few blocks as possible.
-        any_counts: whether experts of a block may have any number of rows each.
     """
     num_rows, device = permutation.shape[0], permutation.device
     offsets = equal_offsets(num_rows, num_experts) if expert_offsets is None else expert_offsets.tolist()
     counts = [end - start for start, end in itertools.pairwise(offsets)]
-    if any_counts:
-        pieces = _together(counts, 1 if block_rows is None else max(round(num_rows / block_rows), 1))
-    else:
-        pieces = _by_turns(counts, block_rows, lockstep=expert_offsets is None)
+    pieces = _by_turns(counts, block_rows, lockstep=expert_offsets is None)
     result: list[Block] = []
     done, seen = 0, set[int]()
     for piece in pieces:
@@ -102,14 +97,6 @@ def _rows(
         first_row = expert_offsets[:-1].long()
     own_rows = torch.arange(first[0], first[0] + counts[0], device=device)
     return (first_row[experts, None] + own_rows).flatten()
-
-
-def _together(counts: list[int], num_blocks: int) -> list[_Piece]:
-    of_experts = [_even(count, num_blocks) for count in counts]
-    return [
-        _Piece(slice(0, len(counts)), [first for first, _ in pieces], [n for _, n in pieces])
-        for pieces in zip(*of_experts, strict=True)
-    ]
 
 
 def _by_turns(counts: list[int], block_rows: int | None, lockstep: bool) -> list[_Piece]:

@@ -1,4 +1,4 @@
-"""A block of grouped rows in C++ on the CPU, matrix products too, of float32 or bfloat16. See `csrc/products.h`.
+"""The layer in C++ on the CPU, matrix products too, of float32 or bfloat16: one call. See `csrc/layer/moe_ffn.h`.
 
 Tokens are looked up by the products themselves, and rows of a result are activated or scattered while they are in the
 cache, so that neither is stored in between. Experts may have any number of rows each.
@@ -6,177 +6,150 @@ cache, so that neither is stored in between. Experts may have any number of rows
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ewa_kernels.kernels import extension
-from ewa_kernels.kernels.blocked.blocks import Block
-from ewa_kernels.kernels.blocked.cpp_rows import CppRows, address, floats, matrix
-from ewa_kernels.kernels.blocked.torch_rows import Dropout
+from ewa_kernels.kernels.blocked.cpp_rows import address, matrix
+from ewa_kernels.kernels.choices import grad_of_bias_factor
+from ewa_kernels.kernels.parameter_pass import DTYPES
+from ewa_kernels.kernels.scratch import Scratch
+from ewa_kernels.problem import Problem
 
 if extension.WHY_NOT is None:
     import ewa_kernels._C as _C
 
 
-class LookedUp(NamedTuple):
-    """x[tokens] · factor, of which each row is read where it is needed."""
-
-    x: Tensor
-    tokens: Tensor
-    factor: Tensor | None = None
-
-
-class CppProducts(CppRows):
-    """Rows are `[rows, columns]`, or `LookedUp`."""
-
-    any_counts = True
-
-    @property
-    def sums_in_16_bits(self) -> bool:
-        return False
-
-    def gradient_dtype(self, ndim: int, dtype: torch.dtype, num_blocks: int) -> torch.dtype:
-        # A single block rounds a weight's gradient to 16 bits as it stores it; sums for a bias are in float32.
-        return dtype if ndim == 3 and num_blocks == 1 and dtype.itemsize == 2 else torch.float32
-
-    def parameter(self, parameter: Tensor) -> Tensor:
-        # Where products are in float32, what has 16 bits is widened as it is read.
-        widened = self.dtype == torch.float32 and parameter.dtype in (torch.float16, torch.bfloat16)
-        return (parameter if widened else super().parameter(parameter)).contiguous()
-
-    def look_up(self, block: Block, x: Tensor, name: str) -> LookedUp:
-        return LookedUp(x, block.tokens)
-
-    def scaled(self, block: Block, x: LookedUp, factor: Tensor) -> LookedUp:
-        return x._replace(factor=floats(factor))
-
-    def up(
-        self,
-        block: Block,
-        x: LookedUp,
-        weight: Tensor,
-        bias: Tensor | None,
-        dropout: Dropout | None,
-        pre: Tensor | None,
-    ) -> Tensor:
-        hidden = self._new(block, "hidden", self._d_ff(weight.shape[1]))
-        self._multiply_and_activate(block, x, weight, bias, dropout, pre, hidden)
-        return hidden
-
-    def pre_activation(self, block: Block, x: LookedUp, weight: Tensor, bias: Tensor | None) -> Tensor:
-        pre = self._new(block, "pre", weight.shape[1])
-        self._multiply_and_activate(block, x, weight, bias, None, pre, None)
-        return pre
-
-    def _multiply_and_activate(
-        self,
-        block: Block,
-        x: LookedUp,
-        weight: Tensor,
-        bias: Tensor | None,
-        dropout: Dropout | None,
-        pre: Tensor | None,
-        hidden: Tensor | None,
-    ) -> None:
-        bias = floats(bias)
-        _C.multiply_and_activate(
-            *self._product(block, x, weight, transposed=True),
-            self.cpp_activation,
-            self.cpp_block(block.rows, 1, self._d_ff(weight.shape[1]), dropout),
-            address(bias),
-            matrix(pre),
-            matrix(hidden),
+def _layer(problem: Problem, dtype: torch.dtype, parameters: Sequence[Tensor | None]) -> _C.Layer:
+    """`dtype`: what products are made in."""
+    kept = problem.kept.get(f"layer {dtype}")
+    if kept is None:
+        kept = problem.kept[f"layer {dtype}"] = _C.Layer(
+            problem.num_tokens,
+            problem.top_k,
+            problem.num_experts,
+            problem.d_model,
+            problem.d_ff,
+            getattr(_C.Activation, problem.activation),
+            problem.gated,
+            problem.dropout_p,
+            dtype == torch.bfloat16,
+            DTYPES[problem.dtype],
+            [0 if t is None else DTYPES[t.dtype] for t in parameters],
         )
-
-    def down(
-        self, block: Block, hidden: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor | None, y: Tensor
-    ) -> None:
-        self._multiply_and_scatter(block, hidden, weight, True, bias, factor, y)
-
-    def up_backward(self, block: Block, grad_pre: Tensor, weight: Tensor, grad_x: Tensor) -> None:
-        self._multiply_and_scatter(block, grad_pre, weight, False, None, None, grad_x)
-
-    def _multiply_and_scatter(
-        self,
-        block: Block,
-        rows: Tensor,
-        weight: Tensor,
-        transposed: bool,
-        bias: Tensor | None,
-        factor: Tensor | None,
-        out: Tensor,
-    ) -> None:
-        bias, factor = floats(bias), floats(factor)
-        product = self._product(block, rows, weight, transposed)
-        _C.multiply_and_scatter(*product, address(bias), address(factor), block.choices.data_ptr(), matrix(out))
-
-    def hidden_again(self, block: Block, pre: Tensor, dropout: Dropout | None) -> Tensor:
-        hidden = self._new(block, "hidden", self._d_ff(pre.shape[1]))
-        self.activate(pre[:, None], None, block.rows, dropout, None, hidden[:, None])
-        return hidden
-
-    def down_backward(
-        self,
-        block: Block,
-        grad_y: LookedUp,
-        weight: Tensor,
-        pre: Tensor,
-        dropout: Dropout | None,
-        factor: Tensor | None,
-        grad_factor: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        grad_pre = self._new(block, "grad_pre", pre.shape[1])
-        hidden = self._new(block, "hidden", weight.shape[2])
-        factor = floats(factor)
-        _C.multiply_and_activate_backward(
-            *self._product(block, grad_y, weight, transposed=False),
-            self.cpp_activation,
-            self.cpp_block(block.rows, 1, weight.shape[2], dropout),
-            matrix(pre),
-            address(factor),
-            matrix(grad_pre),
-            matrix(hidden),
-            address(grad_factor),
-        )
-        return grad_pre, hidden
-
-    def weight_gradient(
-        self,
-        block: Block,
-        left: LookedUp | Tensor,
-        right: LookedUp | Tensor | None,
-        grad: Tensor | None,
-        grad_bias: Tensor | None,
-    ) -> None:
-        columns = left.x.shape[1] if isinstance(left, LookedUp) else left.shape[1]
-        n = 0 if grad is None else grad.shape[2]  # 0: for the sums alone
-        product = _C.Outer(
-            block.counts, columns, n, _tokens(left), _tokens(left if right is None else right), self._bfloat16
-        )
-        _C.multiply_outer(product, self._workspace(product), block.beta, matrix(grad), address(grad_bias))
-
-    def _product(
-        self, block: Block, rows: LookedUp | Tensor, weight: Tensor, transposed: bool
-    ) -> tuple[_C.TimesWeights, int]:
-        """rows @ weight, or weightᵀ of each expert, and memory to work in."""
-        n, k = weight.shape[1:] if transposed else weight.mT.shape[1:]
-        product = _C.TimesWeights(block.counts, k, n, _tokens(rows), matrix(weight), transposed, self._bfloat16)
-        return product, self._workspace(product)
-
-    def _workspace(self, product: _C.TimesWeights | _C.Outer) -> int:
-        return self.scratch.address("workspace", product.workspace_floats() * 4)
-
-    @property
-    def _bfloat16(self) -> bool:
-        return self.dtype == torch.bfloat16
-
-    def _new(self, block: Block, name: str, columns: int) -> Tensor:
-        return self.scratch(name, block.rows.shape[0], columns)
+    return kept
 
 
-def _tokens(rows: LookedUp | Tensor) -> _C.Tokens:
-    if isinstance(rows, LookedUp):
-        return _C.Tokens(matrix(rows.x), address(rows.tokens), address(rows.factor))
-    return _C.Tokens(matrix(rows), 0, 0)
+def _weights(routing_weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As they multiply rows of `dtype`, in float32."""
+    return None if routing_weights is None else routing_weights.to(dtype).float().contiguous()
+
+
+def forward(
+    problem: Problem,
+    dtype: torch.dtype,
+    block_rows: int,
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    routing_weights: Tensor | None,
+    seed: int,
+    permutation: Tensor | None,
+    expert_offsets: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y `[R, D]` by choice, pre_activation `[R, F or 2F]`, in block order, or None unless saved, and the permutation."""
+    layer = _layer(problem, dtype, (up_weight, up_bias, down_weight, down_bias))
+    weights = _weights(routing_weights, dtype)
+    deal = permutation is None
+    if permutation is None:
+        permutation = torch.empty(problem.num_tokens, dtype=torch.int32, device="cpu")
+    y = x.new_empty(problem.num_rows, problem.d_model)
+    pre_activation = x.new_empty(problem.num_rows, problem.num_up) if problem.save else None
+    work = _C.LayerPass(layer, address(expert_offsets), block_rows, False)
+    scratch = Scratch(x.device, dtype)
+    work.forward(
+        x.data_ptr(),
+        up_weight.data_ptr(),
+        address(up_bias),
+        down_weight.data_ptr(),
+        address(down_bias),
+        address(weights),
+        seed,
+        permutation.data_ptr(),
+        deal,
+        y.data_ptr(),
+        address(pre_activation),
+        scratch.address("layer", work.memory_bytes),
+    )
+    scratch.leave()
+    return y, pre_activation, permutation
+
+
+def backward(
+    problem: Problem,
+    dtype: torch.dtype,
+    block_rows: int,
+    grad_y: Tensor,
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    routing_weights: Tensor | None,
+    seed: int,
+    permutation: Tensor,
+    expert_offsets: Tensor | None,
+    pre_activation: Tensor | None,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x `[R, D]` by choice, of the parameters and of the routing weights `[R]`; None if not needed."""
+    layer = _layer(problem, dtype, (up_weight, up_bias, down_weight, down_bias))
+    weights = _weights(routing_weights, dtype)
+    work = _C.LayerPass(layer, address(expert_offsets), block_rows, True)
+
+    def new(i: int, like: Tensor | None, at_once: bool) -> Tensor | None:
+        """A weight's gradient is rounded to 16 bits as it is stored, if it is stored once; a bias's is not."""
+        if like is None or not needed[i]:
+            return None
+        narrow = problem.input_dtypes[i]
+        rounded = at_once and narrow is not None and narrow.itemsize == 2 and work.num_blocks == 1
+        return torch.empty(like.shape, dtype=narrow if rounded else torch.float32, device="cpu")
+
+    grads = [
+        x.new_empty(problem.num_rows, problem.d_model) if needed[0] else None,
+        new(1, up_weight, True),
+        new(2, up_bias, False),
+        new(3, down_weight, True),
+        new(4, down_bias, False),
+        new(5, weights, False),
+    ]
+    of_bias = None
+    if grads[5] is not None and down_bias is not None and expert_offsets is not None:
+        rounded = down_bias.to(dtype)
+        of_bias = grad_of_bias_factor(grad_y.to(dtype), rounded, permutation, expert_offsets, problem.top_k).float()
+    scratch = Scratch(x.device, dtype)
+    work.backward(
+        grad_y.data_ptr(),
+        x.data_ptr(),
+        up_weight.data_ptr(),
+        address(up_bias),
+        down_weight.data_ptr(),
+        address(weights),
+        seed,
+        permutation.data_ptr(),
+        address(pre_activation),
+        address(grads[0]),
+        matrix(grads[1]),
+        address(grads[2]),
+        matrix(grads[3]),
+        address(grads[4]),
+        address(grads[5]),
+        address(of_bias),
+        scratch.address("layer", work.memory_bytes),
+    )
+    scratch.leave()
+    return grads

@@ -14,13 +14,6 @@ if extension.WHY_NOT is None:
     import ewa_kernels._C as _C
 
 
-def random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
-    """`ewa_kernels.reference.random_permutation` for a seed on the CPU."""
-    out = torch.empty(num_tokens, dtype=torch.int32, device="cpu")
-    _C.random_permutation(num_tokens, int(seed), out.data_ptr())
-    return out
-
-
 def have_products(dtype: torch.dtype) -> bool:
     """Whether there are products in C++, see `csrc/products.h`: with AVX-512, and for bfloat16 its instructions."""
     return bool(_C.have_products(DTYPES[dtype]))

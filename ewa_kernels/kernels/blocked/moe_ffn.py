@@ -1,5 +1,5 @@
-"""The layer's forward and backward, block by block of grouped rows, by a class that has the parts: `TorchRows` in
-PyTorch calls; on a CPU `CppProducts` in C++, or `CppRows` with matrix products by PyTorch.
+"""The layer's forward and backward, block by block of grouped rows: in PyTorch calls (`TorchRows`); on a CPU in C++, in
+part with PyTorch's matrix products (`CppRows`) or all of it in one call (`cpp_products`).
 
 A block goes through both projections before the next one starts: `hidden` is never stored for more than a block, which
 is all rows where PyTorch makes products in 16 bits; for backward only `pre_activation` is kept, or nothing at all, in
@@ -13,79 +13,93 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels.blocked import cpp_rows
+from ewa_kernels.kernels.blocked import cpp_products, cpp_rows
 from ewa_kernels.kernels.blocked.blocks import Block, blocks, rows_in_a_block
-from ewa_kernels.kernels.blocked.cpp_products import CppProducts
 from ewa_kernels.kernels.blocked.cpp_rows import have_products
 from ewa_kernels.kernels.blocked.torch_rows import Dropout, TorchRows
 from ewa_kernels.kernels.choices import grad_of_bias_factor, sum_of_choices
+from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.permutation import random_permutation
 from ewa_kernels.kernels.scratch import Scratch
+from ewa_kernels.problem import Problem
 
 # Of so few rows of an expert PyTorch makes products of bfloat16 faster than C++ does, which packs more.
 FEW_ROWS = 256
 
 
-def _rows(backend: str, activation: str, gated: bool, x: Tensor, rows_of_expert: int) -> TorchRows:
-    if backend == "torch":
-        return TorchRows(activation, gated, x.dtype, Scratch(x.device, x.dtype))
-    dtype = cpp_rows.product_dtype(x.dtype)
-    ours = have_products(dtype) and (dtype == torch.float32 or rows_of_expert >= FEW_ROWS)
-    return (CppProducts if ours else cpp_rows.CppRows)(activation, gated, dtype, Scratch(x.device, dtype))
+def _product_dtype(problem: Problem) -> torch.dtype:
+    return cpp_rows.product_dtype(problem.dtype) if problem.backend == "cpp" else problem.dtype
 
 
-def _blocks(
-    permutation: Tensor, expert_offsets: Tensor | None, top_k: int, up_weight: Tensor, rows: TorchRows
-) -> list[Block]:
-    num_experts, num_up = up_weight.shape[:2]
-    block_rows = None if rows.sums_in_16_bits else rows_in_a_block(num_up, rows.dtype)
-    return blocks(permutation, expert_offsets, top_k, num_experts, block_rows, rows.any_counts)
+def _is_one_call(problem: Problem, dtype: torch.dtype) -> bool:
+    """Whether C++ makes the products too, in `dtype`."""
+    if problem.backend != "cpp" or not have_products(dtype):
+        return False
+    return dtype == torch.float32 or problem.num_rows // problem.num_experts >= FEW_ROWS
 
 
-def moe_ffn_forward(
+def parameters(problem: Problem, *given: Tensor | None) -> list[Tensor | None]:
+    """As `forward` and `backward` take them: under autocast they are of another dtype than x."""
+    dtype = _product_dtype(problem)
+    # C++ widens what has 16 bits as it reads it.
+    widened = (torch.float16, torch.bfloat16) if dtype == torch.float32 and _is_one_call(problem, dtype) else ()
+    return [
+        t if t is None else (t if t.dtype == dtype or t.dtype in widened else in_dtype(t, dtype)).contiguous()
+        for t in given
+    ]
+
+
+def _blocks(problem: Problem, permutation: Tensor, expert_offsets: Tensor | None, rows: TorchRows) -> list[Block]:
+    block_rows = None if rows.sums_in_16_bits else rows_in_a_block(problem.num_up, rows.dtype)
+    return blocks(permutation, expert_offsets, problem.top_k, problem.num_experts, block_rows)
+
+
+def _rows(problem: Problem, dtype: torch.dtype) -> TorchRows:
+    kind = cpp_rows.CppRows if problem.backend == "cpp" else TorchRows
+    return kind(problem.activation, problem.gated, dtype, Scratch(problem.device, dtype))
+
+
+def forward(
+    problem: Problem,
     x: Tensor,
     up_weight: Tensor,
     up_bias: Tensor | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
     routing_weights: Tensor | None,
-    seed: Tensor | None,
+    seed: int | Tensor | None,
     permutation: Tensor | None,
     expert_offsets: Tensor | None,
-    activation: str,
-    gated: bool,
-    dropout_p: float,
-    save: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y [T, D], pre_activation [T·k, F or 2F], in block order, and the permutation drawn, int32 [T].
-
-    The last two are [0] unless `save`, and the permutation also if it was given.
-    """
-    weights, top_k = _weights(routing_weights)
-    rows = _rows(backend, activation, gated, x, len(x) * top_k // len(up_weight))
-    seed = None if seed is None else seed.to(x.device)
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y [T, D], pre_activation [R, F or 2F], in block order, or None unless it is saved, and the permutation [R]."""
     x = x.contiguous()
-    up_weight, down_weight = rows.parameter(up_weight), rows.parameter(down_weight)
-    up_bias, down_bias = (None if bias is None else rows.parameter(bias) for bias in (up_bias, down_bias))
-    order = permutation
-    if order is None:
+    dtype = _product_dtype(problem)
+    if _is_one_call(problem, dtype):
+        block_rows = rows_in_a_block(problem.num_up, dtype)
+        operands = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
+        y, pre_activation, permutation = cpp_products.forward(
+            problem, dtype, block_rows, *operands, int(seed or 0), permutation, expert_offsets
+        )
+        return sum_of_choices(y, problem.top_k), pre_activation, permutation
+    rows = _rows(problem, dtype)
+    weights = None if routing_weights is None else routing_weights.flatten()
+    if permutation is None:
         assert seed is not None, "without a partition that is given, a deal needs its seed"
-        order = random_permutation(len(x), seed)
-    y = x.new_empty(len(order), x.shape[1])
-    pre_activation = x.new_empty((len(order), up_weight.shape[1]) if save else 0)
-    dropout = Dropout(seed, dropout_p) if seed is not None and dropout_p > 0 else None
-    for block in _blocks(order, expert_offsets, top_k, up_weight, rows):
-        block_x = rows.look_up(block, x, "x")
-        pre = pre_activation[block.saved] if save else None
-        factor = None if weights is None else weights[block.choices].to(rows.dtype)
-        hidden = rows.up(block, block_x, up_weight, up_bias, dropout, pre)
+        permutation = random_permutation(problem.num_tokens, seed, x.device)
+    y = x.new_empty(problem.num_rows, problem.d_model)
+    pre_activation = x.new_empty(problem.num_rows, problem.num_up) if problem.save else None
+    dropout = _dropout(problem, seed)
+    for block in _blocks(problem, permutation, expert_offsets, rows):
+        pre = None if pre_activation is None else pre_activation[block.saved]
+        factor = None if weights is None else weights[block.choices].to(dtype)
+        hidden = rows.up(block, rows.look_up(block, x, "x"), up_weight, up_bias, dropout, pre)
         rows.down(block, hidden, down_weight, down_bias, factor, y)
     rows.scratch.leave()
-    return sum_of_choices(y, top_k), pre_activation, order if save and permutation is None else order.new_empty(0)
+    return sum_of_choices(y, problem.top_k), pre_activation, permutation
 
 
-def moe_ffn_backward(
+def backward(
+    problem: Problem,
     grad_y: Tensor,
     x: Tensor,
     up_weight: Tensor,
@@ -93,56 +107,83 @@ def moe_ffn_backward(
     down_weight: Tensor,
     down_bias: Tensor | None,
     routing_weights: Tensor | None,
-    seed: Tensor | None,
+    seed: int | Tensor | None,
+    permutation: Tensor | None,
+    expert_offsets: Tensor | None,
+    pre_activation: Tensor | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, the parameters and the routing weights, None where not needed.
+
+    Without `pre_activation`, it and a permutation that is not given are computed again.
+    """
+    x, grad_y = x.contiguous(), grad_y.contiguous()
+    dtype = _product_dtype(problem)
+    if permutation is None:
+        assert seed is not None, "without a partition that is given, a deal needs its seed"
+        permutation = random_permutation(problem.num_tokens, seed, x.device)
+    operands = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
+    if _is_one_call(problem, dtype):
+        block_rows = rows_in_a_block(problem.num_up, dtype)
+        grads = cpp_products.backward(
+            problem, dtype, block_rows, grad_y, *operands, int(seed or 0), permutation, expert_offsets, pre_activation,
+            needed,
+        )  # fmt: skip
+    else:
+        grads = _by_blocks(
+            problem, _rows(problem, dtype), grad_y, *operands, _dropout(problem, seed), permutation, expert_offsets,
+            pre_activation, needed,
+        )  # fmt: skip
+    if grads[0] is not None:
+        grads[0] = sum_of_choices(grads[0], problem.top_k)
+    if grads[5] is not None and routing_weights is not None:
+        grads[5] = grads[5].view(routing_weights.shape)
+    return tuple(
+        g if g is None or g.dtype == to else g.to(to) for g, to in zip(grads, problem.input_dtypes, strict=True)
+    )
+
+
+def _by_blocks(
+    problem: Problem,
+    rows: TorchRows,
+    grad_y: Tensor,
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    routing_weights: Tensor | None,
+    dropout: Dropout | None,
     permutation: Tensor,
     expert_offsets: Tensor | None,
-    pre_activation: Tensor,
-    activation: str,
-    gated: bool,
-    dropout_p: float,
-    output_mask: Sequence[bool],
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, the parameters and the routing weights; [0] where `output_mask` is False.
-
-    Without `pre_activation`, it and the permutation are computed again.
-    """
-    need_x, need_up_weight, need_up_bias, need_down_weight, need_down_bias, need_routing = output_mask
+    pre_activation: Tensor | None,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """See `backward`; x's by choice, the routing weights' `[R]`."""
+    need_x, need_up_weight, need_up_bias, need_down_weight, need_down_bias, need_routing = needed
     need_pre = need_x or need_up_weight or need_up_bias or need_routing
-    weights, top_k = _weights(routing_weights)
-    rows = _rows(backend, activation, gated, x, len(x) * top_k // len(up_weight))
-    seed = None if seed is None else seed.to(x.device)
-    x, grad_y = x.contiguous(), grad_y.contiguous()
-    inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
-    dtypes = [x.dtype if t is None else t.dtype for t in inputs]
-    up_weight, down_weight = rows.parameter(up_weight), rows.parameter(down_weight)
-    up_bias, down_bias = (None if bias is None else rows.parameter(bias) for bias in (up_bias, down_bias))
-    if len(permutation) == 0 and seed is not None:
-        permutation = random_permutation(len(x), seed)
+    weights = None if routing_weights is None else routing_weights.flatten()
+    all_blocks = _blocks(problem, permutation, expert_offsets, rows)
+    every_expert_has_rows = len({e for block in all_blocks for e in block.numbers}) == problem.num_experts
 
-    all_blocks = _blocks(permutation, expert_offsets, top_k, up_weight, rows)
-    every_expert_has_rows = len({e for block in all_blocks for e in block.numbers}) == len(up_weight)
+    def new(need: bool, like: Tensor | None) -> Tensor | None:
+        if like is None or not need:
+            return None
+        return (torch.empty_like if every_expert_has_rows else torch.zeros_like)(like, dtype=rows.dtype)
 
-    def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        make = x.new_empty if every_expert_has_rows else x.new_zeros
-        return make(shape, dtype=rows.gradient_dtype(len(shape), dtype, len(all_blocks)))
-
-    grad_x = x.new_empty(len(permutation), x.shape[1]) if need_x else None
-    grad_up_weight = new(up_weight.shape, dtypes[1]) if need_up_weight else None
-    grad_up_bias = new(up_weight.shape[:2], dtypes[2]) if need_up_bias else None
-    grad_down_weight = new(down_weight.shape, dtypes[3]) if need_down_weight else None
-    grad_down_bias = new(down_weight.shape[:2], dtypes[4]) if need_down_bias else None
-    grad_routing = new(permutation.shape, dtypes[5]) if need_routing else None
+    grad_x = x.new_empty(problem.num_rows, problem.d_model) if need_x else None
+    grad_up_weight, grad_up_bias = new(need_up_weight, up_weight), new(need_up_bias, up_bias)
+    grad_down_weight, grad_down_bias = new(need_down_weight, down_weight), new(need_down_bias, down_bias)
+    grad_routing = new(need_routing, weights)
     of_bias = None
     if need_routing and down_bias is not None and expert_offsets is not None:
-        of_bias = grad_of_bias_factor(grad_y.to(rows.dtype), down_bias, permutation, expert_offsets, top_k)
-    dropout = Dropout(seed, dropout_p) if seed is not None and dropout_p > 0 else None
+        of_bias = grad_of_bias_factor(grad_y.to(rows.dtype), down_bias, permutation, expert_offsets, problem.top_k)
     for block in all_blocks:
         grad_out = rows.look_up(block, grad_y, "y")
         factor = None if weights is None else weights[block.choices].to(rows.dtype)
         if need_down_weight or need_pre:
             block_x = rows.look_up(block, x, "x")
-            if len(pre_activation) > 0:
+            if pre_activation is not None:
                 pre = pre_activation[block.saved]
             else:
                 pre = rows.pre_activation(block, block_x, up_weight, up_bias)
@@ -165,14 +206,8 @@ def moe_ffn_backward(
         if grad_x is not None:
             rows.up_backward(block, grad_pre, up_weight, grad_x)
     rows.scratch.leave()
-    if grad_x is not None:
-        grad_x = sum_of_choices(grad_x, top_k)
-    if routing_weights is not None and grad_routing is not None:
-        grad_routing = grad_routing.view(routing_weights.shape)
-    grads = (grad_x, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias, grad_routing)
-    return tuple((x.new_empty(0) if g is None else g).to(dtype) for g, dtype in zip(grads, dtypes, strict=True))
+    return [grad_x, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias, grad_routing]
 
 
-def _weights(routing_weights: Tensor | None) -> tuple[Tensor | None, int]:
-    """The routing weights by choice, and k."""
-    return (None, 1) if routing_weights is None else (routing_weights.flatten(), routing_weights.shape[1])
+def _dropout(problem: Problem, seed: int | Tensor | None) -> Dropout | None:
+    return Dropout(seed, problem.dropout_p) if seed is not None and problem.dropout_p > 0 else None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ewa_kernels.kernels.blocked.blocks import Block
-from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.scratch import Scratch
 from ewa_kernels.reference import dropout_scale
 
@@ -57,15 +56,16 @@ ACTIVATIONS = {
 }
 
 
-# What `look_up` gives: rows of tokens, in whatever form a class takes them.
-LookedUp: TypeAlias = Any
-
-
 class Dropout(NamedTuple):
-    """Of hidden; the seed is on the device of the rows."""
+    """Of hidden."""
 
-    seed: Tensor
+    seed: int | Tensor
     p: float
+
+    def seed_on(self, device: torch.device) -> Tensor:
+        if isinstance(self.seed, Tensor):
+            return self.seed.to(device)
+        return torch.full((), self.seed, dtype=torch.int64, device=device)
 
 
 class TorchRows:
@@ -75,8 +75,6 @@ class TorchRows:
     tokens, and what is kept for backward, may be of another dtype. Biases, factors `[e · n]`, by which rows are
     multiplied, and dropout may be None.
     """
-
-    any_counts = False  # whether the experts of a block may have any number of rows each
 
     def __init__(self, activation: str, gated: bool, dtype: torch.dtype, scratch: Scratch):
         self.activation = activation
@@ -89,30 +87,22 @@ class TorchRows:
         """Whether gradients would be rounded after each block that is added to them."""
         return self.dtype.itemsize == 2
 
-    def gradient_dtype(self, ndim: int, dtype: torch.dtype, num_blocks: int) -> torch.dtype:
-        """In which the gradient of a parameter of `ndim` dimensions is made, which is to be of `dtype` in the end."""
-        return self.dtype
+    # For the layer, with the parameters of all experts, in the same dtype.
 
-    # For the layer, with the parameters of all experts.
-
-    def parameter(self, parameter: Tensor) -> Tensor:
-        """As the methods below take it: under autocast x is in its dtype and the parameters are not."""
-        return in_dtype(parameter, self.dtype)
-
-    def look_up(self, block: Block, x: Tensor, name: str) -> LookedUp:
+    def look_up(self, block: Block, x: Tensor, name: str) -> Tensor:
         """x[tokens]."""
         out = self._new(block, name, x.shape[1])
         self.gather(x, block.tokens, out)
         return out
 
-    def scaled(self, block: Block, x: LookedUp, factor: Tensor) -> LookedUp:
+    def scaled(self, block: Block, x: Tensor, factor: Tensor) -> Tensor:
         """x · factor, of what was looked up, which is used up."""
         return x.mul_(factor.view(*x.shape[:2], 1))
 
     def up(
         self,
         block: Block,
-        x: LookedUp,
+        x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         dropout: Dropout | None,
@@ -136,7 +126,7 @@ class TorchRows:
         bias = self._linear(block, hidden, weight, bias, product)
         self.scatter(product, bias, factor, block.choices, y)
 
-    def pre_activation(self, block: Block, x: LookedUp, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def pre_activation(self, block: Block, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x @ weightᵀ + bias, `[rows, columns]`."""
         pre = self._new(block, "pre", weight.shape[1])
         bias = self._linear(block, x, weight, bias, pre)
@@ -153,7 +143,7 @@ class TorchRows:
     def down_backward(
         self,
         block: Block,
-        grad_y: LookedUp,
+        grad_y: Tensor,
         weight: Tensor,
         pre: Tensor,
         dropout: Dropout | None,
@@ -172,11 +162,11 @@ class TorchRows:
         return grad_pre, hidden
 
     def weight_gradient(
-        self, block: Block, left: LookedUp, right: LookedUp, grad: Tensor | None, grad_bias: Tensor | None
+        self, block: Block, left: Tensor, right: Tensor | None, grad: Tensor | None, grad_bias: Tensor | None
     ) -> None:
         """grad = beta · grad + leftᵀ @ right, `[e, left's columns, right's]`; grad_bias = beta · grad_bias + the sum of
         left over rows. Without `grad` there need be no `right`."""
-        if grad is not None:
+        if grad is not None and right is not None:
             block.of(grad).baddbmm_(left.mT, right, beta=block.beta)
         if grad_bias is not None and block.beta == 0:
             torch.sum(left, 1, out=block.of(grad_bias))
@@ -276,5 +266,5 @@ class TorchRows:
         act.backward(grad_hidden, gate, grad_pre[..., :d_ff])
 
     def _dropout_scale(self, rows: Tensor, dropout: Dropout, hidden: Tensor) -> Tensor:
-        scale = dropout_scale(rows, hidden.shape[-1], dropout.seed, dropout.p, hidden.dtype)
+        scale = dropout_scale(rows, hidden.shape[-1], dropout.seed_on(rows.device), dropout.p, hidden.dtype)
         return scale.view(hidden.shape)

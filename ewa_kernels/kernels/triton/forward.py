@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ewa_kernels.kernels import multiprocessors
 from ewa_kernels.kernels.counters import zeroed_counters
 from ewa_kernels.kernels.triton.configs import ceil_div
 from ewa_kernels.kernels.triton.epilogues import store_rows, store_up
+from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer
-from ewa_kernels.kernels.triton.permutation import load_seed, radices, tokens_of_rows
+from ewa_kernels.kernels.triton.permutation import load_seed, radices, seed_arguments, tokens_of_rows
 from ewa_kernels.kernels.triton.tiles import (
     FIRST_COUNTER,
     draw_ticket,
@@ -215,18 +217,14 @@ def launch_forward(
     deal: bool,
 ) -> None:
     """Fills y, by choice, pre_activation, hidden and, if `deal`, the permutation; see `forward_kernel`."""
-    tile = layer.tile("forward")
-    num_blocks = layer.num_blocks(tile.block_m)
-    up_tiles = ceil_div(layer.d_ff, tile.block_n // 2 if layer.gated else tile.block_n)
-    down_tiles = ceil_div(layer.d_model, tile.block_n)
-    tiles = {"single": up_tiles + down_tiles, "up": up_tiles, "down": down_tiles}[form]
-    (num_programs,) = grid = layer.grid(num_blocks * tiles, tile)
-    # Enough up tiles in a group to keep all programs busy: its down tiles find hidden ready then.
-    group = min(num_blocks, ceil_div(num_programs, up_tiles))
-    num_counters = FIRST_COUNTER.value + num_blocks
-    radix_a, radix_b, rounds = radices(layer.num_rows)
+    left_free = multiprocessors.left_free(layer.device)
+    is_there = (y is not None, pre_activation is not None, hidden is not None, isinstance(layer.seed, Tensor))
+    key = ("forward", form, deal, left_free, layer.precision, is_there)
+    num_programs, num_counters, launch = layer.kept(key, lambda: _launch(layer, form, deal))
+    groups = layer.groups(layer.tile("forward").block_m)
     with zeroed_counters(num_counters, x.device) as counters:
-        forward_kernel[grid](
+        launch(
+            num_programs,
             x,
             up_weight,
             up_bias,
@@ -236,18 +234,36 @@ def launch_forward(
             pre_activation,
             hidden,
             permutation,
-            counters=counters,
-            radix_a=radix_a,
-            radix_b=radix_b,
-            rounds=rounds,
-            groups=layer.groups(tile.block_m),
-            num_blocks=num_blocks,
-            group=group,
-            num_counters=num_counters,
-            FORM=form,
-            DEAL=deal,
-            ALIGNED=layer.aligned,
-            EVEN_K=layer.d_model % tile.block_k == 0 and layer.d_ff % tile.block_k == 0,
-            **layer.arguments,
-            **tile.launch_options(),
+            groups,
+            layer.routing_weights,
+            counters,
+            *seed_arguments(layer.seed),
         )
+
+
+def _launch(layer: Layer, form: str, deal: bool) -> tuple[int, int, Launch]:
+    """How many programs and counters it takes, and the launch."""
+    tile = layer.tile("forward")
+    num_blocks = layer.num_blocks(tile.block_m)
+    up_tiles = ceil_div(layer.d_ff, tile.block_n // 2 if layer.gated else tile.block_n)
+    down_tiles = ceil_div(layer.d_model, tile.block_n)
+    tiles = {"single": up_tiles + down_tiles, "up": up_tiles, "down": down_tiles}[form]
+    (num_programs,) = layer.grid(num_blocks * tiles, tile)
+    num_counters = FIRST_COUNTER.value + num_blocks
+    radix_a, radix_b, rounds = radices(layer.num_rows)
+    arguments = {
+        "radix_a": radix_a,
+        "radix_b": radix_b,
+        "rounds": rounds,
+        "num_blocks": num_blocks,
+        # Enough up tiles in a group to keep all programs busy: its down tiles find hidden ready then.
+        "group": min(num_blocks, ceil_div(num_programs, up_tiles)),
+        "num_counters": num_counters,
+        "FORM": form,
+        "DEAL": deal,
+        "ALIGNED": layer.aligned,
+        "EVEN_K": layer.d_model % tile.block_k == 0 and layer.d_ff % tile.block_k == 0,
+        **layer.constants,
+        **tile.launch_options(),
+    }
+    return num_programs, num_counters, Launch(forward_kernel, arguments)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,79 +14,48 @@ from ewa_kernels.kernels.triton.configs import INTERPRETER, Table, Tile, aligned
 from ewa_kernels.kernels.triton.groups import tabulate
 from ewa_kernels.kernels.triton.permutation import int32_bits, seed_arguments
 from ewa_kernels.kernels.triton.tiles import INTERPRETED
+from ewa_kernels.problem import Problem
 
 _MAX_ROWS = 2**31 - 1024  # so that a row past the end of a tile is an int32
 _MAX_EXPERTS = 2**15  # so that the product of two experts' numbers is one
 
 
-@dataclass(frozen=True)
 class Layer:
-    """Sizes, options, and the partition.
+    """A `Problem`, and the partition, seed and routing weights of one call.
 
     Attributes:
-        seed: int64, one element, on the CPU or on `device`; None where nothing is random.
-        num_rows: grouped rows: T, or T·k with `routing_weights`.
-        expert_offsets: int32 `[E + 1]` on `device`, or None: equal groups.
-        routing_weights: `[T, k]`, contiguous, on `device`, or None: k = 1.
+        seed: an int, int64 with one element on the CPU or on the device, or None where nothing is random.
+        expert_offsets: int32 `[E + 1]` on the device, or None: equal groups.
+        routing_weights: `[T, k]`, contiguous, on the device, or None: k = 1.
         table: the tiles to choose from; None: those for the device.
         num_programs: how many programs work on a launch; None: as many as run at once.
     """
 
-    num_rows: int
-    num_experts: int
-    d_model: int
-    d_ff: int
-    activation: str
-    gated: bool
-    dropout_p: float
-    seed: Tensor | None
-    expert_offsets: Tensor | None
-    routing_weights: Tensor | None
-    dtype: torch.dtype
-    device: torch.device
-    table: Table | None = None
-    num_programs: int | None = None
-    _groups: dict[int, Tensor] = field(default_factory=dict, init=False)
+    def __init__(
+        self,
+        problem: Problem,
+        seed: int | Tensor | None = None,
+        expert_offsets: Tensor | None = None,
+        routing_weights: Tensor | None = None,
+        table: Table | None = None,
+        num_programs: int | None = None,
+    ):
+        self.problem, self.seed, self.expert_offsets = problem, seed, expert_offsets
+        self.routing_weights = None if routing_weights is None else aligned(routing_weights.contiguous())
+        self.table, self.num_programs = table, num_programs
+        self.num_rows, self.num_experts, self.top_k = problem.num_rows, problem.num_experts, problem.top_k
+        self.d_model, self.d_ff, self.gated = problem.d_model, problem.d_ff, problem.gated
+        self.dtype, self.device = problem.dtype, problem.device
+        self._groups: dict[int, Tensor] = {}
 
-    @classmethod
-    def of(
-        cls,
-        x: Tensor,
-        down_weight: Tensor,
-        routing_weights: Tensor | None,
-        seed: Tensor | None,
-        expert_offsets: Tensor | None,
-        activation: str,
-        gated: bool,
-        dropout_p: float,
-    ) -> Layer:
-        num_rows = x.shape[0] if routing_weights is None else routing_weights.numel()
-        num_experts, d_model, d_ff = down_weight.shape
-        # Blocks that do not exist may begin behind all rows, by a block for each expert.
-        max_rows = _MAX_ROWS if expert_offsets is None else _MAX_ROWS - 256 * num_experts
-        if num_rows > max_rows:
-            raise ValueError(f"x must hold at most {max_rows} tokens for this backend, got {num_rows}")
-        if num_experts > _MAX_EXPERTS:
-            raise ValueError(f"up_weight must hold at most {_MAX_EXPERTS} experts for this backend, got {num_experts}")
-        return cls(
-            num_rows,
-            num_experts,
-            d_model,
-            d_ff,
-            activation,
-            gated,
-            dropout_p,
-            seed,
-            expert_offsets,
-            None if routing_weights is None else aligned(routing_weights.contiguous()),
-            x.dtype,
-            x.device,
-        )
-
-    @property
-    def top_k(self) -> int:
-        """k, grouped rows for each token."""
-        return 1 if self.routing_weights is None else self.routing_weights.shape[1]
+    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` made of the problem alone the first time, by a key."""
+        if self.table is not None or self.num_programs is not None:  # others than the device's
+            return make()
+        found = self.problem.kept.get(key)
+        if found is None:
+            found = self.problem.kept[key] = make()
+        return found
 
     def _tiles_of(self, kernel: str) -> tuple[Tile, ...]:
         tiles = self.table
@@ -103,16 +71,18 @@ class Layer:
     def tile(self, kernel: str) -> Tile:
         """The tile for "forward" or "backward"."""
         widths = (self.d_ff, self.d_model)
-        return choose(self._tiles_of(kernel), self.num_rows, self.num_experts, widths)
+        return self.kept(
+            f"{kernel} tile", lambda: choose(self._tiles_of(kernel), self.num_rows, self.num_experts, widths)
+        )
 
     def onchip_tile(self) -> Tile | None:
         """The tile for "onchip", or None if D is too large."""
-        return choose_onchip(self._tiles_of("onchip"), self.d_model)
+        return self.kept("onchip tile", lambda: (choose_onchip(self._tiles_of("onchip"), self.d_model),))[0]
 
     @property
     def tight(self) -> bool:
         """Whether registers are scarce."""
-        return self.dropout_p > 0 or self.routing_weights is not None
+        return self.problem.dropout_p > 0 or self.routing_weights is not None
 
     @property
     def aligned(self) -> bool:
@@ -141,27 +111,47 @@ class Layer:
         left_free = 0 if self.num_programs else multiprocessors.left_free(self.device) * tile.per_multiprocessor
         return (max(1, min(num_tickets, self.programs(tile) - left_free)),)
 
-    @cached_property
-    def arguments(self) -> dict[str, Any]:
-        """Arguments that the kernels have in common."""
-        seed, seed_low, seed_high = seed_arguments(self.seed)
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Arguments that the kernels have in common, and that calls of one problem do too."""
+        problem, itemsize = self.problem, self.dtype.itemsize
         return {
-            "routing_weights": self.routing_weights,
-            "seed": seed,
-            "seed_low": seed_low,
-            "seed_high": seed_high,
-            "threshold": int32_bits(min(round(self.dropout_p * 2**32), 2**32 - 1)),
-            "scale": 1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0,
+            "threshold": int32_bits(min(round(problem.dropout_p * 2**32), 2**32 - 1)),
+            "scale": 1 / (1 - problem.dropout_p) if problem.dropout_p < 1 else 0.0,
             "num_rows": self.num_rows,
             "num_experts": self.num_experts,
             "d_model": self.d_model,
             "d_ff": self.d_ff,
-            "ACTIVATION": "gelu_16bit" if self.activation == "gelu" and self.dtype.itemsize == 2 else self.activation,
+            "ACTIVATION": "gelu_16bit" if problem.activation == "gelu" and itemsize == 2 else problem.activation,
             "TOP_K": self.top_k,
             "GATED": self.gated,
-            "DROPOUT": self.dropout_p > 0,
-            "PRECISION": precision(),
+            "DROPOUT": problem.dropout_p > 0,
+            "PRECISION": self.precision,
         }
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments that the kernels have in common."""
+        seed, seed_low, seed_high = seed_arguments(self.seed)
+        of_call = {"routing_weights": self.routing_weights, "seed": seed, "seed_low": seed_low, "seed_high": seed_high}
+        return {**self.constants, **of_call}
+
+    @property
+    def precision(self) -> str:
+        """How float32 matrix products are computed; others can be in one way only."""
+        return precision() if self.dtype == torch.float32 else "ieee"
+
+
+def check_sizes(problem: Problem) -> None:
+    """Raises ValueError if numbers of rows would not fit an int32."""
+    # Blocks that do not exist may begin behind all rows, by a block for each expert.
+    max_rows = _MAX_ROWS - 256 * problem.num_experts if problem.is_given else _MAX_ROWS
+    if problem.num_rows > max_rows:
+        raise ValueError(f"x must hold at most {max_rows} tokens for this backend, got {problem.num_rows}")
+    if problem.num_experts > _MAX_EXPERTS:
+        raise ValueError(
+            f"up_weight must hold at most {_MAX_EXPERTS} experts for this backend, got {problem.num_experts}"
+        )
 
 
 def precision() -> str:

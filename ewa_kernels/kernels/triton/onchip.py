@@ -6,10 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ewa_kernels.kernels import multiprocessors
 from ewa_kernels.kernels.triton.activations import activate, dropout_scale
 from ewa_kernels.kernels.triton.epilogues import store_rows
+from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer
-from ewa_kernels.kernels.triton.permutation import load_seed, radices, tokens_of_rows
+from ewa_kernels.kernels.triton.permutation import load_seed, radices, seed_arguments, tokens_of_rows
 from ewa_kernels.kernels.triton.tiles import load_choices, multiple_of_eight, multiply, rows_of_block
 
 
@@ -148,28 +150,30 @@ def launch_onchip(
     deal: bool,
 ) -> None:
     """Fills y, by choice, pre_activation and, if `deal`, the permutation; see `onchip_kernel`."""
+    is_there = (pre_activation is not None, isinstance(layer.seed, Tensor))
+    key = ("onchip", deal, multiprocessors.left_free(layer.device), layer.precision, is_there)
+    num_programs, block_m, launch = layer.kept(key, lambda: _launch(layer, deal))
+    operands = (x, up_weight, up_bias, down_weight, down_bias, y, pre_activation, permutation)
+    launch(num_programs, *operands, layer.groups(block_m), layer.routing_weights, *seed_arguments(layer.seed))
+
+
+def _launch(layer: Layer, deal: bool) -> tuple[int, int, Launch]:
+    """How many programs it takes, rows of a block, and the launch."""
     tile = layer.onchip_tile()
     assert tile is not None
     num_blocks = layer.num_blocks(tile.block_m)
     radix_a, radix_b, rounds = radices(layer.num_rows)
-    onchip_kernel[layer.grid(num_blocks, tile)](
-        x,
-        up_weight,
-        up_bias,
-        down_weight,
-        down_bias,
-        y,
-        pre_activation,
-        permutation,
-        radix_a=radix_a,
-        radix_b=radix_b,
-        rounds=rounds,
-        groups=layer.groups(tile.block_m),
-        num_blocks=num_blocks,
-        DEAL=deal,
-        ALIGNED=layer.aligned,
-        EVEN_D=layer.d_model == tile.block_k,
-        EVEN_F=layer.d_ff % tile.block_n == 0,
-        **layer.arguments,
+    arguments = {
+        "radix_a": radix_a,
+        "radix_b": radix_b,
+        "rounds": rounds,
+        "num_blocks": num_blocks,
+        "DEAL": deal,
+        "ALIGNED": layer.aligned,
+        "EVEN_D": layer.d_model == tile.block_k,
+        "EVEN_F": layer.d_ff % tile.block_n == 0,
+        **layer.constants,
         **tile.launch_options(),
-    )
+    }
+    (num_programs,) = layer.grid(num_blocks, tile)
+    return num_programs, tile.block_m, Launch(onchip_kernel, arguments)

@@ -21,14 +21,14 @@ def radices(num_tokens: int) -> tuple[int, int, int]:
     return a, ceil_div(num_tokens, a), num_rounds(num_tokens)
 
 
-def seed_arguments(seed: Tensor | None) -> tuple[Tensor | None, int, int]:
+def seed_arguments(seed: int | Tensor | None) -> tuple[Tensor | None, int, int]:
     """(seed in device memory or None, low and high half as int32).
 
-    A seed on the CPU travels in the launch; one on the device is read there, so that nobody waits for it.
+    A seed on the host travels in the launch; one on the device is read there, so that nobody waits for it.
     """
     if seed is None:
         return None, 0, 0
-    if seed.device.type != "cpu":
+    if isinstance(seed, Tensor) and seed.device.type != "cpu":
         return aligned(seed), 0, 0
     value = int(seed)
     return None, int32_bits(value), int32_bits(value >> 32)
@@ -108,12 +108,12 @@ def _permutation_kernel(permutation, seed, seed_low, seed_high, num_tokens, a, b
     tl.store(permutation + row, token, mask=row < num_tokens)
 
 
-def random_permutation(num_tokens: int, seed: Tensor) -> Tensor:
-    """See `ewa_kernels.reference.random_permutation`; int32 `[T]` on the seed's device."""
-    permutation = torch.empty(num_tokens, dtype=torch.int32, device=seed.device)
+def random_permutation(num_tokens: int, seed: int | Tensor, device: torch.device) -> Tensor:
+    """See `ewa_kernels.reference.random_permutation`; int32 `[T]`."""
+    permutation = torch.empty(num_tokens, dtype=torch.int32, device=device)
     if num_tokens > 0:
         grid = (ceil_div(num_tokens, _BLOCK),)
         arguments = (*seed_arguments(seed), num_tokens, *radices(num_tokens))
-        with torch.cuda.device_of(seed):
+        with torch.cuda.device_of(permutation):
             _permutation_kernel[grid](permutation, *arguments, BLOCK=_BLOCK, enable_fp_fusion=True, **ASSERTS)
     return permutation

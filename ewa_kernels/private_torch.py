@@ -1,0 +1,127 @@
+"""Every private name of torch that this package uses, once: what it answers, and why the public ones cannot.
+
+Each is looked up where it is called, so that a version of torch without it fails there alone, by its name.
+`tests/test_private_torch.py` holds each to its meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.fx.traceback as fx_traceback
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+# --- who stands between eager code and a kernel ---
+
+
+def _keys(*names: str) -> Any:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return keys
+
+
+# Of tensors whose values are where they say, and are what memory holds: of those made in inference mode too.
+_PLAIN_KEYS = {
+    keys.raw_repr()
+    for device in ("CPU", "CUDA")
+    for keys in (
+        _keys(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}"),
+        _keys(device, f"Autocast{device}"),
+    )
+}
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
+# Of a thread in which nothing is on; inference mode leaves one out.
+_PLAIN_THREADS = {_keys("BackendSelect", "ADInplaceOrView").raw_repr(), _keys("BackendSelect").raw_repr()}
+
+
+def is_watched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether somebody must see the operation itself, and not only what it computes.
+
+    Those are: a compiler, `torch.jit.trace`, an exporter, function and dispatch modes (fake tensors, FlopCounterMode,
+    selective checkpointing), transforms of torch.func, autograd's own vmap, forward-mode AD; and tensors that are no
+    plain ones: subclasses, those of meta or of other devices than CPU and CUDA, views that are yet to be negated.
+    """
+    core = torch._C
+    if (
+        torch.compiler.is_compiling()
+        or core._len_torch_dispatch_stack() > 0
+        or core._is_torch_function_mode_enabled()
+        or core._get_tracing_state() is not None
+        or core._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or core._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_THREADS
+    ):
+        return True
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES or core._dispatch_keys(tensor).raw_repr() not in _PLAIN_KEYS
+        ):
+            return True
+    return False
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether its values are at hand: neither on another device nor yet to come."""
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether torch.func.vmap maps over it."""
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func, at any level, takes the gradient with respect to it."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+# --- autograd ---
+
+
+def is_in_backward() -> bool:
+    """Whether this thread computes gradients now, as when activations are checkpointed."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def below_autograd() -> Any:
+    """A context in which operations are not recorded: for an implementation of the Autograd key."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+# --- what the compiler traces ---
+
+
+def is_traced() -> bool:
+    """Whether make_fx, as the compiler uses it, records operations now."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def activation_memory_budget() -> float:
+    """Of the region that is traced, else the compiler's. With 0 it computes again whatever it can."""
+    region = fx_traceback.current_meta.get("custom", {}).get("_region_activation_memory_budget")
+    return functorch_config.activation_memory_budget if region is None else region
+
+
+def traced_meta() -> dict[str, Any]:
+    """What nodes that are recorded from now on are marked with."""
+    return fx_traceback.current_meta
+
+
+# --- GPUs ---
+
+
+def multiprocessor_carveout() -> int:
+    """How many multiprocessors torch's own kernels leave free, by its experimental switch."""
+    return torch._C._get_sm_carveout_experimental() or 0

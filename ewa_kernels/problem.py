@@ -1,0 +1,100 @@
+"""The description of a call of the layer: what `functional` finds out once, and every backend takes.
+
+Calls of one kind share one description, from layer to layer and from step to step: a backend keeps in it what it would
+find out again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# More kinds of calls than a model has. Of inputs that never have the same length twice, the oldest are forgotten.
+MAX_KEPT = 4096
+
+
+@dataclass(eq=False)
+class Problem:
+    """Sizes, options and types; nothing of it changes but `kept`.
+
+    Attributes:
+        num_tokens: T.
+        top_k: k, grouped rows for each token; 1 without routing weights.
+        num_experts, d_model, d_ff: E, D, F.
+        is_given: whether the partition is; else rows are dealt, in equal groups, by a seed.
+        dtype: what is computed in: x's, under autocast autocast's.
+        input_dtypes: of x, the parameters and the routing weights, as autograd knows them; None for what there is none
+            of. Gradients are of these.
+        save: whether pre_activation and the permutation are kept for backward, which computes them again else.
+        backend: that was found, or asked for.
+        kept: the backend's own.
+    """
+
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    d_model: int
+    d_ff: int
+    activation: str
+    gated: bool
+    dropout_p: float
+    is_given: bool
+    dtype: torch.dtype
+    device: torch.device
+    input_dtypes: tuple[torch.dtype | None, ...]
+    save: bool
+    backend: str
+    kept: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_rows(self) -> int:
+        """R = T·k, grouped rows."""
+        return self.num_tokens * self.top_k
+
+    @property
+    def num_up(self) -> int:
+        """Columns of pre_activation."""
+        return 2 * self.d_ff if self.gated else self.d_ff
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        up_weight: Tensor,
+        up_bias: Tensor | None,
+        down_weight: Tensor,
+        down_bias: Tensor | None,
+        routing_weights: Tensor | None,
+        is_given: bool,
+        activation: str,
+        gated: bool,
+        dropout_p: float,
+        save: bool,
+        backend: str,
+        dtype: torch.dtype | None = None,
+    ) -> Problem:
+        """x: `[..., D]`; `dtype`: what is computed in, if not in x's. The same object for calls of the same kind."""
+        inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
+        dtype = x.dtype if dtype is None else dtype
+        dtypes = tuple(None if t is None else t.dtype for t in inputs)
+        num_experts, d_model, d_ff = down_weight.shape
+        num_tokens = x.numel() // d_model
+        top_k = 1 if routing_weights is None else routing_weights.shape[1]
+        sizes = (num_tokens, top_k, num_experts, d_model, d_ff)
+        key = (*sizes, activation, gated, float(dropout_p), is_given, dtype, x.device, dtypes, save, backend)
+        problem = _made.get(key)
+        return problem or keep(_made, key, cls(*key))
+
+
+_made: dict[Any, Problem] = {}
+
+
+def keep(among: dict[Any, Problem], key: Any, problem: Problem) -> Problem:
+    """Puts it among others; the oldest of too many is forgotten."""
+    if len(among) >= MAX_KEPT:
+        among.pop(next(iter(among)), None)
+    among[key] = problem
+    return problem
