@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-import ewa_kernels.autograd as autograd
+import ewa_kernels.calls as calls
 import ewa_kernels.checks as checks
 import ewa_kernels.ops as ops
 import ewa_kernels.private_torch as private_torch
@@ -18,7 +16,6 @@ import ewa_kernels.seeds as seeds
 import ewa_kernels.train.shards as shards
 from ewa_kernels.backends import resolve
 from ewa_kernels.kernels import graphs, merging
-from ewa_kernels.problem import Problem, keep
 
 ROUNDINGS = ("stochastic", "nearest")
 
@@ -122,7 +119,7 @@ def moe_ffn(
             the seed is on the CPU while a CUDA graph is captured.
     """
     inputs = (x, up_weight, up_bias, down_weight, down_bias, None)
-    return _ffn(inputs, seed, None, None, False, activation, gated, dropout_p, backend, recompute)
+    return calls.ffn(inputs, seed, None, None, False, activation, gated, dropout_p, backend, recompute)
 
 
 def grouped_ffn(
@@ -162,7 +159,7 @@ def grouped_ffn(
     Other Args, Returns, Raises: see `moe_ffn`.
     """
     inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
-    return _ffn(inputs, seed, permutation, expert_offsets, True, activation, gated, dropout_p, backend, recompute)
+    return calls.ffn(inputs, seed, permutation, expert_offsets, True, activation, gated, dropout_p, backend, recompute)
 
 
 def route(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:
@@ -206,173 +203,6 @@ def partition_by_expert(choices: Tensor, num_experts: int) -> tuple[Tensor, Tens
     checks.integer("num_experts", num_experts, minimum=1)
     checks.choices(choices, num_experts)
     return reference.partition_by_expert(choices, num_experts)
-
-
-def _int32(indices: Tensor) -> Tensor:
-    """Contiguous; what is out of range stays so."""
-    if indices.dtype == torch.int64:
-        indices = indices.clamp(-(2**31), 2**31 - 1)
-    return indices.to(torch.int32).contiguous()
-
-
-# Of calls that were checked, by all that was.
-_problems: dict[Any, Problem] = {}
-
-
-def problem_of(
-    inputs: tuple[Any, ...],
-    is_given: bool,
-    activation: str,
-    gated: bool,
-    dropout_p: float,
-    backend: str,
-    recompute: bool,
-) -> Problem:
-    """What describes a call in eager mode, whose arguments are checked, but for its seed and partition.
-
-    Args:
-        inputs: x, the parameters and the routing weights: plain tensors, which differ in what the key has, and else in
-            nothing that counts.
-    """
-    x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
-    key = (
-        (x.shape, x.dtype, x.device, up_weight.shape, up_weight.dtype, up_weight.device),
-        None if up_bias is None else (up_bias.shape, up_bias.dtype, up_bias.device),
-        (down_weight.shape, down_weight.dtype, down_weight.device),
-        None if down_bias is None else (down_bias.shape, down_bias.dtype, down_bias.device),
-        None if routing_weights is None else (routing_weights.shape, routing_weights.dtype, routing_weights.device),
-        # 1 is equal to True, and is refused.
-        (is_given, activation, gated, type(gated), dropout_p, type(dropout_p), backend, recompute, type(recompute)),
-        (_needs_grad(inputs), checks.autocast_dtype(x)),
-    )
-    try:
-        problem = _problems.get(key)
-    except TypeError:  # something unhashable, which is about to be refused
-        problem = None
-    if problem is None:
-        backend, dtype, save = _checked(inputs, activation, gated, dropout_p, backend, recompute)
-        problem = Problem.of(*inputs, is_given, activation, gated, dropout_p, save, backend, dtype)
-        keep(_problems, key, problem)
-    return problem
-
-
-def _checked(
-    inputs: tuple[Any, ...], activation: str, gated: bool, dropout_p: float, backend: str, recompute: bool
-) -> tuple[str, torch.dtype, bool]:
-    """The backend, what it computes in, and whether it saves pre_activation."""
-    x = inputs[0]
-    checks.ffn(*inputs[:5], activation, gated, dropout_p)
-    checks.boolean("recompute", recompute)
-    dtype = checks.autocast_dtype(x) or x.dtype
-    return resolve("moe_ffn", backend, x.device, dtype), dtype, _needs_grad(inputs) and not recompute
-
-
-def check_ffn(*arguments: Any) -> None:
-    """Raises what `checks.ffn` does; looks once at calls of the same kind."""
-    *inputs, activation, gated, dropout_p = arguments
-    if private_torch.is_watched(inputs):
-        checks.ffn(*arguments)
-    else:
-        problem_of((*inputs, None), False, activation, gated, dropout_p, "reference", False)
-
-
-def _needs_grad(inputs: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-
-
-def _ffn(
-    inputs: tuple[Any, ...],
-    seed: int | Tensor,
-    permutation: Tensor | None,
-    expert_offsets: Tensor | None,
-    is_given: bool,
-    activation: str,
-    gated: bool,
-    dropout_p: float,
-    backend: str,
-    recompute: bool,
-) -> Tensor:
-    if private_torch.is_watched((*inputs, permutation, expert_offsets)):
-        return _watched_ffn(
-            inputs, seed, permutation, expert_offsets, is_given, activation, gated, dropout_p, backend, recompute
-        )
-    problem = problem_of(inputs, is_given, activation, gated, dropout_p, backend, recompute)
-    x, *_, routing_weights = inputs
-    if is_given:
-        checks.partition(permutation, expert_offsets, routing_weights, x, problem.num_experts)
-        permutation, expert_offsets = _int32(permutation), _int32(expert_offsets)
-    of_call: int | Tensor | None = checks.seed(seed, x.device)
-    if is_given and dropout_p == 0:
-        of_call = None  # nothing is random
-    elif x.is_cuda:
-        graphs.check_replayable("seed", of_call, x.device)
-    if problem.backend == "reference":
-        return _by_reference(inputs, of_call, permutation, expert_offsets, activation, gated, dropout_p)
-    if is_given and x.is_cpu:
-        checks.partition_values(permutation, expert_offsets, routing_weights)
-    call = autograd.MoeFFN.apply if _needs_grad(inputs) else autograd.run
-    return call(problem, of_call, permutation, expert_offsets, *inputs)
-
-
-def _watched_ffn(
-    inputs: tuple[Any, ...],
-    seed: int | Tensor,
-    permutation: Tensor | None,
-    expert_offsets: Tensor | None,
-    is_given: bool,
-    activation: str,
-    gated: bool,
-    dropout_p: float,
-    backend: str,
-    recompute: bool,
-) -> Tensor:
-    """`_ffn` by the operation, where somebody has to see it."""
-    x, *parameters, routing_weights = inputs
-    backend, dtype, save = _checked(inputs, activation, gated, dropout_p, backend, recompute)
-    if is_given:
-        checks.partition(permutation, expert_offsets, routing_weights, x, num_experts=parameters[0].shape[0])
-        permutation, expert_offsets = _int32(permutation), _int32(expert_offsets)
-    of_call: Tensor | None = checks.seed_tensor(seed, x.device)
-    # Without dropout nothing is random in groups that are given, and no seed is put into a graph.
-    of_call = None if is_given and dropout_p == 0 else graphs.replayable("seed", of_call, x.device)
-    if backend == "reference":
-        return _by_reference(inputs, of_call, permutation, expert_offsets, activation, gated, dropout_p)
-    _refuse_transforms(inputs)
-    y, _, _ = ops.moe_ffn(
-        x.to(dtype).reshape(-1, x.shape[-1]),
-        *parameters,
-        routing_weights,
-        of_call,
-        permutation,
-        expert_offsets,
-        activation,
-        gated,
-        float(dropout_p),
-        save,
-        backend,
-    )
-    return y.reshape(x.shape)
-
-
-def _by_reference(
-    inputs: tuple[Any, ...],
-    seed: int | Tensor | None,
-    permutation: Tensor | None,
-    expert_offsets: Tensor | None,
-    activation: str,
-    gated: bool,
-    dropout_p: float,
-) -> Tensor:
-    x, *parameters, routing_weights = inputs
-    options: dict[str, Any] = {"activation": activation, "gated": gated, "dropout_p": dropout_p}
-    if seed is not None:
-        options["seed"] = seed
-    if permutation is None or expert_offsets is None:
-        return reference.moe_ffn(x, *parameters, **options)
-    if x.device.type == "cpu":
-        permutation = ops.checked_permutation(permutation, expert_offsets, routing_weights)
-    options |= {"permutation": permutation, "expert_offsets": expert_offsets, "routing_weights": routing_weights}
-    return reference.grouped_ffn(x, *parameters, **options)
 
 
 def average_experts_(
@@ -491,15 +321,3 @@ def rounding_seed(like: Tensor) -> Tensor:
 
 
 _CPU = torch.device("cpu")
-
-
-def _refuse_transforms(tensors: Iterable[Tensor | None]) -> None:
-    """Through a custom operation torch answers forward-mode AD with zeros, silently, and torch.func.grad with a
-    message that does not say what to do."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError('moe_ffn does not support forward-mode AD (torch.func.jvp): use backend="reference"')
-        if not torch.compiler.is_compiling() and private_torch.is_differentiated(tensor):
-            raise RuntimeError('moe_ffn does not support torch.func.grad, vjp or jacrev: use backend="reference"')

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ewa_kernels.backends as backends
+import ewa_kernels.calls as calls
 import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
 import ewa_kernels.reference as reference
@@ -260,7 +261,7 @@ class RandomPartitionMoE(StackedExperts):
         """
         if not self.training:
             experts = self.experts
-            functional.check_ffn(x, *experts, self.activation, self.gated, self.dropout)
+            calls.check_ffn(x, *experts, self.activation, self.gated, self.dropout)
             if seed is not None:
                 checks.seed_tensor(seed, x.device)
             return forward_mean(x, experts, self.activation, self.gated)

@@ -17,7 +17,7 @@ import vision  # noqa: F401
 from models import SwiGLU
 
 import ewa_kernels as ewa
-from ewa_kernels import problem
+from ewa_kernels import calls, problem
 from ewa_kernels.surgery import adapters
 
 # Those that need a GPU, which `make gpu` runs, and the CUDA kernel on the host, which `extension_variants.py` does.
@@ -29,7 +29,7 @@ if os.environ.get("EWA_TEST_VARIANT") != "cuda-on-host":
 @pytest.fixture(autouse=True)
 def _calls_are_described_anew(monkeypatch):
     """What one test patches, the next does not find described by it."""
-    monkeypatch.setattr(ewa.functional, "_problems", {})
+    monkeypatch.setattr(calls, "_problems", {})
     monkeypatch.setattr(problem, "_made", {})
 
 

@@ -196,7 +196,7 @@ class TestGivenPartition:
 def test_permutation_is_the_specified_one(num_tokens, seed):
     expected = ewa.reference.random_permutation(num_tokens, seed)
     on_device = torch.tensor(seed, device=DEVICE)
-    assert torch.equal(permutation.random_permutation(num_tokens, on_device).cpu(), expected)
+    assert torch.equal(permutation.random_permutation(num_tokens, on_device, on_device.device).cpu(), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -352,10 +352,10 @@ def test_module_uses_the_backend_and_compiles():
 
 def test_seed_from_state():
     """Values of the generator's state that follow one another give seeds that do not."""
-    seeds = {seeds.from_state(state, offset) for state in range(50) for offset in range(0, 400, 4)}
-    assert len(seeds) == 5000
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    bits = torch.tensor([[seed >> k & 1 for k in range(63)] for seed in sorted(seeds)], dtype=torch.float64)
+    found = {seeds.from_state(state, offset) for state in range(50) for offset in range(0, 400, 4)}
+    assert len(found) == 5000
+    assert all(0 <= seed < 2**63 for seed in found)
+    bits = torch.tensor([[seed >> k & 1 for k in range(63)] for seed in sorted(found)], dtype=torch.float64)
     assert (bits.mean(0) - 0.5).abs().max() < 5 * 0.5 / 5000**0.5
 
 

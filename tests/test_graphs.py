@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ewa_kernels as ewa
-from ewa_kernels import functional, ops
+from ewa_kernels import calls, functional, ops
 from ewa_kernels.kernels import copies, counters, graphs
 from ewa_kernels.train import adamw
 
@@ -114,7 +114,7 @@ class TestCompiledForCuda:
 
     @pytest.mark.parametrize("seed", [torch.tensor(3), 3], ids=["tensor", "int"])
     def test_seed(self, seed, on_gpu, monkeypatch):
-        monkeypatch.setattr(functional, "resolve", lambda *arguments: "torch")
+        monkeypatch.setattr(calls, "resolve", lambda *arguments: "torch")
         x, weights = on_gpu(8, 16), [on_gpu(*size) for size in SIZES]
         seed = torch.empty((), dtype=torch.int64) if isinstance(seed, torch.Tensor) else seed
         graph = self.graph_of(lambda x, seed: functional.moe_ffn(x, *weights, seed=seed), x, seed)

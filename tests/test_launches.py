@@ -96,8 +96,8 @@ class TestBadPartition:
     def test_debug_mode_bounds_the_permutation(self, interpreter_in_debug_mode):
         x, weights = tokens(4, 16), parameters(2, 16, 24)
         permutation, offsets = torch.tensor([0, 1, 2, 4]).int(), torch.tensor([0, 2, 4]).int()
+        problem = Problem.of(x, *weights, None, True, "gelu", False, 0.0, False, "triton-single")
         with pytest.raises(Exception, match="permutation must hold"):
-            problem = Problem.of(x, *weights, None, True, "gelu", False, 0.0, False, "triton-single")
             moe_ffn.forward(problem, x, *weights, None, None, permutation, offsets)
 
     def test_debug_mode_says_nothing_else(self, interpreter_in_debug_mode):

@@ -192,5 +192,5 @@ class TestCompilerThatRecomputes:
         """The record does not grow for ever, and keeps the newest."""
         monkeypatch.setattr(seeds, "_MAX_DRAWN", 10)
         seeds._drawn.clear()
-        seeds = [int(ops.draw_seed(torch.empty(0))) for _ in range(30)]
-        assert list(seeds._drawn) == seeds[-10:]
+        drawn = [int(ops.draw_seed(torch.empty(0))) for _ in range(30)]
+        assert list(seeds._drawn) == drawn[-10:]

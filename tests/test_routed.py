@@ -134,55 +134,6 @@ def test_all_advance_together_by_products_of_our_own(monkeypatch, block_rows):
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize(
-    "options", [{}, {"gated": True, "activation": "silu", "bias": False}, {"renormalize": True}], ids=str
-)
-@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
-def test_is_the_loop(backend, options, top_k):
-    if top_k > 1 or not options.get("renormalize"):
-        check(make(5, top_k, backend=backend, **options), tokens(37, 12))
-
-
-def test_is_the_loop_in_float32_by_cpp():
-    check(make(5, 2, backend="cpp", gated=True), tokens(37, 12), torch.float32)
-
-
-def test_another_default_device_changes_nothing():
-    layer, x = make(4, 2, dtype=torch.float32), tokens(20, 12, dtype=torch.float32)
-    expected = layer(x)
-    with torch.device("meta"):
-        assert torch.equal(layer(x), expected)
-
-
-@pytest.mark.parametrize("backend", ["cpp", "torch"])
-@pytest.mark.parametrize("products", ["ours", "PyTorch's"])
-@pytest.mark.parametrize("block_rows", [64, 2048])
-def test_groups_of_other_sizes_advance_together(monkeypatch, backend, products, block_rows):
-    """By products of PyTorch's as far as all have rows; what is left comes by turns."""
-    monkeypatch.setattr(blocks, "LOCKSTEP_ROWS", 1)
-    monkeypatch.setattr(blocked_ffn, "rows_in_a_block", lambda *_: block_rows)
-    if products == "PyTorch's":
-        monkeypatch.setattr(blocked_ffn, "have_products", lambda _: False)
-    passes = []
-    monkeypatch.setattr(blocked_ffn, "blocks", lambda *args: passes.append(blocks.blocks(*args)) or passes[-1])
-    check(make(3, 2, dtype=torch.float32, backend=backend, gated=True), tokens(200, 12), torch.float32)
-    forward, backward = (
-        [(block.experts, block.counts, block.beta) for block in of_pass] for of_pass in (passes[0], passes[-1])
-    )
-    assert forward == backward
-    assert forward[0][0] == slice(0, 3)
-    assert [beta for *_, beta in forward] == [0] + [1] * (len(forward) - 1)
-    counts = [counts for _, counts, _ in forward]
-    if backend == "cpp" and products == "ours" and have_products(torch.float32):
-        assert len(counts) == max(round(400 / block_rows), 1)
-        assert {len(of_block) for of_block in counts} == {3}
-        assert len(set(map(sum, counts))) <= 3
-    else:
-        assert {len(of_block) for of_block in counts} == {1, 3}
-        assert all(len(set(of_block)) == 1 for of_block in counts)
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize(
     ("form", "dtype"), [*((f, torch.float32) for f in FLOAT32_FORMS), *((f, torch.float16) for f in FORMS)]
 )
 def test_kernels_are_the_specification(form, top_k, dtype):

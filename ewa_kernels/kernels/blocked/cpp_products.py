@@ -61,7 +61,7 @@ def forward(
     permutation: Tensor | None,
     expert_offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y `[R, D]` by choice, pre_activation `[R, F or 2F]`, in block order, or None unless saved, and the permutation."""
+    """y `[R, D]` by choice, pre_activation `[R, F or 2F]`, in block order, or None unless saved, and the deal."""
     layer = _layer(problem, dtype, (up_weight, up_bias, down_weight, down_bias))
     weights = _weights(routing_weights, dtype)
     deal = permutation is None

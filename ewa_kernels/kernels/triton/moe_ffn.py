@@ -22,14 +22,15 @@ from ewa_kernels.problem import Problem
 _NOTHING = contextlib.nullcontext()
 
 
-def parameters(problem: Problem, *given: Tensor | None) -> list[Tensor | None]:
+def parameters(
+    problem: Problem, up_weight: Tensor, up_bias: Tensor | None, down_weight: Tensor, down_bias: Tensor | None
+) -> list[Tensor | None]:
     """As the kernels read them: contiguous and aligned, weights in x's dtype. Biases keep theirs."""
-    up_weight, up_bias, down_weight, down_bias = (
-        t if t is None else (t if i % 2 else in_dtype(t, problem.dtype)).contiguous() for i, t in enumerate(given)
-    )
+    up_weight, down_weight = (in_dtype(weight, problem.dtype).contiguous() for weight in (up_weight, down_weight))
     if up_weight.data_ptr() % 16 or down_weight.data_ptr() % 16:
         _warn_once_of_copies()
-    return [None if t is None else aligned(t) for t in (up_weight, up_bias, down_weight, down_bias)]
+    up_bias, down_bias = (None if bias is None else aligned(bias.contiguous()) for bias in (up_bias, down_bias))
+    return [aligned(up_weight), up_bias, aligned(down_weight), down_bias]
 
 
 def forward(
