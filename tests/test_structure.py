@@ -57,7 +57,6 @@ LAYERS = {
     "integrations": {"*"},
     "aot": {"kernels"},
     "demo": {"*"},
-    "demo_plot": {"*"},
     "__init__": {"*"},
     "__main__": {"*"},
 }
