@@ -11,7 +11,8 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.layer import training_pass
 from benchmarks.parity import Gate, WrongResultError
-from benchmarks.peers import BMM, OURS, Peer
+from benchmarks.peer import Peer
+from benchmarks.peers import BMM, OURS
 from benchmarks.problem import make
 from benchmarks.timing import Stopwatch, interleaved
 

@@ -14,7 +14,8 @@ from benchmarks import timing
 from benchmarks.cases import PHASES, Case
 from benchmarks.floors import Floors
 from benchmarks.parity import Function, Gate, WrongResultError
-from benchmarks.peers import BMM, Peer
+from benchmarks.peer import Peer
+from benchmarks.peers import BMM
 from benchmarks.problem import Problem, make
 from benchmarks.timing import Sample, Stopwatch, Variant
 

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import peers
 from benchmarks.cases import Case
 from benchmarks.parity import Function
-from benchmarks.peers import Peer
+from benchmarks.peer import Peer, activate, choices_of
 from benchmarks.problem import Problem
 
 Rule = Callable[[Case], str | None]
@@ -71,12 +70,12 @@ def _scattermoe(case: Case) -> Function:
     api: Any = importlib.import_module("scattermoe.parallel_experts")
 
     def function(p: Problem, seed: int | None) -> Tensor:
-        choices = peers.choices_of(p, seed)
+        choices = choices_of(p, seed)
         expert, order, offsets = api.flatten_sort_count(choices, num_experts=case.num_experts)
         where = (expert, order, offsets)
         up, down = p.up_weight.mT, p.down_weight.mT
         pre = api.parallel_linear(p.x, up, choices.shape[1], *where, expert_biases=p.up_bias, grouped_out=True)
-        hidden = peers.activate(pre, case)
+        hidden = activate(pre, case)
         return api.parallel_linear(
             hidden, down, 1, *where, expert_biases=p.down_bias, gates=p.routing_weights, grouped_in=True
         )
@@ -93,7 +92,7 @@ def _liger(case: Case) -> Function:
     api: Any = importlib.import_module("liger_kernel.ops.fused_moe")
 
     def function(p: Problem, seed: int | None) -> Tensor:
-        choices = peers.choices_of(p, seed)
+        choices = choices_of(p, seed)
         weights = _weights_of(p, choices)
         return api.LigerFusedMoEFunction.apply(p.x, p.up_weight, p.down_weight, choices.to(torch.int32), weights)
 
@@ -105,7 +104,7 @@ def _sonicmoe(case: Case) -> Function:
     kind = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
 
     def function(p: Problem, seed: int | None) -> Tensor:
-        choices = peers.choices_of(p, seed)
+        choices = choices_of(p, seed)
         token = torch.arange(len(p.x), dtype=torch.int32, device=p.device).repeat_interleave(choices.shape[1])
         y, _ = api.moe_general_routing_inputs(
             p.x,
@@ -163,7 +162,7 @@ def _megablocks(case: Case) -> Function:
             moe_top_k=k,
             bias=False,
             return_bias=False,
-            activation_fn=lambda pre: peers.activate(pre, case),
+            activation_fn=lambda pre: activate(pre, case),
             mlp_impl="grouped",
             fp16=case.dtype == torch.float16,
             bf16=case.dtype == torch.bfloat16,
@@ -171,7 +170,7 @@ def _megablocks(case: Case) -> Function:
     )
 
     def function(p: Problem, seed: int | None) -> Tensor:
-        choices = peers.choices_of(p, seed)
+        choices = choices_of(p, seed)
         weights = {"mlp.w1": p.up_weight.flatten(0, 1), "mlp.w2": p.down_weight.mT.flatten(0, 1)}
         shape = (len(p.x), case.num_experts)
         scores = torch.full(

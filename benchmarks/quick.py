@@ -11,7 +11,8 @@ import torch
 from benchmarks import experts
 from benchmarks.cases import QUICK_CASES, Case
 from benchmarks.parity import Gate
-from benchmarks.peers import BMM, LOOP, OURS, Peer, peers
+from benchmarks.peer import Peer
+from benchmarks.peers import BMM, LOOP, OURS, peers
 from benchmarks.problem import make
 
 Benchmark = Callable[[Callable[[], object]], Any]

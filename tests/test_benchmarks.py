@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from benchmarks import experts, floors, growth, host, layer, plot, report, run, scaling, timing, training_step
-from benchmarks import peers as peers_module
 from benchmarks.cases import CPU_CASES, GPU_CASES, PHASES, QUICK_CASES, Case, cases
 from benchmarks.parity import Gate, WrongResultError
-from benchmarks.peers import BMM, DENSE, LOOP, OURS, Peer, peers
+from benchmarks.peer import Peer, choices_of
+from benchmarks.peers import BMM, DENSE, LOOP, OURS, peers
 from benchmarks.problem import SEED, make
 
 TINY = Case("tiny", 64, 16, 32)
@@ -172,7 +172,7 @@ def test_a_peer_that_raises_does_not_end_the_run():
 def test_libraries_that_know_routed_layers_alone_get_the_same_deal():
     case = replace(TINY, num_tokens=63)
     problem = make(case, "cpu")
-    choices = peers_module.choices_of(problem, SEED)
+    choices = choices_of(problem, SEED)
     assert choices.unique(return_counts=True)[1].max() == 16
     routed = replace(problem, case=replace(case, top_k=1), choices=choices, routing_weights=torch.ones(63, 1))
     routed.routing_weights.requires_grad_()

@@ -9,8 +9,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-import ewa_kernels
-from ewa_kernels import demo, demo_plot
+import ewa_kernels.demo
+from ewa_kernels.demo import plot, training
+from ewa_kernels.demo.__main__ import main, parse_options
 
 NUM_PARAMETERS = 202_186  # of the ViT
 NUM_FFN = 33_088  # of one of its FFNs: 64·256 + 256 + 256·64 + 64
@@ -20,7 +21,7 @@ def run(*argv: str) -> str:
     """What the demo prints, on one line."""
     stdout = io.StringIO()
     with contextlib.redirect_stdout(stdout):
-        demo.main(argv)
+        main(argv)
     return " ".join(stdout.getvalue().split())
 
 
@@ -103,31 +104,31 @@ def test_extremes(tmp_path, options, expected):
     ],
 )
 def test_verdict_claims_no_more_than_measured(differences, expected):
-    text = demo_plot.verdict(differences)
+    text = plot.verdict(differences)
     assert expected in text
     assert ("no effect can be claimed" in text) != ("does not include 0" in text)
 
 
 def test_agreement_sees_a_wrong_contraction():
-    options = demo.parse_options([])
-    right = demo_plot.Contraction(step=0, beta=0.3, before=[1.0, 2.0], after=[0.6, 1.2])
+    options = parse_options([])
+    right = training.Contraction(step=0, beta=0.3, before=[1.0, 2.0], after=[0.6, 1.2])
     wrong = right._replace(after=[0.6, 1.26])
-    results = [demo.Pair(*[demo.Result(90.0, 1, 1, 1.0, [1.0])] * 3, [c]) for c in (right, wrong)]
-    assert "5.0e-02 is the largest relative deviation of 4 measurements" in demo_plot.agreement(options, results)
-    assert "e-16 is the largest relative deviation of 2" in demo_plot.agreement(options, results[:1])
+    results = [training.Pair(*[training.Result(90.0, 1, 1, 1.0, [1.0])] * 3, [c]) for c in (right, wrong)]
+    assert "5.0e-02 is the largest relative deviation of 4 measurements" in plot.agreement(options, results)
+    assert "e-16 is the largest relative deviation of 2" in plot.agreement(options, results[:1])
 
 
 def test_pair_starts_from_the_same_weights_and_batch():
-    options = demo.parse_options(["--init", "copy", "--train-images", "60", "--epochs", "1"])
-    pair = demo.run_pair(options, 7, lambda loss: None, lambda loss: None)
+    options = parse_options(["--init", "copy", "--train-images", "60", "--epochs", "1"])
+    pair = training.run_pair(options, 7, lambda loss: None, lambda loss: None)
     assert pair.experts.losses == pytest.approx(pair.dense.losses, rel=1e-5)
 
 
 def test_unequal_outputs_are_an_error():
     ones = torch.ones(2, 3)
-    demo.check_equal("a", ones, "b", ones.clone())
+    training.check_equal("a", ones, "b", ones.clone())
     with pytest.raises(SystemExit, match=r"^ewa_kernels.demo: a differs from b by up to 0.5$"):
-        demo.check_equal("a", ones, "b", ones.clone().index_fill(0, torch.tensor([1]), 0.5))
+        training.check_equal("a", ones, "b", ones.clone().index_fill(0, torch.tensor([1]), 0.5))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_unequal_outputs_are_an_error():
 )
 def test_bad_option_is_one_line(argv, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        demo.main(argv)
+        main(argv)
     assert exit_info.value.code == 2
     assert capsys.readouterr() == ("", f"ewa_kernels.demo: {message}\n")
 
@@ -160,11 +161,11 @@ def test_bad_option_is_one_line(argv, message, capsys):
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib", "rich", "scipy"])
 def test_missing_package_is_one_line(package, monkeypatch):
     for name in list(sys.modules):
-        if name == "ewa_kernels.demo_plot" or name.split(".")[0] == package:
+        if name == "ewa_kernels.demo.plot" or name.split(".")[0] == package:
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(ewa_kernels, "demo_plot")
+    monkeypatch.delattr(ewa_kernels.demo, "plot")
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as exit_info:
-        demo.main([])
+        main([])
     message = str(exit_info.value.code)
     assert re.fullmatch(rf"ewa_kernels\.demo: .*{package}.*: pip install 'ewa_kernels\[demo\]'", message)

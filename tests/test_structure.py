@@ -71,7 +71,6 @@ LAYERS = {
     "integrations": {"*"},
     "aot": {"kernels", "problem"},
     "demo": {"*"},
-    "demo_plot": {"*"},
     "__init__": {"*"},
     "__main__": {"*"},
 }

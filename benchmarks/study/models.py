@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import ewa_kernels as ewa
-from ewa_kernels.demo import Block
+from ewa_kernels.demo.training import Block
 
 
 class Arm(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.study import solids
 from benchmarks.study.models import PointTransformer
-from ewa_kernels.demo import VisionTransformer
+from ewa_kernels.demo.training import VisionTransformer
 
 Array = NDArray[Any]
 

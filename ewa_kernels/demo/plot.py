@@ -1,4 +1,4 @@
-"""What `ewa_kernels.demo` measures of the experts, and what it shows: progress, a table, a verdict, a plot."""
+"""What the demo shows: progress, a table, a verdict, a plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,52 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy import stats
 
+from ewa_kernels.demo.training import Options, Pair, Result
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    import ewa_kernels as ewa
-    from ewa_kernels.demo import Options, Pair, Result
-
 DENSE, EXPERTS, THEORY = "#0072b2", "#d55e00", "#222222"
-NUM_MEASUREMENTS = 60  # of the spread, in one training
 SMALL_FACTOR = 0.01  # below it a relative deviation would only show float32 rounding
-
-
-# --- the spread ---
-
-
-class Contraction(NamedTuple):
-    """The experts' spread just before and just after one averaging, of each tensor."""
-
-    step: int
-    beta: float
-    before: list[float]
-    after: list[float]
-
-
-class SpreadMeter:
-    """Measures around some averagings; a float64 pass over all experts around each would take time."""
-
-    def __init__(self, averager: ewa.ExpertAverager, num_steps: int):
-        self.averager = averager
-        self.every = max(1, num_steps // NUM_MEASUREMENTS)
-        self.contractions: list[Contraction] = []
-
-    def before(self, *_: Any) -> None:
-        averager = self.averager
-        if averager.num_steps % self.every == 0:
-            before = list(averager.spread().values())
-            self.contractions.append(Contraction(averager.num_steps, averager.share_rate, before, after=[]))
-
-    def after(self, *_: Any) -> None:
-        if not self.contractions[-1].after:
-            self.contractions[-1].after.extend(self.averager.spread().values())
-
-
-def overall(spreads: Sequence[float]) -> float:
-    """Root mean square over tensors, big and small alike."""
-    return math.sqrt(statistics.fmean(spread**2 for spread in spreads))
 
 
 # --- the console ---
@@ -199,6 +161,11 @@ def save_plot(options: Options, pairs: Sequence[Pair]) -> None:
         fontsize="medium",
     )
     figure.savefig(options.output)
+
+
+def overall(spreads: Sequence[float]) -> float:
+    """Root mean square over tensors, big and small alike."""
+    return math.sqrt(statistics.fmean(spread**2 for spread in spreads))
 
 
 def _plot_losses(axes: Axes, pairs: Sequence[Pair]) -> None:

@@ -1,21 +1,14 @@
-"""`make demo`: a small ViT on scikit-learn's digits, dense and with averaged experts; then the experts are folded.
-
-Both trainings of a seed start from the same weights, on the same split, and see the same batches. The difference
-in accuracy is reported with its 95 % interval and nothing is claimed beyond it: a few seeds cannot show a gain. Over
-20 seeds with 100 training images the difference was +0.4 ± 0.4 points for one tiny ViT, and −0.1 ± 0.4 for this one
-(`--seeds 20 --train-images 100 --epochs 100`).
-"""
+"""The demo's model, data, training and measurements: all of it that needs neither matplotlib nor rich."""
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +16,10 @@ from torch import Tensor, nn
 
 import ewa_kernels as ewa
 
-if TYPE_CHECKING:
-    from ewa_kernels.demo_plot import Contraction
-
 NUM_IMAGES = 1797
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
+NUM_MEASUREMENTS = 60  # of the spread, in one training
 
 
 # --- options ---
@@ -59,60 +50,6 @@ class Options:
     def contraction(self, beta: float) -> float:
         """What one averaging leaves of the spread: |1 − βE/(E−1)|."""
         return abs(1 - beta * self.experts / (self.experts - 1))
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def parse_options(argv: Sequence[str] | None) -> Options:
-    parser = OneLineParser(
-        prog="ewa_kernels.demo",
-        description="A small ViT on scikit-learn's digits: dense, with averaged experts, and folded.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-
-    def add(name: str, default: Any, convert: Callable[[str], Any], requirement: str, explanation: str) -> None:
-        def parse(text: str) -> Any:
-            try:
-                return convert(text)
-            except ValueError:
-                # Not a plain raise: argparse would put its own words in front.
-                parser.error(f"{name} must be {requirement}, got {text}")
-
-        parser.add_argument(name, default=default, type=parse, metavar=name[2].upper(), help=explanation)
-
-    def add_int(name: str, default: int, low: int, high: int, explanation: str) -> None:
-        add(name, default, lambda text: _in_range(int(text), low, high), f"an int from {low} to {high}", explanation)
-
-    def add_choice(name: str, default: str, choices: tuple[str, ...], explanation: str) -> None:
-        listed = ", ".join(choices)
-        add(name, default, lambda text: choices[choices.index(text)], f"one of {listed}", f"{explanation}: {listed}")
-
-    add_int("--experts", 4, 2, 64, "experts per replaced FFN")
-    add("--share-rate", 0.3, lambda text: _in_range(float(text), 0, 1), "in [0, 1]", "final β")
-    add_choice("--schedule", "linear", ("constant", "linear", "cosine"), "how β gets there")
-    add_choice("--init", "independent", ("copy", "independent"), "how the experts start")
-    add_int("--seeds", 3, 1, 100, "paired trainings")
-    add_int("--train-images", 1000, 20, NUM_IMAGES - 100, f"of {NUM_IMAGES}, the rest is for testing")
-    add_int("--epochs", 20, 1, 1000, "epochs of each training")
-    add("--output", "ewa_demo.png", _png_path, "a .png file in a folder that exists", "where the plot goes")
-    return Options(**vars(parser.parse_args(argv)))
-
-
-def _in_range(value: Any, low: float, high: float) -> Any:
-    if not low <= value <= high:  # a NaN fails too
-        raise ValueError
-    return value
-
-
-def _png_path(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() != ".png" or not path.parent.is_dir() or path.is_dir():
-        raise ValueError
-    return path
 
 
 # --- the model: nothing in it knows of experts ---
@@ -245,6 +182,40 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+# --- the spread ---
+
+
+class Contraction(NamedTuple):
+    """The experts' spread just before and just after one averaging, of each tensor."""
+
+    step: int
+    beta: float
+    before: list[float]
+    after: list[float]
+
+
+class SpreadMeter:
+    """Measures around some averagings; a float64 pass over all experts around each would take time."""
+
+    def __init__(self, averager: ewa.ExpertAverager, num_steps: int):
+        self.averager = averager
+        self.every = max(1, num_steps // NUM_MEASUREMENTS)
+        self.contractions: list[Contraction] = []
+
+    def before(self, *_: Any) -> None:
+        averager = self.averager
+        if averager.num_steps % self.every == 0:
+            before = list(averager.spread().values())
+            self.contractions.append(Contraction(averager.num_steps, averager.share_rate, before, after=[]))
+
+    def after(self, *_: Any) -> None:
+        if not self.contractions[-1].after:
+            self.contractions[-1].after.extend(self.averager.spread().values())
+
+
+# --- one seed ---
+
+
 class Result(NamedTuple):
     """One model of one seed."""
 
@@ -268,8 +239,6 @@ def run_pair(
     options: Options, seed: int, advance_dense: Callable[[float], None], advance_experts: Callable[[float], None]
 ) -> Pair:
     """Trains dense and with experts from the same weights, then folds the experts."""
-    from ewa_kernels.demo_plot import SpreadMeter
-
     data = load_data(options.train_images, seed)
     torch.manual_seed(seed)
     dense = VisionTransformer()
@@ -314,38 +283,5 @@ def check_equal(name: str, logits: Tensor, expected_name: str, expected: Tensor)
         fail(f"{name} differs from {expected_name} by up to {difference:.3g}")
 
 
-# --- the command ---
-
-
 def fail(message: str) -> NoReturn:
     raise SystemExit(f"ewa_kernels.demo: {message}")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parse_options(argv)
-    start = time.perf_counter()
-    try:
-        import sklearn  # noqa: F401
-
-        from ewa_kernels import demo_plot
-    except ImportError as error:
-        fail(f"{str(error).splitlines()[0]}: pip install 'ewa_kernels[demo]'")
-    console = demo_plot.make_console()
-    pairs = []
-    with demo_plot.make_progress(console) as progress:
-        advance_dense, advance_experts = (
-            demo_plot.add_bar(progress, name, options.seeds * options.num_steps) for name in ("dense", "experts")
-        )
-        for seed in range(options.seeds):
-            pairs.append(run_pair(options, seed, advance_dense, advance_experts))
-    demo_plot.show(console, options, pairs)
-    try:
-        demo_plot.save_plot(options, pairs)
-    except OSError as error:
-        fail(f"the plot was not saved: {error}")
-    console.print(f"plot: {options.output.resolve()}", soft_wrap=True)
-    console.print(f"{time.perf_counter() - start:.0f} seconds in all")
-
-
-if __name__ == "__main__":
-    main()

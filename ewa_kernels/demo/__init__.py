@@ -1,0 +1,1 @@
+"""`make demo`: a small ViT on scikit-learn's digits, dense and with averaged experts, which are then folded."""
