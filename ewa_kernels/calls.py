@@ -127,6 +127,8 @@ def _int32(indices: Tensor) -> Tensor:
     return indices.to(torch.int32).contiguous()
 
 
+_apply = private_torch.apply_straight(MoeFFN)
+
 # Of calls that were checked, by all that was.
 _problems: dict[Any, Problem] = {}
 
@@ -141,6 +143,7 @@ def problem_of(
     dropout_p: float,
     backend: str,
     recompute: bool,
+    needs_grad: bool,
 ) -> Problem:
     """What describes a call in eager mode. The first of its kind is checked, but for its seed.
 
@@ -151,13 +154,14 @@ def problem_of(
     x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
     key: tuple[Any, ...] | None
     try:
-        key = _key(inputs, (is_given, activation, gated, dropout_p, backend, recompute))
+        key = _key(inputs, (is_given, activation, gated, dropout_p, backend, recompute), needs_grad)
         problem = _problems.get(key)
     except (AttributeError, TypeError):  # None, or something unhashable, which is about to be refused
         key = problem = None
     if problem is None:
         _check(inputs, permutation, expert_offsets, is_given, activation, gated, dropout_p, recompute)
-        backend, dtype, save = _resolved(inputs, backend, recompute)
+        backend, dtype = _resolved(x, backend)
+        save = needs_grad and not recompute
         problem = Problem.of(
             x, up_weight, up_bias, down_weight, down_bias, routing_weights, is_given, activation, gated, dropout_p,
             save, backend, dtype,
@@ -166,7 +170,7 @@ def problem_of(
     return problem
 
 
-def _key(inputs: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+def _key(inputs: tuple[Any, ...], options: tuple[Any, ...], needs_grad: bool) -> tuple[Any, ...]:
     """All that checks and backends look at."""
     x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
     return (
@@ -177,7 +181,7 @@ def _key(inputs: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
         None if routing_weights is None else (routing_weights.shape, routing_weights.dtype, routing_weights.device),
         options,
         tuple(map(type, options)),  # 1 is equal to True, and is refused
-        (_needs_grad(inputs), checks.autocast_dtype(x)),
+        (needs_grad, checks.autocast_dtype(x)),
     )
 
 
@@ -198,11 +202,10 @@ def _check(
         checks.partition(permutation, expert_offsets, routing_weights, x, num_experts=up_weight.shape[0])
 
 
-def _resolved(inputs: tuple[Any, ...], backend: str, recompute: bool) -> tuple[str, torch.dtype, bool]:
-    """The backend, what it computes in, and whether it saves pre_activation."""
-    x = inputs[0]
+def _resolved(x: Tensor, backend: str) -> tuple[str, torch.dtype]:
+    """The backend, and what it computes in."""
     dtype = checks.autocast_dtype(x) or x.dtype
-    return resolve("moe_ffn", backend, x.device, dtype), dtype, _needs_grad(inputs) and not recompute
+    return resolve("moe_ffn", backend, x.device, dtype), dtype
 
 
 def check_ffn(*arguments: Any) -> None:
@@ -211,11 +214,15 @@ def check_ffn(*arguments: Any) -> None:
     if private_torch.is_watched(inputs):
         checks.ffn(*arguments)
     else:
-        problem_of((*inputs, None), None, None, False, activation, gated, dropout_p, "reference", False)
+        problem_of((*inputs, None), None, None, False, activation, gated, dropout_p, "reference", False, False)
 
 
 def _needs_grad(inputs: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if torch.is_grad_enabled():
+        for tensor in inputs:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def ffn(
@@ -234,7 +241,8 @@ def ffn(
         return _watched_ffn(
             inputs, seed, permutation, expert_offsets, is_given, activation, gated, dropout_p, backend, recompute
         )
-    options = (activation, gated, dropout_p, backend, recompute)
+    needs_grad = _needs_grad(inputs)
+    options = (activation, gated, dropout_p, backend, recompute, needs_grad)
     problem = problem_of(inputs, permutation, expert_offsets, is_given, *options)
     x, *_, routing_weights = inputs
     if permutation is not None and expert_offsets is not None:
@@ -249,7 +257,7 @@ def ffn(
         graphs.check_replayable("seed", of_call, x.device)
     if problem.backend == "reference":
         return _by_reference(inputs, of_call, permutation, expert_offsets, activation, gated, dropout_p)
-    call = MoeFFN.apply if _needs_grad(inputs) else run
+    call = _apply if needs_grad else run
     return call(problem, of_call, permutation, expert_offsets, *inputs)
 
 
@@ -273,7 +281,7 @@ def _watched_ffn(
     checked_seed = checks.seed_tensor(seed, x.device)
     # Without dropout nothing is random in groups that are given, and no seed is put into a graph.
     of_call = None if is_given and dropout_p == 0 else graphs.replayable("seed", checked_seed, x.device)
-    backend, dtype, save = _resolved(inputs, backend, recompute)
+    backend, dtype = _resolved(x, backend)
     if backend == "reference":
         return _by_reference(inputs, of_call, permutation, expert_offsets, activation, gated, dropout_p)
     _refuse_transforms(inputs)
@@ -287,7 +295,7 @@ def _watched_ffn(
         activation,
         gated,
         float(dropout_p),
-        save,
+        _needs_grad(inputs) and not recompute,
         backend,
     )
     return y.reshape(x.shape)

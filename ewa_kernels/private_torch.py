@@ -6,7 +6,7 @@ Each is looked up where it is called, so that a version of torch without it fail
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -88,6 +88,11 @@ def is_differentiated(tensor: Tensor) -> bool:
 
 
 # --- autograd ---
+
+
+def apply_straight(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` for plain tensors: it looks for what torch.func has left, and at defaults of `forward`."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def is_in_backward() -> bool:

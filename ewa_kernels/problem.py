@@ -47,7 +47,7 @@ class Problem:
     input_dtypes: tuple[torch.dtype | None, ...]
     save: bool
     backend: str
-    kept: dict[str, Any] = field(default_factory=dict, repr=False)
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def num_rows(self) -> int:

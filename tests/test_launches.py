@@ -1,6 +1,10 @@
 """What the layer's kernels are launched with: groups that are given, addresses, multiprocessors, memory."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,3 +285,12 @@ class TestMemoryOfTheBackward:
         (pieces,) = (shape[0] for (shape, *_) in asked[1] if isinstance(shape, tuple) and shape[1:] == (80,))
         block_n = launches["backward_kernel"].options["BLOCK_N"]
         assert pieces == -(-500 // block_n)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="stands in for the driver")
+def test_launched_again_as_the_first_time():
+    """What the first launch compiled is given the arguments that Triton itself would give it."""
+    script = Path(__file__).parent / "launch_again.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert result.stdout.strip() == "as the first time", result.stderr

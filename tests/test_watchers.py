@@ -150,3 +150,22 @@ class TestWhoSees:
         x = torch.randn(21, 6, requires_grad=True)
         checkpoint(lambda x: layer(x, seed=5), x, use_reentrant=False, context_fn=contexts).sum().backward()
         assert ops.moe_ffn in seen
+
+
+def test_eager_goes_straight(layer, monkeypatch):
+    """Where nobody stands between, neither operation is called, nor a seed put into a tensor."""
+
+    def fail(*arguments):
+        pytest.fail("an operation was called")
+
+    for name in ("moe_ffn", "moe_ffn_backward", "draw_seed", "random_permutation"):
+        monkeypatch.setattr(ops, name, fail)
+    x = torch.randn(3, 7, 6, requires_grad=True)
+    for recompute in (False, True):
+        layer.recompute = recompute
+        layer(x).sum().backward()
+    with torch.no_grad():
+        layer(x, seed=torch.tensor(3))
+    routed = ewa.RoutedMoE(6, 10, 3, 2)
+    routed(x).sum().backward()
+    assert type(layer.draw_seed(x)) is int

@@ -24,9 +24,9 @@ if extension.WHY_NOT is None:
 
 def _layer(problem: Problem, dtype: torch.dtype, parameters: Sequence[Tensor | None]) -> _C.Layer:
     """`dtype`: what products are made in."""
-    kept = problem.kept.get(f"layer {dtype}")
+    kept = problem.kept.get(dtype)
     if kept is None:
-        kept = problem.kept[f"layer {dtype}"] = _C.Layer(
+        kept = problem.kept[dtype] = _C.Layer(
             problem.num_tokens,
             problem.top_k,
             problem.num_experts,
@@ -117,7 +117,7 @@ def backward(
             return None
         narrow = problem.input_dtypes[i]
         rounded = at_once and narrow is not None and narrow.itemsize == 2 and work.num_blocks == 1
-        return torch.empty(like.shape, dtype=narrow if rounded else torch.float32, device="cpu")
+        return torch.empty_like(like, dtype=narrow if rounded else torch.float32)
 
     grads = [
         x.new_empty(problem.num_rows, problem.d_model) if needed[0] else None,
