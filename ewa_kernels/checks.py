@@ -21,7 +21,7 @@ _INTEGERS: Any = (int, torch.SymInt, numbers.Integral)
 MAX_TOKENS = 2**31
 
 
-def seed_tensor(seed: int | Tensor, device: torch.device | None = None) -> Tensor:
+def seed_tensor(seed: Any, device: torch.device | None = None) -> Tensor:
     """`seed` as an int64 tensor with one element: an int on the CPU (on `device` in what is compiled, which may make a
     CUDA graph of it), a tensor where it is.
 
@@ -46,7 +46,7 @@ def seed_tensor(seed: int | Tensor, device: torch.device | None = None) -> Tenso
     return torch.full((), int(seed), dtype=torch.int64, device=device)
 
 
-def seed(seed: int | Tensor, device: torch.device) -> int | Tensor:
+def seed(seed: Any, device: torch.device) -> int | Tensor:
     """The same, where it is needed: an int, unless it is a tensor on `device` and that is no CPU.
 
     Raises:

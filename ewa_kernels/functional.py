@@ -16,6 +16,7 @@ import ewa_kernels.seeds as seeds
 import ewa_kernels.train.shards as shards
 from ewa_kernels.backends import resolve
 from ewa_kernels.kernels import graphs, merging
+from ewa_kernels.problem import Deal, Inputs, Options
 
 ROUNDINGS = ("stochastic", "nearest")
 
@@ -118,8 +119,8 @@ def moe_ffn(
         RuntimeError: forward-mode AD, or a gradient of torch.func, is asked for, which only backend="reference" has; or
             the seed is on the CPU while a CUDA graph is captured.
     """
-    inputs = (x, up_weight, up_bias, down_weight, down_bias, None)
-    return calls.ffn(inputs, seed, None, None, False, activation, gated, dropout_p, backend, recompute)
+    inputs = Inputs(x, up_weight, up_bias, down_weight, down_bias, None)
+    return calls.ffn(inputs, Deal(seed), False, Options(activation, gated, dropout_p, backend, recompute))
 
 
 def grouped_ffn(
@@ -158,8 +159,9 @@ def grouped_ffn(
     `expert_offsets` on the host.
     Other Args, Returns, Raises: see `moe_ffn`.
     """
-    inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
-    return calls.ffn(inputs, seed, permutation, expert_offsets, True, activation, gated, dropout_p, backend, recompute)
+    inputs = Inputs(x, up_weight, up_bias, down_weight, down_bias, routing_weights)
+    deal = Deal(seed, permutation, expert_offsets)
+    return calls.ffn(inputs, deal, True, Options(activation, gated, dropout_p, backend, recompute))
 
 
 def route(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:

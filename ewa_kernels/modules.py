@@ -261,7 +261,7 @@ class RandomPartitionMoE(StackedExperts):
         """
         if not self.training:
             experts = self.experts
-            calls.check_ffn(x, *experts, self.activation, self.gated, self.dropout)
+            calls.check_ffn(x, experts, self.activation, self.gated, self.dropout)
             if seed is not None:
                 checks.seed_tensor(seed, x.device)
             return forward_mean(x, experts, self.activation, self.gated)

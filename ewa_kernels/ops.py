@@ -24,7 +24,7 @@ import ewa_kernels.seeds as seeds
 from ewa_kernels.kernels import moe_ffn as kernels
 from ewa_kernels.kernels import parameter_pass, permutation
 from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.problem import Problem
+from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
 _LIBRARY = torch.library.Library("ewa_kernels", "DEF")
 
@@ -117,60 +117,31 @@ checked_permutation = _define(
 )
 
 
-def _moe_ffn(
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    routing_weights: Tensor | None,
-    seed: Tensor | None,
-    permutation: Tensor | None,
-    expert_offsets: Tensor | None,
-    activation: str,
-    gated: bool,
-    dropout_p: float,
-    save: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if permutation is not None and expert_offsets is not None and x.device.type == "cpu":
+def _moe_ffn(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, deal = Inputs(*arguments[:6]), Deal(*arguments[6:9])
+    activation, gated, dropout_p, save, backend = arguments[9:]
+    is_given = False
+    if deal.permutation is not None and deal.expert_offsets is not None:
+        is_given = True
         # Not in `functional`: a compiled graph knows the values here only.
-        checks.partition_values(permutation, expert_offsets, routing_weights)
-    inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
-    options = (permutation is not None, activation, gated, dropout_p, save, backend)
-    problem = Problem.of(*inputs, *options)
+        if inputs.x.device.type == "cpu":
+            checks.partition_values(deal.permutation, deal.expert_offsets, inputs.routing_weights)
+    problem = Problem.of(inputs, is_given, Options(activation, gated, dropout_p, backend, not save), save)
     of_backend = kernels.of(problem)
-    parameters = of_backend.parameters(problem, *inputs[1:5])
-    y, pre_activation, drawn = of_backend.forward(
-        problem, x, *parameters, routing_weights, seed, permutation, expert_offsets
-    )
+    y, pre_activation, permutation = of_backend.forward(problem, of_backend.prepared(problem, inputs), deal)
     # What is not kept is [0].
-    pre_activation = x.new_empty(0) if pre_activation is None else pre_activation
-    return y, pre_activation, drawn if save and permutation is None else drawn.new_empty(0)
+    pre_activation = inputs.x.new_empty(0) if pre_activation is None else pre_activation
+    return y, pre_activation, permutation if save and not is_given else permutation.new_empty(0)
 
 
-def _moe_ffn_fake(
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    routing_weights: Tensor | None,
-    seed: Tensor | None,
-    permutation: Tensor | None,
-    expert_offsets: Tensor | None,
-    activation: str,
-    gated: bool,
-    dropout_p: float,
-    save: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens = x.shape[0]
-    num_rows = num_tokens if permutation is None else permutation.shape[0]
+def _moe_ffn_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, deal, save = Inputs(*arguments[:6]), Deal(*arguments[6:9]), arguments[12]
+    x, num_tokens = inputs.x, inputs.x.shape[0]
+    num_rows = num_tokens if deal.permutation is None else deal.permutation.shape[0]
     return (
-        x.new_empty(num_tokens, down_weight.shape[1]),
-        x.new_empty((num_rows, up_weight.shape[1]) if save else 0),
-        x.new_empty(num_tokens if save and permutation is None else 0, dtype=torch.int32),
+        x.new_empty(num_tokens, inputs.down_weight.shape[1]),
+        x.new_empty((num_rows, inputs.up_weight.shape[1]) if save else 0),
+        x.new_empty(num_tokens if save and deal.permutation is None else 0, dtype=torch.int32),
     )
 
 
@@ -185,61 +156,30 @@ moe_ffn = _define(
 )
 
 
-def _moe_ffn_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    routing_weights: Tensor | None,
-    seed: Tensor | None,
-    permutation: Tensor,
-    expert_offsets: Tensor | None,
-    pre_activation: Tensor,
-    activation: str,
-    gated: bool,
-    dropout_p: float,
-    output_mask: Sequence[bool],
-    backend: str,
-) -> tuple[Tensor, ...]:
-    inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
-    is_given = expert_offsets is not None
-    save = pre_activation.shape[0] > 0
-    problem = Problem.of(*inputs, is_given, activation, gated, dropout_p, save, backend)
+def _moe_ffn_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (seed, permutation, expert_offsets, pre_activation) = Inputs(*arguments[:6]), arguments[6:10]
+    activation, gated, dropout_p, output_mask, backend = arguments[10:]
+    is_given, save = expert_offsets is not None, pre_activation.shape[0] > 0
+    problem = Problem.of(inputs, is_given, Options(activation, gated, dropout_p, backend, not save), save)
     of_backend = kernels.of(problem)
-    parameters = of_backend.parameters(problem, *inputs[1:5])
     grads = of_backend.backward(
         problem,
         grad_y,
-        x,
-        *parameters,
-        routing_weights,
-        seed,
-        permutation if is_given or permutation.shape[0] > 0 else None,
-        expert_offsets,
+        of_backend.prepared(problem, inputs),
+        Deal(seed, permutation if is_given or permutation.shape[0] > 0 else None, expert_offsets),
         pre_activation if save else None,
         output_mask,
     )
     return tuple(
-        (x if t is None else t).new_empty(0) if grad is None else grad for t, grad in zip(inputs, grads, strict=True)
+        (inputs.x if t is None else t).new_empty(0) if grad is None else grad
+        for t, grad in zip(inputs, grads, strict=True)
     )
 
 
-def _moe_ffn_backward_fake(
-    grad_y: Tensor,
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    routing_weights: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    *_, output_mask, _ = arguments
-    inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
+def _moe_ffn_backward_fake(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, output_mask = Inputs(*arguments[:6]), arguments[13]
     return tuple(
-        x.new_empty(0) if t is None else t.new_empty(t.shape if needed else 0)
+        inputs.x.new_empty(0) if t is None else t.new_empty(t.shape if needed else 0)
         for t, needed in zip(inputs, output_mask, strict=True)
     )
 
@@ -252,6 +192,21 @@ moe_ffn_backward = _define(
     _moe_ffn_backward,
     _moe_ffn_backward_fake,
 )
+
+
+def backward_by_operation(
+    problem: Problem, grad_y: Tensor, inputs: Inputs, deal: Deal, pre_activation: Tensor | None, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """A backend's `backward`, seen by whoever watches."""
+    seed = None if deal.seed is None else seeds.tensor(deal.seed, inputs.x.device)
+    permutation = inputs.x.new_empty(0, dtype=torch.int32) if deal.permutation is None else deal.permutation
+    pre_activation = inputs.x.new_empty(0) if pre_activation is None else pre_activation
+    kept = (seed, permutation, deal.expert_offsets, pre_activation)
+    options = (problem.activation, problem.gated, problem.dropout_p, list(needed), problem.backend)
+    grads = moe_ffn_backward(grad_y, *inputs, *kept, *options)
+    return [
+        grad.to(dtype) if need else None for grad, dtype, need in zip(grads, problem.input_dtypes, needed, strict=True)
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

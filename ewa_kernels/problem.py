@@ -7,13 +7,57 @@ find out again.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 # More kinds of calls than a model has. Of inputs that never have the same length twice, the oldest are forgotten.
 MAX_KEPT = 4096
+
+
+class Inputs(NamedTuple):
+    """What there are gradients of. up_weight `[E, F or 2F, D]`, down_weight `[E, D, F]`: as `functional.moe_ffn` says.
+
+    For backends x is `[T, D]`, in the dtype that is computed in, and the parameters are as their `prepared` made them.
+    """
+
+    x: Tensor
+    up_weight: Tensor
+    up_bias: Tensor | None
+    down_weight: Tensor
+    down_bias: Tensor | None
+    routing_weights: Tensor | None
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """up_weight, up_bias, down_weight and down_bias."""
+        return self[1:5]
+
+
+class Deal(NamedTuple):
+    """Which grouped row is whose.
+
+    Attributes:
+        seed: of the deal, and of dropout; a tensor where it is on a GPU, or by an operation. None where nothing is
+            random.
+        permutation: int32 `[R]`. None: rows are dealt by the seed, in equal groups.
+        expert_offsets: int32 `[E + 1]`, of groups that are given, or None.
+    """
+
+    seed: int | Tensor | None
+    permutation: Tensor | None = None
+    expert_offsets: Tensor | None = None
+
+
+class Options(NamedTuple):
+    """As the public functions take them."""
+
+    activation: str
+    gated: bool
+    dropout_p: float
+    backend: str
+    recompute: bool
 
 
 @dataclass(eq=False)
@@ -61,32 +105,25 @@ class Problem:
 
     @classmethod
     def of(
-        cls,
-        x: Tensor,
-        up_weight: Tensor,
-        up_bias: Tensor | None,
-        down_weight: Tensor,
-        down_bias: Tensor | None,
-        routing_weights: Tensor | None,
-        is_given: bool,
-        activation: str,
-        gated: bool,
-        dropout_p: float,
-        save: bool,
-        backend: str,
-        dtype: torch.dtype | None = None,
+        cls, inputs: Inputs, is_given: bool, options: Options, save: bool, dtype: torch.dtype | None = None
     ) -> Problem:
-        """x: `[..., D]`; `dtype`: what is computed in, if not in x's. The same object for calls of the same kind."""
-        inputs = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
-        dtype = x.dtype if dtype is None else dtype
-        dtypes = tuple(None if t is None else t.dtype for t in inputs)
-        num_experts, d_model, d_ff = down_weight.shape
-        num_tokens = x.numel() // d_model
+        """The same object for calls of the same kind.
+
+        Args:
+            inputs: x may be `[..., D]`.
+            options: with the backend that was found; `recompute` is not looked at.
+            dtype: what is computed in, if not in x's.
+        """
+        x, routing_weights = inputs.x, inputs.routing_weights
+        num_experts, d_model, d_ff = inputs.down_weight.shape
         top_k = 1 if routing_weights is None else routing_weights.shape[1]
-        sizes = (num_tokens, top_k, num_experts, d_model, d_ff)
-        key = (*sizes, activation, gated, float(dropout_p), is_given, dtype, x.device, dtypes, save, backend)
-        problem = _made.get(key)
-        return problem or keep(_made, key, cls(*key))
+        key = (
+            *(x.numel() // d_model, top_k, num_experts, d_model, d_ff),
+            *(options.activation, options.gated, float(options.dropout_p), is_given),
+            *(x.dtype if dtype is None else dtype, x.device),
+            *(tuple(None if t is None else t.dtype for t in inputs), save, options.backend),
+        )
+        return _made.get(key) or keep(_made, key, cls(*key))
 
 
 _made: dict[Any, Problem] = {}

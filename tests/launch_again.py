@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 
 import ewa_kernels as ewa
 from ewa_kernels.kernels.triton import layer, moe_ffn
-from ewa_kernels.problem import Problem
+from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
 launches = []
 
@@ -54,7 +54,7 @@ def described(arguments):
     return [(t.dtype, t.data_ptr() % 16) if isinstance(t, torch.Tensor) else t for t in arguments]
 
 
-def check(backend, num_launches, seeds, **options):
+def check(backend, num_launches, seeds, dropout_p=0.0):
     torch.manual_seed(0)
     x, routing_weights = torch.randn(50, 32, dtype=torch.bfloat16), None
     weights = [torch.randn(size, dtype=torch.bfloat16) for size in ((2, 64, 32), (2, 64), (2, 32, 64), (2, 32))]
@@ -62,11 +62,11 @@ def check(backend, num_launches, seeds, **options):
     if "routed" in backend:
         routing_weights, choices = ewa.functional.route(torch.randn(50, 2), 2)
         given = ewa.functional.partition_by_expert(choices, 2)
-    inputs = (x, *weights, routing_weights)
-    arguments = {"activation": "gelu", "gated": False, "dropout_p": 0.0, "save": True, **options}
-    problem = Problem.of(*inputs, given[0] is not None, *arguments.values(), backend.removesuffix(" routed"))
+    inputs = Inputs(x, *weights, routing_weights)
+    how = Options("gelu", False, dropout_p, backend.removesuffix(" routed"), False)
+    problem = Problem.of(inputs, given[0] is not None, how, save=True)
     for seed in seeds:
-        moe_ffn.forward(problem, *inputs, seed, *given)
+        moe_ffn.forward(problem, inputs, Deal(seed, *given))
     of_call = [call for call in launches if "groups" not in call[4]]
     launches.clear()
     calls = [of_call[i : i + num_launches] for i in range(0, len(of_call), num_launches)]

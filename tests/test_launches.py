@@ -16,7 +16,7 @@ import ewa_kernels as ewa
 from ewa_kernels.kernels import multiprocessors
 from ewa_kernels.kernels.triton import backward, configs, forward, groups, moe_ffn, onchip
 from ewa_kernels.kernels.triton.tiles import wait_until
-from ewa_kernels.problem import Problem
+from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
 # What a router with a fault may give for 70 rows and 4 experts: more row blocks than there are numbers for, falling
 # offsets, beginnings and ends elsewhere, and numbers that differ by more than an int32.
@@ -83,10 +83,10 @@ class TestBadPartition:
         permutation[[0, 9, 50]] = torch.tensor([-5, 2**31 - 1, 70], dtype=torch.int32, device=DEVICE)
         given = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
         routing_weights, options = walled(70, 1), ("silu", False, 0.0)
-        inputs = (x, *weights, routing_weights)
-        problem = Problem.of(*inputs, True, *options, True, form)
-        y, pre, _ = moe_ffn.forward(problem, *inputs, None, permutation, given)
-        grads = moe_ffn.backward(problem, grad_y, *inputs, None, permutation, given, pre, [True] * 6)
+        inputs, deal = Inputs(x, *weights, routing_weights), Deal(None, permutation, given)
+        problem = Problem.of(inputs, True, Options(*options, form, False), save=True)
+        y, pre, _ = moe_ffn.forward(problem, inputs, deal)
+        grads = moe_ffn.backward(problem, grad_y, inputs, deal, pre, [True] * 6)
         assert pre.isfinite().all()
         for value in (y[permutation.clamp(0, 69).long()], grads[0][permutation.clamp(0, 69).long()], *grads[1:5]):
             assert value.isfinite().all()
@@ -100,9 +100,10 @@ class TestBadPartition:
     def test_debug_mode_bounds_the_permutation(self, interpreter_in_debug_mode):
         x, weights = tokens(4, 16), parameters(2, 16, 24)
         permutation, offsets = torch.tensor([0, 1, 2, 4]).int(), torch.tensor([0, 2, 4]).int()
-        problem = Problem.of(x, *weights, None, True, "gelu", False, 0.0, False, "triton-single")
+        inputs = Inputs(x, *weights, None)
+        problem = Problem.of(inputs, True, Options("gelu", False, 0.0, "triton-single", False), save=False)
         with pytest.raises(Exception, match="permutation must hold"):
-            moe_ffn.forward(problem, x, *weights, None, None, permutation, offsets)
+            moe_ffn.forward(problem, inputs, Deal(None, permutation, offsets))
 
     def test_debug_mode_says_nothing_else(self, interpreter_in_debug_mode):
         """Hashes may overflow, in the deal and in dropout."""

@@ -1,8 +1,10 @@
-"""Which module has the layer's kernels: each has three functions.
+"""Which module has the layer's kernels. Each has three functions:
 
-`parameters` gives up_weight, up_bias, down_weight and down_bias as the other two take them: cast once for both.
-`forward` gives y `[T, D]`, pre_activation and the permutation `[R]`; `backward` gives gradients. What they take is said
-in `blocked/moe_ffn.py`.
+`prepared(problem, inputs)`: inputs as the other two take them; parameters are cast, once for both.
+`forward(problem, inputs, deal)`: y `[T, D]`, pre_activation `[R, F or 2F]`, in an order that the backend knows, or None
+unless it is saved, and the permutation `[R]`.
+`backward(problem, grad_y, inputs, deal, pre_activation, needed)`: gradients of the inputs, None where not needed.
+Without pre_activation, it and a permutation that is not given are computed again.
 """
 
 from __future__ import annotations

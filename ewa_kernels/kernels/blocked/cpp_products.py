@@ -16,7 +16,7 @@ from ewa_kernels.kernels.blocked.cpp_rows import address, matrix
 from ewa_kernels.kernels.choices import grad_of_bias_factor
 from ewa_kernels.kernels.parameter_pass import DTYPES
 from ewa_kernels.kernels.scratch import Scratch
-from ewa_kernels.problem import Problem
+from ewa_kernels.problem import Deal, Inputs, Problem
 
 if extension.WHY_NOT is None:
     import ewa_kernels._C as _C
@@ -48,23 +48,14 @@ def _weights(routing_weights: Tensor | None, dtype: torch.dtype) -> Tensor | Non
 
 
 def forward(
-    problem: Problem,
-    dtype: torch.dtype,
-    block_rows: int,
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    routing_weights: Tensor | None,
-    seed: int,
-    permutation: Tensor | None,
-    expert_offsets: Tensor | None,
+    problem: Problem, dtype: torch.dtype, block_rows: int, inputs: Inputs, deal: Deal
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y `[R, D]` by choice, pre_activation `[R, F or 2F]`, in block order, or None unless saved, and the deal."""
-    layer = _layer(problem, dtype, (up_weight, up_bias, down_weight, down_bias))
+    """y `[R, D]` by choice, pre_activation `[R, F or 2F]`, in block order or None, and the permutation."""
+    x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
+    seed, permutation, expert_offsets = deal
+    layer = _layer(problem, dtype, inputs.parameters)
     weights = _weights(routing_weights, dtype)
-    deal = permutation is None
+    is_dealt = permutation is None
     if permutation is None:
         permutation = torch.empty(problem.num_tokens, dtype=torch.int32, device="cpu")
     y = x.new_empty(problem.num_rows, problem.d_model)
@@ -78,9 +69,9 @@ def forward(
         down_weight.data_ptr(),
         address(down_bias),
         address(weights),
-        seed,
+        int(seed or 0),
         permutation.data_ptr(),
-        deal,
+        is_dealt,
         y.data_ptr(),
         address(pre_activation),
         scratch.address("layer", work.memory_bytes),
@@ -94,20 +85,16 @@ def backward(
     dtype: torch.dtype,
     block_rows: int,
     grad_y: Tensor,
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    routing_weights: Tensor | None,
-    seed: int,
-    permutation: Tensor,
-    expert_offsets: Tensor | None,
+    inputs: Inputs,
+    deal: Deal,
     pre_activation: Tensor | None,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of x `[R, D]` by choice, of the parameters and of the routing weights `[R]`; None if not needed."""
-    layer = _layer(problem, dtype, (up_weight, up_bias, down_weight, down_bias))
+    x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
+    seed, permutation, expert_offsets = deal
+    assert permutation is not None
+    layer = _layer(problem, dtype, inputs.parameters)
     weights = _weights(routing_weights, dtype)
     work = _C.LayerPass(layer, address(expert_offsets), block_rows, True)
 
@@ -139,7 +126,7 @@ def backward(
         address(up_bias),
         down_weight.data_ptr(),
         address(weights),
-        seed,
+        int(seed or 0),
         permutation.data_ptr(),
         address(pre_activation),
         address(grads[0]),

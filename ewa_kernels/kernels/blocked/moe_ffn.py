@@ -21,7 +21,7 @@ from ewa_kernels.kernels.choices import grad_of_bias_factor, sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.permutation import random_permutation
 from ewa_kernels.kernels.scratch import Scratch
-from ewa_kernels.problem import Problem
+from ewa_kernels.problem import Deal, Inputs, Problem
 
 # Of so few rows of an expert PyTorch makes products of bfloat16 faster than C++ does, which packs more.
 FEW_ROWS = 256
@@ -38,15 +38,18 @@ def _is_one_call(problem: Problem, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or problem.num_rows // problem.num_experts >= FEW_ROWS
 
 
-def parameters(problem: Problem, *given: Tensor | None) -> list[Tensor | None]:
-    """As `forward` and `backward` take them: under autocast they are of another dtype than x."""
+def prepared(problem: Problem, inputs: Inputs) -> Inputs:
+    """Contiguous; under autocast parameters are of another dtype than x."""
     dtype = _product_dtype(problem)
     # C++ widens what has 16 bits as it reads it.
     widened = (torch.float16, torch.bfloat16) if dtype == torch.float32 and _is_one_call(problem, dtype) else ()
-    return [
-        t if t is None else (t if t.dtype == dtype or t.dtype in widened else in_dtype(t, dtype)).contiguous()
-        for t in given
-    ]
+
+    def cast(t: Tensor) -> Tensor:
+        return (t if t.dtype == dtype or t.dtype in widened else in_dtype(t, dtype)).contiguous()
+
+    x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
+    up_bias, down_bias = (None if bias is None else cast(bias) for bias in (up_bias, down_bias))
+    return Inputs(x.contiguous(), cast(up_weight), up_bias, cast(down_weight), down_bias, routing_weights)
 
 
 def _blocks(problem: Problem, permutation: Tensor, expert_offsets: Tensor | None, rows: TorchRows) -> list[Block]:
@@ -59,37 +62,20 @@ def _rows(problem: Problem, dtype: torch.dtype) -> TorchRows:
     return kind(problem.activation, problem.gated, dtype, Scratch(problem.device, dtype))
 
 
-def forward(
-    problem: Problem,
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    routing_weights: Tensor | None,
-    seed: int | Tensor | None,
-    permutation: Tensor | None,
-    expert_offsets: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y [T, D], pre_activation [R, F or 2F], in block order, or None unless it is saved, and the permutation [R]."""
-    x = x.contiguous()
+def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See `kernels/moe_ffn.py`; pre_activation is in block order."""
+    x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
     dtype = _product_dtype(problem)
     if _is_one_call(problem, dtype):
         block_rows = rows_in_a_block(problem.num_up, dtype)
-        operands = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
-        y, pre_activation, permutation = cpp_products.forward(
-            problem, dtype, block_rows, *operands, int(seed or 0), permutation, expert_offsets
-        )
+        y, pre_activation, permutation = cpp_products.forward(problem, dtype, block_rows, inputs, deal)
         return sum_of_choices(y, problem.top_k), pre_activation, permutation
     rows = _rows(problem, dtype)
     weights = None if routing_weights is None else routing_weights.flatten()
-    if permutation is None:
-        assert seed is not None, "without a partition that is given, a deal needs its seed"
-        permutation = random_permutation(problem.num_tokens, seed, x.device)
+    permutation, dropout = _permutation(problem, deal), _dropout(problem, deal)
     y = x.new_empty(problem.num_rows, problem.d_model)
     pre_activation = x.new_empty(problem.num_rows, problem.num_up) if problem.save else None
-    dropout = _dropout(problem, seed)
-    for block in _blocks(problem, permutation, expert_offsets, rows):
+    for block in _blocks(problem, permutation, deal.expert_offsets, rows):
         pre = None if pre_activation is None else pre_activation[block.saved]
         factor = None if weights is None else weights[block.choices].to(dtype)
         hidden = rows.up(block, rows.look_up(block, x, "x"), up_weight, up_bias, dropout, pre)
@@ -99,67 +85,37 @@ def forward(
 
 
 def backward(
-    problem: Problem,
-    grad_y: Tensor,
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    routing_weights: Tensor | None,
-    seed: int | Tensor | None,
-    permutation: Tensor | None,
-    expert_offsets: Tensor | None,
-    pre_activation: Tensor | None,
-    needed: Sequence[bool],
+    problem: Problem, grad_y: Tensor, inputs: Inputs, deal: Deal, pre_activation: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, the parameters and the routing weights, None where not needed.
-
-    Without `pre_activation`, it and a permutation that is not given are computed again.
-    """
-    x, grad_y = x.contiguous(), grad_y.contiguous()
-    dtype = _product_dtype(problem)
-    if permutation is None:
-        assert seed is not None, "without a partition that is given, a deal needs its seed"
-        permutation = random_permutation(problem.num_tokens, seed, x.device)
-    operands = (x, up_weight, up_bias, down_weight, down_bias, routing_weights)
+    """See `kernels/moe_ffn.py`."""
+    grad_y, dtype = grad_y.contiguous(), _product_dtype(problem)
+    deal = deal._replace(permutation=_permutation(problem, deal))
     if _is_one_call(problem, dtype):
         block_rows = rows_in_a_block(problem.num_up, dtype)
-        grads = cpp_products.backward(
-            problem, dtype, block_rows, grad_y, *operands, int(seed or 0), permutation, expert_offsets, pre_activation,
-            needed,
-        )  # fmt: skip
+        grads = cpp_products.backward(problem, dtype, block_rows, grad_y, inputs, deal, pre_activation, needed)
     else:
-        grads = _by_blocks(
-            problem, _rows(problem, dtype), grad_y, *operands, _dropout(problem, seed), permutation, expert_offsets,
-            pre_activation, needed,
-        )  # fmt: skip
+        grads = _backward_by_blocks(problem, _rows(problem, dtype), grad_y, inputs, deal, pre_activation, needed)
     if grads[0] is not None:
         grads[0] = sum_of_choices(grads[0], problem.top_k)
-    if grads[5] is not None and routing_weights is not None:
-        grads[5] = grads[5].view(routing_weights.shape)
+    if grads[5] is not None and inputs.routing_weights is not None:
+        grads[5] = grads[5].view(inputs.routing_weights.shape)
     return tuple(
         g if g is None or g.dtype == to else g.to(to) for g, to in zip(grads, problem.input_dtypes, strict=True)
     )
 
 
-def _by_blocks(
+def _backward_by_blocks(
     problem: Problem,
     rows: TorchRows,
     grad_y: Tensor,
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    routing_weights: Tensor | None,
-    dropout: Dropout | None,
-    permutation: Tensor,
-    expert_offsets: Tensor | None,
+    inputs: Inputs,
+    deal: Deal,
     pre_activation: Tensor | None,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """See `backward`; x's by choice, the routing weights' `[R]`."""
+    """Gradients; x's by choice, the routing weights' `[R]`."""
+    x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
+    dropout, permutation, expert_offsets = _dropout(problem, deal), _permutation(problem, deal), deal.expert_offsets
     need_x, need_up_weight, need_up_bias, need_down_weight, need_down_bias, need_routing = needed
     need_pre = need_x or need_up_weight or need_up_bias or need_routing
     weights = None if routing_weights is None else routing_weights.flatten()
@@ -209,5 +165,12 @@ def _by_blocks(
     return [grad_x, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias, grad_routing]
 
 
-def _dropout(problem: Problem, seed: int | Tensor | None) -> Dropout | None:
-    return Dropout(seed, problem.dropout_p) if seed is not None and problem.dropout_p > 0 else None
+def _permutation(problem: Problem, deal: Deal) -> Tensor:
+    if deal.permutation is not None:
+        return deal.permutation
+    assert deal.seed is not None, "without a partition that is given, a deal needs its seed"
+    return random_permutation(problem.num_tokens, deal.seed, problem.device)
+
+
+def _dropout(problem: Problem, deal: Deal) -> Dropout | None:
+    return Dropout(deal.seed, problem.dropout_p) if deal.seed is not None and problem.dropout_p > 0 else None

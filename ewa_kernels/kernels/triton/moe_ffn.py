@@ -17,79 +17,52 @@ from ewa_kernels.kernels.triton.configs import aligned
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer, check_sizes
 from ewa_kernels.kernels.triton.onchip import launch_onchip
-from ewa_kernels.problem import Problem
+from ewa_kernels.problem import Deal, Inputs, Problem
 
 _NOTHING = contextlib.nullcontext()
 
 
-def parameters(
-    problem: Problem, up_weight: Tensor, up_bias: Tensor | None, down_weight: Tensor, down_bias: Tensor | None
-) -> list[Tensor | None]:
-    """As the kernels read them: contiguous and aligned, weights in x's dtype. Biases keep theirs."""
+def prepared(problem: Problem, inputs: Inputs) -> Inputs:
+    """Contiguous and aligned, weights in x's dtype. Biases keep theirs."""
+    x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
     up_weight, down_weight = (in_dtype(weight, problem.dtype).contiguous() for weight in (up_weight, down_weight))
     if up_weight.data_ptr() % 16 or down_weight.data_ptr() % 16:
         _warn_once_of_copies()
     up_bias, down_bias = (None if bias is None else aligned(bias.contiguous()) for bias in (up_bias, down_bias))
-    return [aligned(up_weight), up_bias, aligned(down_weight), down_bias]
+    return Inputs(
+        aligned(x.contiguous()), aligned(up_weight), up_bias, aligned(down_weight), down_bias, routing_weights
+    )
 
 
-def forward(
-    problem: Problem,
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    routing_weights: Tensor | None,
-    seed: int | Tensor | None,
-    permutation: Tensor | None,
-    expert_offsets: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y [T, D], pre_activation [R, F or 2F], by grouped row, or None unless it is saved, and the permutation [R]."""
-    layer = Layer(problem, seed, expert_offsets, routing_weights)
+def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See `kernels/moe_ffn.py`; pre_activation is by grouped row."""
+    x, permutation = inputs.x, deal.permutation
+    layer = Layer(problem, deal.seed, deal.expert_offsets, inputs.routing_weights)
     form = layer.kept("form", lambda: _form(layer))
     with on_device(x):
-        x = aligned(x.contiguous())
         y = x.new_empty(layer.num_rows, layer.d_model)
         pre_activation = x.new_empty(layer.num_rows, problem.num_up) if problem.save else None
-        deal = permutation is None
-        if permutation is None:
-            permutation = torch.empty(layer.num_rows, dtype=torch.int32, device=x.device)
-        else:
-            permutation = aligned(permutation)
-        operands = (x, up_weight, up_bias, down_weight, down_bias)
+        is_dealt = permutation is None
+        permutation = x.new_empty(layer.num_rows, dtype=torch.int32) if permutation is None else aligned(permutation)
+        operands = (x, *inputs.parameters)
         if layer.num_rows > 0:
             if form == "onchip":
-                launch_onchip(layer, *operands, y, pre_activation, permutation, deal=deal)
+                launch_onchip(layer, *operands, y, pre_activation, permutation, deal=is_dealt)
             else:
                 hidden = x.new_empty(layer.num_rows, layer.d_ff)
                 for step in ("up", "down") if form == "split" else ("single",):
-                    launch_forward(layer, *operands, y, pre_activation, hidden, permutation, form=step, deal=deal)
+                    launch_forward(layer, *operands, y, pre_activation, hidden, permutation, form=step, deal=is_dealt)
     return sum_of_choices(y, layer.top_k), pre_activation, permutation
 
 
 def backward(
-    problem: Problem,
-    grad_y: Tensor,
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    routing_weights: Tensor | None,
-    seed: int | Tensor | None,
-    permutation: Tensor | None,
-    expert_offsets: Tensor | None,
-    pre_activation: Tensor | None,
-    needed: Sequence[bool],
+    problem: Problem, grad_y: Tensor, inputs: Inputs, deal: Deal, pre_activation: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, the parameters and the routing weights, None where not needed.
-
-    Without `pre_activation` it is computed again, in a launch of its own, and so is a permutation that is not given.
-    """
-    layer = Layer(problem, seed, expert_offsets, routing_weights)
+    """See `kernels/moe_ffn.py`. Without `pre_activation` there is a launch more."""
+    x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
+    permutation, expert_offsets = deal.permutation, deal.expert_offsets
+    layer = Layer(problem, deal.seed, expert_offsets, routing_weights)
     form = layer.kept("form", lambda: _form(layer))
-    inputs = (x, up_weight, up_bias, down_weight, down_bias)
     _, up_dtype, _, down_dtype, *_ = problem.input_dtypes
     assert up_dtype is not None
     assert down_dtype is not None
@@ -101,21 +74,21 @@ def backward(
     with on_device(x):
         # Nothing is launched for no tokens.
         new = torch.empty if layer.num_rows > 0 else torch.zeros
-        shapes = [(layer.num_rows, layer.d_model), *(() if t is None else t.shape for t in inputs[1:])]
+        shapes = [(layer.num_rows, layer.d_model), *(() if t is None else t.shape for t in inputs[1:5])]
         grads = [
             new(shape, dtype=dtype, device=x.device) if t is not None and need else None
-            for t, shape, dtype, need in zip(inputs, shapes, dtypes, needed, strict=True)
+            for t, shape, dtype, need in zip(inputs[:5], shapes, dtypes, needed, strict=True)
         ]
         if layer.num_rows > 0 and (need_routing or any(needed)):
-            x, grad_y = aligned(x.contiguous()), aligned(grad_y.contiguous())
-            deal = permutation is None
-            if permutation is None:
-                permutation = torch.empty(layer.num_rows, dtype=torch.int32, device=x.device)
-            permutation = aligned(permutation)
+            grad_y, is_dealt = aligned(grad_y.contiguous()), permutation is None
+            permutation = (
+                x.new_empty(layer.num_rows, dtype=torch.int32) if permutation is None else aligned(permutation)
+            )
             if pre_activation is None:
                 pre_activation = x.new_empty(layer.num_rows, problem.num_up)
-                operands = (x, up_weight, up_bias, down_weight, down_bias)
-                launch_forward(layer, *operands, None, pre_activation, None, permutation, form="up", deal=deal)
+                launch_forward(
+                    layer, x, *inputs.parameters, None, pre_activation, None, permutation, form="up", deal=is_dealt
+                )
             pieces = launch_backward(
                 layer,
                 grad_y,
