@@ -63,13 +63,14 @@ class MoeFFN(torch.autograd.Function):
             return (None,) * 8
         problem, needed = ctx.problem, ctx.needs_input_grad[2:]
         x, *others, permutation, expert_offsets, pre_activation = ctx.saved_tensors
-        inputs, deal = Inputs(_rows(x, problem), *others), Deal(ctx.seed, permutation, expert_offsets)
+        of_backend, deal = kernels.of(problem), Deal(ctx.seed, permutation, expert_offsets)
+        inputs = of_backend.prepared(problem, Inputs(_rows(x, problem), *others))
         grad_rows = grad_y if grad_y.ndim == 2 else grad_y.reshape(-1, problem.d_model)
         if torch.is_grad_enabled() or private_torch.is_watched((grad_y,)):
             # The operation says that it has no second derivative, or is seen.
             grads = ops.backward_by_operation(problem, grad_rows, inputs, deal, pre_activation, needed)
         else:
-            grads = kernels.of(problem).backward(problem, grad_rows, inputs, deal, pre_activation, needed)
+            grads = of_backend.backward(problem, grad_rows, inputs, deal, pre_activation, needed)
         grad_x, *of_others = grads
         if grad_x is not None and grad_x.ndim != x.ndim:
             grad_x = grad_x.view(x.shape)

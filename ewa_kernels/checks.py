@@ -39,7 +39,7 @@ def seed_tensor(seed: Any, device: torch.device | None = None) -> Tensor:
         return seed
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"seed must be an int or an int64 tensor, got {_kind(seed)}")
-    if not 0 <= seed < 2**63:
+    if not 0 <= int(seed) < 2**63:
         raise ValueError(f"seed must be in 0…2^63−1, got {seed}")
     if device is not None and not torch.compiler.is_compiling():
         device = torch.device("cpu")
