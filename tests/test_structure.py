@@ -37,6 +37,7 @@ LAYERS = {
         "kernels",
         "ops",
         "private_torch",
+        "problem",
         "reference",
         "seeds",
         "train/shards",

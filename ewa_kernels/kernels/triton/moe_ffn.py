@@ -59,7 +59,7 @@ def backward(
     problem: Problem, grad_y: Tensor, inputs: Inputs, deal: Deal, pre_activation: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """See `kernels/moe_ffn.py`. Without `pre_activation` there is a launch more."""
-    x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
+    x, up_weight, _, down_weight, down_bias, routing_weights = inputs
     permutation, expert_offsets = deal.permutation, deal.expert_offsets
     layer = Layer(problem, deal.seed, expert_offsets, routing_weights)
     form = layer.kept("form", lambda: _form(layer))
@@ -86,9 +86,8 @@ def backward(
             )
             if pre_activation is None:
                 pre_activation = x.new_empty(layer.num_rows, problem.num_up)
-                launch_forward(
-                    layer, x, *inputs.parameters, None, pre_activation, None, permutation, form="up", deal=is_dealt
-                )
+                operands = (x, *inputs.parameters)
+                launch_forward(layer, *operands, None, pre_activation, None, permutation, form="up", deal=is_dealt)
             pieces = launch_backward(
                 layer,
                 grad_y,
