@@ -19,7 +19,7 @@ _IMPLEMENTED = {
     "moe_ffn": ("triton", "cpp", "torch", "reference", "triton-single", "triton-split", "triton-onchip"),
     "average_experts_": ("cuda", "triton", "cpp", "reference"),
     "adamw": ("cuda", "cpp", "torch"),
-    "merge_experts": ("reference",),
+    "merge_experts": ("cpp", "reference"),
 }
 
 # Of kernels of our own: not float64.

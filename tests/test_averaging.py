@@ -130,6 +130,19 @@ class TestMergeExperts:
         experts = experts_of(5, 40, 30, dtype=dtype)
         assert torch.equal(ewa.functional.merge_experts(experts), experts.double().mean(0).to(dtype))
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(1, 7), (3, 0), (3, 5), (2, 33, 1025), (64, 1030)], ids=str)
+    def test_is_the_specification_to_the_bit(self, shape, dtype):
+        """Zeros with their signs, what is not finite, what 16 bits cannot hold, and what is not contiguous."""
+        experts = experts_of(*shape, dtype=torch.float64).mul_(1e3).to(dtype)
+        experts.flatten()[:5] = torch.tensor([-0.0, torch.inf, -torch.inf, torch.nan, 6e4]).to(dtype)[: experts.numel()]
+        experts[:, -1:] = -0.0
+        for given in (experts, experts.mT.contiguous().mT if experts.ndim == 3 else experts.repeat(1, 2)[:, ::2]):
+            ours, specified = ewa.functional.merge_experts(given), ewa.reference.merge_experts(given)
+            assert ours.shape == specified.shape
+            torch.testing.assert_close(ours, specified, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(ours.nan_to_num().signbit(), specified.nan_to_num().signbit())
+
     @pytest.mark.parametrize("num_experts", range(1, 10))
     def test_equal_experts_are_not_changed(self, num_experts):
         one = experts_of(1, 1000, dtype=torch.float32)
