@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from itertools import chain, compress
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +18,9 @@ import ewa_kernels.functional as functional
 import ewa_kernels.ops as ops
 import ewa_kernels.train.shards as shards
 from ewa_kernels.kernels import copies, graphs
-from ewa_kernels.kernels.parameter_pass import MAX_EXPERTS
+from ewa_kernels.kernels.parameter_pass import MAX_EXPERTS, Plan, groups_of_fields, is_plain, watched
 from ewa_kernels.train.attachment import is_dry_run
-from ewa_kernels.train.averager import ExpertAverager
+from ewa_kernels.train.averager import ExpertAverager, flattened
 
 __all__ = ["AdamW"]
 
@@ -33,6 +35,23 @@ class _State(NamedTuple):
     exp_avg_sq: Tensor
     step: Tensor
     options: int  # index of its group
+
+
+class _Kept(NamedTuple):
+    """The plan of a step, for the next ones, whose tensors are `AdamW._signature`'s.
+
+    It has, in this order: experts that have no gradient, parameters that have one, the exp_avg, exp_avg_sq and step of
+    those, copies, gradients.
+    """
+
+    plan: Plan
+    signature: list[Any]
+    others: list[bool]  # for each expert whether it has no gradient
+    copied: list[int]  # which of the experts
+
+
+_grad_of = attrgetter("grad")
+_MOMENTS = [itemgetter(name) for name in ("exp_avg", "exp_avg_sq", "step")]
 
 
 class AdamW(torch.optim.AdamW):
@@ -61,6 +80,8 @@ class AdamW(torch.optim.AdamW):
         ValueError, TypeError: an argument is out of range or of a wrong type; amsgrad; `averager` is attached
             already; `bf16_copies` without an averager, or (at a step) of sharded parameters.
     """
+
+    _kept: _Kept | None = None  # in no copy and no pickle
 
     def __init__(
         self,
@@ -116,37 +137,38 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
-        self._check_graph(found_inf)
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._check_graph(found_inf, functional.device_of(params))
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
             return loss
         # What can be wrong with the averager is found out before anything changes.
         averager = None if is_dry_run(self, had_state=len(self.state) > 0) else self.averager
         experts = [] if averager is None else averager.experts()
-        held = shards.Experts(experts, exchange=False)
-        checked = checks.experts(held.local)
         share_rate, seed = (0.0, None) if averager is None else averager.next_step()
-        self._check_parameters(checked[0])
-        states = self._states()
-        reason = self._why_not(states, experts, held)
-        if reason is None:
-            states = _local_states(states, found_inf)
-            self._one_pass(states, *checked, share_rate, seed, held.keys[0] if held.keys else 0, found_inf)
-            if averager is not None:
-                averager.num_steps += 1
-        else:
-            _warn_once_of_slowness(reason)
-            self._step_by_torch(states, found_inf)
-            if averager is not None:
-                averager.average(found_inf)
+        if not self._pass_again(params, experts, share_rate, seed, found_inf):
+            self._kept = None
+            held = shards.Experts(experts, exchange=False)
+            checked = checks.experts(held.local)
+            self._check_parameters(checked[0])
+            states = self._states()
+            reason = self._why_not(states, experts, held)
+            if reason is not None:
+                _warn_once_of_slowness(reason)
+                self._step_by_torch(states, found_inf)
+                if averager is not None:
+                    averager.average(found_inf)
+                return loss
+            self._pass_anew(params, states, *checked, share_rate, seed, held.keys[0] if held.keys else 0, found_inf)
+        if averager is not None:
+            averager.num_steps += 1
         return loss
 
     def _check_groups(self) -> None:
         if any(group["amsgrad"] for group in self.param_groups):
             raise ValueError("amsgrad must be False, got True: use torch.optim.AdamW and averager.attach(optimizer)")
 
-    def _check_graph(self, found_inf: Tensor | None) -> None:
+    def _check_graph(self, found_inf: Tensor | None, device: torch.device) -> None:
         """While a CUDA graph is captured, what each replay would repeat raises."""
-        device = functional.device_of(p for group in self.param_groups for p in group["params"])
         if graphs.is_capturing(device):
             for group in self.param_groups:
                 _learning_rate(group, device)
@@ -223,8 +245,45 @@ class AdamW(torch.optim.AdamW):
             return f"the extension averages at most {MAX_EXPERTS} experts"
         return None
 
-    def _one_pass(
+    def _pass_again(
         self,
+        params: list[Tensor],
+        experts: list[Any],
+        share_rate: float,
+        seed: int | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """By the plan of the last step, if it is one for these tensors: all that depends on them was checked then."""
+        kept = self._kept
+        if kept is None or watched():
+            return False
+        flat, sizes = flattened(experts)
+        grads: list[Any] = [*map(_grad_of, params)]
+        if kept.signature != self._signature(params, grads, flat, sizes):
+            return False
+        if None in kept.signature[1]:
+            params, grads = (
+                [t for t, grad in zip(ts, grads, strict=True) if grad is not None] for ts in (params, grads)
+            )
+        try:
+            states: list[Any] = [*map(self.state.get, params)]
+            moments = [[*map(name, states)] for name in _MOMENTS]
+        except (KeyError, TypeError):
+            return False
+        tensors = [*compress(flat, kept.others), *params, *chain.from_iterable(moments)]
+        tensors += [self._copy_of(flat[i]) for i in kept.copied]
+        tensors += grads
+        addresses = kept.plan.addresses(tensors)
+        if addresses is None:
+            return False
+        rounded = [tensors[i] for i in kept.plan.low_precision]
+        self._run(kept.plan, tensors, addresses, share_rate, self._seed(rounded, seed), found_inf)
+        self._register([flat[i] for i in kept.copied])
+        return True
+
+    def _pass_anew(
+        self,
+        params: list[Tensor],
         states: dict[Tensor, _State],
         flat: list[Tensor],
         group_sizes: list[int],
@@ -234,54 +293,110 @@ class AdamW(torch.optim.AdamW):
         found_inf: Tensor | None,
     ) -> None:
         """`flat`, `group_sizes`: the experts, as `ewa_kernels.ops.average_experts_` takes them; `key`: of the shard."""
-        alone = states.keys() - set(flat)
-        params = [*flat, *(p for p in states if p in alone)]
+        held = _local_states(states, found_inf)
+        experts = set(flat)
+        others = [t not in held for t in flat]
+        copied = [i for i, t in enumerate(flat) if self.bf16_copies and _is_copied(t)]
+        columns = [list(column) for column in zip(*(state[:4] for state in held.values()), strict=True)] or [[]] * 4
+        tensors = [*compress(flat, others), *held, *columns[1], *columns[2], *columns[3]]
+        tensors += [self._copy_of(flat[i]) for i in copied]
+        tensors += columns[0]
+        # Which of them is what of each parameter.
+        num_others, n = sum(others), len(held)
+        place = {t: i for i, t in enumerate(tensors[: num_others + n])}
+        copy_of = {flat[i]: num_others + 4 * n + c for c, i in enumerate(copied)}
+        fields, options_of = [], []
+        for t in [*flat, *(p for p in held if p not in experts)]:
+            i = place[t]
+            of_state = [len(tensors) - n - num_others + i, i + n, i + 2 * n, i + 3 * n] if t in held else [-1] * 4
+            fields.append((i, *of_state, copy_of.get(t, -1)))
+            options_of.append(held[t].options if t in held else 0)
+        sizes = [*group_sizes, *(1 for p in held if p not in experts)]
+        drawn = self._seed(flat, seed, key)
+        if watched() or not all(map(is_plain, tensors)):
+            self._dispatch(tensors, fields, sizes, options_of, share_rate, drawn, found_inf)
+        else:
+            plan = Plan(tensors, groups_of_fields(fields, sizes, options_of), num_grads=n)
+            if [*map(id, held)] == [*map(id, states)]:
+                plan.remember(tensors, num_others + n)
+                signature = self._signature(params, [p.grad for p in params], flat, group_sizes)
+                self._kept = _Kept(plan, signature, others, copied)
+            self._run(plan, tensors, [*map(Tensor.data_ptr, tensors)], share_rate, drawn, found_inf)
+        self._register([flat[i] for i in copied])
+
+    def _signature(self, params: list[Tensor], grads: list[Any], flat: list[Tensor], sizes: list[int]) -> list[Any]:
+        """Which tensors there are, by their ids: a plan keeps none alive, and what it is for says `Plan.remember`."""
+        groups = [len(group["params"]) for group in self.param_groups]
+        missing = [None if grad is None else True for grad in grads]
+        return [[*map(id, params)], missing, [*map(id, flat)], sizes, groups, self.bf16_copies]
+
+    def _run(
+        self,
+        plan: Plan,
+        tensors: list[Tensor],
+        addresses: list[int],
+        share_rate: float,
+        seed: int | Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        lrs = [group["lr"] for group in self.param_groups]
+        grad_scale = getattr(self, "grad_scale", None)
+        plan.run(tensors, addresses, share_rate, seed, grad_scale, found_inf, lrs, self._options())
+
+    def _dispatch(
+        self,
+        tensors: list[Tensor],
+        fields: list[tuple[int, ...]],
+        group_sizes: list[int],
+        options_of: list[int],
+        share_rate: float,
+        seed: int | Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """To who wants to see an operation."""
         none = torch.empty(0)
-        rows = [states.get(p, _State(none, none, none, none, 0)) for p in params]
-        fresh = [self._copy_of(p) if self.bf16_copies and p not in alone else none for p in params]
-        grads, exp_avgs, exp_avg_sqs, steps, options_of = zip(*rows, strict=True) if rows else ((),) * 5
-        device = functional.device_of(params)
-        lrs, options = [], []
-        for group in self.param_groups:
-            lrs.append(_learning_rate(group, device))
-            options += [*map(float, group["betas"]), group["eps"], group["weight_decay"], float(group["maximize"])]
+        rows = [[none if i < 0 else tensors[i] for i in row] for row in fields]
+        columns = zip(*rows, strict=True) if rows else ((),) * 6
+        device = functional.device_of(tensors)
         ops.adamw_(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            steps,
-            fresh,
-            [*group_sizes, *(1 for _ in alone)],
+            *columns,
+            group_sizes,
             options_of,
-            lrs,
-            options,
+            [_learning_rate(group, device) for group in self.param_groups],
+            [*chain.from_iterable(self._options())],
             torch.tensor(share_rate, dtype=torch.float64, device=_device_of_numbers(device)),
             getattr(self, "grad_scale", None),
             found_inf,
-            self._seed_tensor(flat, seed, key),
+            None if seed is None else checks.seed_tensor(seed, device),
         )
-        for p, copy in zip(params, fresh, strict=True):
-            # What is captured is written by replays, which nobody counts.
-            if copy.numel() > 0 and not graphs.is_capturing(p.device):
-                copies.register(p, copy)
+
+    def _options(self) -> list[tuple[float, ...]]:
+        """Of each group, as `ewa_kernels.ops.adamw_` takes them."""
+        return [
+            (*map(float, (*group["betas"], group["eps"], group["weight_decay"], group["maximize"])),)
+            for group in self.param_groups
+        ]
 
     def _rounds_stochastically(self, experts: list[Tensor]) -> bool:
         stochastic = self.averager is not None and self.averager.rounding == "stochastic"
         return stochastic and any(t.element_size() == 2 for t in experts)
 
-    def _seed_tensor(self, experts: list[Tensor], seed: int | None, key: int) -> Tensor | None:
+    def _seed(self, experts: list[Tensor], seed: int | None, key: int = 0) -> int | Tensor | None:
         """Of stochastic rounding, if there is any."""
         if not self._rounds_stochastically(experts):
             return None
         if seed is not None:
-            return shards.seed_of(checks.seed_tensor(seed, experts[0].device), key)
+            return shards.seed_of(seed, key)
         return shards.seed_of(functional.rounding_seed(next(t for t in experts if t.element_size() == 2)), key)
+
+    def _register(self, copied: list[Tensor]) -> None:
+        for p in copied:
+            # What is captured is written by replays, which nobody counts.
+            if not graphs.is_capturing(p.device):
+                copies.register(p, self._copies[p])
 
     def _copy_of(self, parameter: Tensor) -> Tensor:
         """The copy to be written, which holds the parameter's values already: the step may be skipped."""
-        if parameter.dtype != torch.float32 or parameter.ndim != 3 or not parameter.is_contiguous():
-            return torch.empty(0)
         copy = self._copies.get(parameter)
         if copy is None or copy.shape != parameter.shape or copy.device != parameter.device:
             self._copies[parameter] = copy = torch.empty_like(parameter, dtype=torch.bfloat16)
@@ -327,6 +442,10 @@ class AdamW(torch.optim.AdamW):
                 eps=group["eps"],
                 maximize=group["maximize"],
             )
+
+
+def _is_copied(expert: Tensor) -> bool:
+    return expert.dtype == torch.float32 and expert.ndim == 3 and expert.is_contiguous()
 
 
 def _device_of_numbers(device: torch.device) -> torch.device:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from itertools import chain
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from torch.optim import Optimizer
 import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
 import ewa_kernels.train.shards as shards
+from ewa_kernels.backends import resolve
+from ewa_kernels.kernels.parameter_pass import Plan, average_plan, is_plain, watched
 from ewa_kernels.modules import RandomPartitionMoE, StackedExperts, expert_tensors
 from ewa_kernels.moe.adapters import Paths
 from ewa_kernels.moe.experts import find_experts, resolved
@@ -29,6 +33,45 @@ _NONE = (
     "experts must hold something to average, got a model without RandomPartitionMoE layers: "
     "call replace_ffn_(model) first"
 )
+
+
+class _Lookup(NamedTuple):
+    """Where the experts of a model are, as long as its modules, and which of their parameters are trained, stay.
+
+    Attributes:
+        tree: of the model, by `_tree`.
+        places: of each stacked tensor, or list of them, which of the tree's parameters it is.
+        candidates: of all experts which of them they are; frozen ones have places here only.
+        kinds: of each candidate what it depends on who is averaged.
+    """
+
+    tree: list[Any]
+    places: dict[str, int | list[int]]
+    candidates: list[int]
+    kinds: list[Any]
+
+    @classmethod
+    def of(
+        cls, tree: list[Any], parameters: list[Any], experts: Mapping[str, Experts], trained: Mapping[str, Experts]
+    ) -> _Lookup | None:
+        """None if a module's own methods gave something that is not among its parameters."""
+        place = {id(p): i for i, p in enumerate(parameters)}
+        flat, _ = flattened(experts.values())
+        if not all(id(p) in place for p in flat):
+            return None
+        places = {
+            name: place[id(group)] if isinstance(group, Tensor) else [place[id(p)] for p in group]
+            for name, group in trained.items()
+        }
+        return cls(tree, places, [place[id(p)] for p in flat], [*map(_kind, flat)])
+
+    def found(self, parameters: list[Any]) -> dict[str, Experts] | None:
+        """None if any of them was frozen, or trained again, or has another shape."""
+        if [_kind(parameters[i]) for i in self.candidates] != self.kinds:
+            return None
+        return {
+            name: parameters[i] if isinstance(i, int) else [parameters[j] for j in i] for name, i in self.places.items()
+        }
 
 
 class ExpertAverager:
@@ -54,6 +97,10 @@ class ExpertAverager:
             holds none, or `filter_fn` chooses none, or all are frozen; `filter_fn` without a model; `rounding` or
             `seed` is none of those above.
     """
+
+    # What is kept from step to step, as long as it is true.
+    _lookup: _Lookup | None = None
+    _plan: tuple[Plan, list[int]] | None = None
 
     def __init__(
         self,
@@ -110,19 +157,37 @@ class ExpertAverager:
                 self._paths.update(site.paths)
                 self._ndims.update((name, _members(group)[0].ndim) for name, group in site.tensors.items())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is of these tensors only."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_plan", "_lookup")}
+
     def _experts(self) -> Mapping[str, Experts]:
         """Looked up at each step: parameters may be replaced (load_state_dict(assign=True), to(), fold_)."""
         if self._model is None:
             if not self._given:
                 raise ValueError("experts must hold something to average, got an empty iterable")
             return self._given
-        ours = expert_tensors(self._model)
+        if torch.compiler.is_compiling():
+            return _without_frozen(self._candidates(self._model))
+        tree, parameters = _tree(self._model)
+        if self._lookup is not None and self._lookup.tree == tree:
+            found = self._lookup.found(parameters)
+            if found is not None:
+                return found
+        candidates = self._candidates(self._model)
+        trained = _without_frozen(candidates)
+        self._lookup = _Lookup.of(tree, parameters, candidates, trained)
+        return trained
+
+    def _candidates(self, model: nn.Module) -> dict[str, Experts]:
+        """Frozen ones too."""
+        ours = expert_tensors(model)
         experts: dict[str, Experts] = {name: tensor for name, tensor in ours if name.startswith(self._prefixes)}
         try:
             for name in self._stacked:
                 if name not in experts and _unwrapped(name) not in map(_unwrapped, experts):
                     raise KeyError(name)
-            experts.update(resolved(self._model, self._paths))
+            experts.update(resolved(model, self._paths))
         except KeyError as error:
             raise ValueError(
                 f"experts must be the model that the averager was made for, but it has no {error.args[0]} any more: "
@@ -131,7 +196,7 @@ class ExpertAverager:
         if not experts:
             raise ValueError(_NONE + (", or remove() on what attach returned" if self.attached_to is not None else ""))
         _check_not_flattened(experts, self._ndims)
-        return _without_frozen(experts)
+        return experts
 
     @property
     def share_rate(self) -> float:
@@ -171,8 +236,35 @@ class ExpertAverager:
                 return
             found_inf = None
         beta, seed = self.next_step()
-        functional.average_experts_(self.experts(), beta, rounding=self.rounding, seed=seed, found_inf=found_inf)
+        experts = self.experts()
+        if not self._average_again(experts, beta, seed, found_inf):
+            functional.average_experts_(experts, beta, rounding=self.rounding, seed=seed, found_inf=found_inf)
+            self._keep_plan(experts)
         self.num_steps += 1
+
+    @torch.no_grad()
+    def _average_again(self, experts: list[Experts], beta: float, seed: int | None, found_inf: Tensor | None) -> bool:
+        """By the plan of the last step, if it is one for these tensors: they were checked then."""
+        if self._plan is None or watched() or _is_capturing():
+            return False
+        flat, sizes = flattened(experts)
+        plan, planned_sizes = self._plan
+        addresses = plan.addresses(flat) if sizes == planned_sizes else None
+        if addresses is None:
+            return False
+        random = self.rounding == "stochastic" and plan.low_precision
+        plan.run(flat, addresses, beta, seed if random else None, found_inf=found_inf)
+        return True
+
+    def _keep_plan(self, experts: list[Experts]) -> None:
+        self._plan = None
+        flat, sizes = flattened(experts)
+        if watched() or _is_capturing() or not all(map(is_plain, flat)):
+            return
+        if all(resolve("average_experts_", "auto", device) in ("cpp", "cuda") for device in {t.device for t in flat}):
+            plan = average_plan(flat, sizes)
+            plan.remember(flat, len(flat))
+            self._plan = plan, sizes
 
     def check(self) -> None:
         """Raises what `average` would, except for what its tensors are: before an optimizer's step, not after it."""
@@ -285,6 +377,45 @@ class ExpertAverager:
 
 def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+_kind = attrgetter("requires_grad", "ndim")
+_parameters_of = attrgetter("_parameters")
+
+
+def _tree(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """All that names and places in a model depend on, by identity, and its parameters, `None` among them."""
+    modules, seen, names = [model], {model}, []
+    for module in modules:
+        children = module._modules
+        if children:
+            names += children
+            for child in children.values():
+                if child not in seen and child is not None:
+                    seen.add(child)
+                    modules.append(child)
+                names.append(id(child))
+    dicts = [*map(_parameters_of, modules)]
+    parameters = [*chain.from_iterable(map(dict.values, dicts))]
+    # The number of parameters of each module is in their names' order, which a module's id precedes.
+    return [
+        names,
+        [*map(type, modules)],
+        [*map(len, dicts)],
+        [*chain.from_iterable(dicts)],
+        [*map(id, parameters)],
+    ], parameters
+
+
+def flattened(experts: Iterable[Experts]) -> tuple[list[Tensor], list[int]]:
+    """All tensors, and for each group 0 if it is one stacked tensor, else how many it has."""
+    flat: list[Tensor] = []
+    sizes: list[int] = []
+    for group in experts:
+        stacked = isinstance(group, Tensor)
+        flat += [group] if stacked else group
+        sizes.append(0 if stacked else len(group))
+    return flat, sizes
 
 
 def _unwrapped(name: str) -> str:
