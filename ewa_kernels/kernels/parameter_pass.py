@@ -9,8 +9,7 @@ are numbered by an element's indices.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from operator import attrgetter
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,15 +30,9 @@ _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
 # What a thread dispatches to besides what tensors ask for; the second in inference mode.
 _EAGER = {(_KEYS | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr(), _KEYS.raw_repr()}
 
-# What a table depends on, but for addresses. The type first, so that the others know what they look at.
-_FACTS: tuple[Callable[[Any], Any], ...] = (
-    type,
-    Tensor.size,
-    Tensor.stride,
-    attrgetter("dtype"),
-    attrgetter("device"),
-    Tensor.is_neg,
-)
+# Tells whether tensors still have the type, dispatch keys, dtype, device, sizes and strides that they had, and by the
+# keys whether the thread is in the same modes. It guards what torch.compile makes; without it nothing is kept.
+_Guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -116,6 +109,17 @@ class Group(NamedTuple):
     options: Sequence[int]
 
 
+class Numbers(NamedTuple):
+    """What a pass takes besides tensors: see `ewa_kernels.ops.adamw_`. `seed` None rounds to nearest."""
+
+    share_rate: float | Tensor
+    seed: int | Tensor | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    lrs: Sequence[float | Tensor] = ()
+    options: Sequence[tuple[float, ...]] = ()
+
+
 class Plan:
     """The pass over certain tensors, as often as it is made: their table on every device, and what they have to be.
 
@@ -128,7 +132,7 @@ class Plan:
     """
 
     def __init__(self, tensors: Sequence[Tensor], groups: Sequence[Group], num_grads: int = 0):
-        self._facts: list[list[Any]] = []
+        self._guards: Any = None
         self.low_precision: list[int] = []  # which are experts of 16 bits
         self._num_changed = len(tensors) - num_grads
         self._dense: dict[int, tuple[int, ...] | None] = {}  # the strides of copies that stand in for tensors
@@ -163,45 +167,33 @@ class Plan:
             self._dense[i] = (distance, *strides) if stacked and strides is not None else strides
         return distance * tensor.element_size()
 
+    @torch.no_grad()
     def remember(self, tensors: Sequence[Tensor], num_fixed: int) -> None:
         """What the tensors are, and where the first `num_fixed` of them."""
-        self._facts = [[*map(fact, tensors)] for fact in _FACTS]
-        self._fixed = [*map(Tensor.data_ptr, tensors[:num_fixed])]
+        if _Guards is not None:
+            self._guards = _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+            self._fixed = [*map(Tensor.data_ptr, tensors[:num_fixed])]
 
-    def addresses(self, tensors: Sequence[Tensor]) -> list[int] | None:
-        """Where they are now; None if anything that is remembered has changed."""
-        try:
-            if all([*map(fact, tensors)] == was for fact, was in zip(_FACTS, self._facts, strict=True)):
-                addresses = [*map(Tensor.data_ptr, tensors)]
-                return addresses if addresses[: len(self._fixed)] == self._fixed else None
-        except RuntimeError:  # sparse tensors have no strides
-            pass
-        return None
+    def addresses(self, tensors: Sequence[Any]) -> list[int] | None:
+        """Where they are now; None if they are not what is remembered. To be called without gradients."""
+        if self._guards is None or not self._guards.check(*tensors):
+            return None
+        addresses = [*map(Tensor.data_ptr, tensors)]
+        return addresses if addresses[: len(self._fixed)] == self._fixed else None
 
-    def run(
-        self,
-        tensors: Sequence[Tensor],
-        addresses: list[int],
-        share_rate: float | Tensor,
-        seed: int | Tensor | None = None,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        lrs: Sequence[float | Tensor] = (),
-        options: Sequence[tuple[float, ...]] = (),
-    ) -> None:
-        """Args: see `ewa_kernels.ops.adamw_`; `seed` None rounds to nearest."""
+    def run(self, tensors: Sequence[Tensor], addresses: list[int], numbers: Numbers) -> None:
         dense = {i: _dense_copy(tensors[i], strides) for i, strides in self._dense.items()}
         for i, copy in dense.items():
             addresses[i] = copy.data_ptr()
         for device, table in self._tables.items():
             scalars = _Scalars(device)
-            rows = [(*scalars.real(lr), *row) for lr, row in zip(lrs, options, strict=True)]
+            rows = [(*scalars.real(lr), *row) for lr, row in zip(numbers.lrs, numbers.options, strict=True)]
             native = _C.Scalars(
-                *scalars.real(share_rate),
-                seed is not None,
-                *scalars.integer(seed),
-                scalars.float32_at(grad_scale),
-                scalars.float32_at(found_inf),
+                *scalars.real(numbers.share_rate),
+                numbers.seed is not None,
+                *scalars.integer(numbers.seed),
+                scalars.float32_at(numbers.grad_scale),
+                scalars.float32_at(numbers.found_inf),
             )
             changed = table.set(addresses, rows)
             if device.type == "cpu":
@@ -214,7 +206,7 @@ class Plan:
                 stream = torch.cuda.current_stream(device).cuda_stream
                 memory = torch.empty(plan.memory_bytes, dtype=torch.uint8, device=device)
                 _C.parameter_pass_cuda(plan, native, memory.data_ptr(), counter.data_ptr(), device.index, stream)
-        num_changed = len(tensors) if grad_scale is not None else self._num_changed
+        num_changed = len(tensors) if numbers.grad_scale is not None else self._num_changed
         for i, copy in dense.items():
             if i < num_changed:
                 tensors[i].copy_(copy)
@@ -282,7 +274,7 @@ def average(
 ) -> None:
     """`ewa_kernels.reference.average_experts_`; `seed` None rounds to nearest."""
     plan = average_plan(tensors, group_sizes)
-    plan.run(tensors, [*map(Tensor.data_ptr, tensors)], share_rate, seed, None, found_inf)
+    plan.run(tensors, [*map(Tensor.data_ptr, tensors)], Numbers(share_rate, seed, None, found_inf))
 
 
 def adamw(
@@ -311,5 +303,5 @@ def adamw(
     ]
     plan = Plan(tensors, groups_of_fields(fields, group_sizes, options_of), len(grads))
     rows = list(zip(*[iter(options)] * NUM_OPTIONS, strict=True))
-    addresses = [*map(Tensor.data_ptr, tensors)]
-    plan.run(tensors, addresses, share_rate, seed, grad_scale, found_inf, lrs, rows)
+    numbers = Numbers(share_rate, seed, grad_scale, found_inf, lrs, rows)
+    plan.run(tensors, [*map(Tensor.data_ptr, tensors)], numbers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from itertools import chain, compress
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -15,39 +14,25 @@ from torch.optim import adamw
 import ewa_kernels.backends as backends
 import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
-import ewa_kernels.ops as ops
 import ewa_kernels.train.shards as shards
 from ewa_kernels.kernels import copies, graphs
-from ewa_kernels.kernels.parameter_pass import MAX_EXPERTS, Plan, groups_of_fields, is_plain, watched
+from ewa_kernels.kernels.parameter_pass import MAX_EXPERTS, Numbers, is_plain, watched
 from ewa_kernels.train.attachment import is_dry_run
-from ewa_kernels.train.averager import ExpertAverager, flattened
+from ewa_kernels.train.averager import ExpertAverager
+from ewa_kernels.train.lookup import flattened
+from ewa_kernels.train.step_plan import State, StepPlan, device_of_numbers
 
 __all__ = ["AdamW"]
 
 _warned: set[str] = set()
 
 
-class _State(NamedTuple):
-    """What belongs to a parameter; all [0] for one without a gradient."""
+class _Now(NamedTuple):
+    """Of one step."""
 
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
-    options: int  # index of its group
-
-
-class _Kept(NamedTuple):
-    """The plan of a step, for the next ones, whose tensors are `AdamW._signature`'s.
-
-    It has, in this order: experts that have no gradient, parameters that have one, the exp_avg, exp_avg_sq and step of
-    those, copies, gradients.
-    """
-
-    plan: Plan
-    signature: list[Any]
-    others: list[bool]  # for each expert whether it has no gradient
-    copied: list[int]  # which of the experts
+    share_rate: float
+    seed: int | None
+    found_inf: Tensor | None
 
 
 _grad_of = attrgetter("grad")
@@ -81,7 +66,7 @@ class AdamW(torch.optim.AdamW):
             already; `bf16_copies` without an averager, or (at a step) of sharded parameters.
     """
 
-    _kept: _Kept | None = None  # in no copy and no pickle
+    _plan: StepPlan | None = None  # of the last step; in no copy and no pickle
 
     def __init__(
         self,
@@ -144,12 +129,12 @@ class AdamW(torch.optim.AdamW):
         # What can be wrong with the averager is found out before anything changes.
         averager = None if is_dry_run(self, had_state=len(self.state) > 0) else self.averager
         experts = [] if averager is None else averager.experts()
-        share_rate, seed = (0.0, None) if averager is None else averager.next_step()
-        if not self._pass_again(params, experts, share_rate, seed, found_inf):
-            self._kept = None
+        now = _Now(*((0.0, None) if averager is None else averager.next_step()), found_inf)
+        if not self._pass_again(params, experts, now):
+            self._plan = None
             held = shards.Experts(experts, exchange=False)
-            checked = checks.experts(held.local)
-            self._check_parameters(checked[0])
+            flat, group_sizes = checks.experts(held.local)
+            self._check_parameters(flat)
             states = self._states()
             reason = self._why_not(states, experts, held)
             if reason is not None:
@@ -158,7 +143,8 @@ class AdamW(torch.optim.AdamW):
                 if averager is not None:
                     averager.average(found_inf)
                 return loss
-            self._pass_anew(params, states, *checked, share_rate, seed, held.keys[0] if held.keys else 0, found_inf)
+            numbers = self._numbers(flat, now, held.keys[0] if held.keys else 0)
+            self._pass_anew(params, states, flat, group_sizes, numbers)
         if averager is not None:
             averager.num_steps += 1
         return loss
@@ -201,15 +187,15 @@ class AdamW(torch.optim.AdamW):
                 "MixedPrecisionPolicy(param_dtype=torch.bfloat16) gathers them in bfloat16"
             )
 
-    def _states(self) -> dict[Tensor, _State]:
+    def _states(self) -> dict[Tensor, State]:
         """Of every parameter with a gradient; a first step creates them."""
-        states: dict[Tensor, _State] = {}
+        states: dict[Tensor, State] = {}
         for i, group in enumerate(self.param_groups):
             lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
             self._init_group(group, *lists)
             params, grads, exp_avgs, exp_avg_sqs, _, steps = lists
             for p, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-                states[p] = _State(grad, exp_avg, exp_avg_sq, step, i)
+                states[p] = State(grad, exp_avg, exp_avg_sq, step, i)
         for p, state in states.items():
             for name in ("grad", "exp_avg", "exp_avg_sq"):
                 tensor = getattr(state, name)
@@ -220,7 +206,7 @@ class AdamW(torch.optim.AdamW):
                     )
         return states
 
-    def _why_not(self, states: dict[Tensor, _State], experts: list[Any], held: shards.Experts) -> str | None:
+    def _why_not(self, states: dict[Tensor, State], experts: list[Any], held: shards.Experts) -> str | None:
         """Why torch must make the step; None if the extension can, "" where `backends` has warned of that already.
 
         `held`: of the experts, by this process.
@@ -245,137 +231,68 @@ class AdamW(torch.optim.AdamW):
             return f"the extension averages at most {MAX_EXPERTS} experts"
         return None
 
-    def _pass_again(
-        self,
-        params: list[Tensor],
-        experts: list[Any],
-        share_rate: float,
-        seed: int | None,
-        found_inf: Tensor | None,
-    ) -> bool:
+    def _pass_again(self, params: list[Tensor], experts: list[Any], now: _Now) -> bool:
         """By the plan of the last step, if it is one for these tensors: all that depends on them was checked then."""
-        kept = self._kept
-        if kept is None or watched():
+        if self._plan is None or watched():
             return False
-        flat, sizes = flattened(experts)
         grads: list[Any] = [*map(_grad_of, params)]
-        if kept.signature != self._signature(params, grads, flat, sizes):
+        flat, sizes = flattened(experts)
+        if self._plan.signature != self._signature(params, grads, flat, sizes):
             return False
-        if None in kept.signature[1]:
-            params, grads = (
-                [t for t, grad in zip(ts, grads, strict=True) if grad is not None] for ts in (params, grads)
-            )
+        if None in self._plan.signature[0]:
+            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
         try:
             states: list[Any] = [*map(self.state.get, params)]
             moments = [[*map(name, states)] for name in _MOMENTS]
         except (KeyError, TypeError):
             return False
-        tensors = [*compress(flat, kept.others), *params, *chain.from_iterable(moments)]
-        tensors += [self._copy_of(flat[i]) for i in kept.copied]
-        tensors += grads
-        addresses = kept.plan.addresses(tensors)
-        if addresses is None:
+        fresh = [self._copy_of(flat[i]) for i in self._plan.copied]
+        tensors = self._plan.listed(flat, params, moments, fresh, grads)
+        if not self._plan.run_again(tensors, self._numbers(flat, now)):
             return False
-        rounded = [tensors[i] for i in kept.plan.low_precision]
-        self._run(kept.plan, tensors, addresses, share_rate, self._seed(rounded, seed), found_inf)
-        self._register([flat[i] for i in kept.copied])
+        self._register([flat[i] for i in self._plan.copied])
         return True
 
     def _pass_anew(
         self,
         params: list[Tensor],
-        states: dict[Tensor, _State],
+        states: dict[Tensor, State],
         flat: list[Tensor],
         group_sizes: list[int],
-        share_rate: float,
-        seed: int | None,
-        key: int,
-        found_inf: Tensor | None,
+        numbers: Numbers,
     ) -> None:
-        """`flat`, `group_sizes`: the experts, as `ewa_kernels.ops.average_experts_` takes them; `key`: of the shard."""
-        held = _local_states(states, found_inf)
-        experts = set(flat)
-        others = [t not in held for t in flat]
+        """`flat`, `group_sizes`: the experts, as `ewa_kernels.ops.average_experts_` takes them."""
+        held = _local_states(states, numbers.found_inf)
         copied = [i for i, t in enumerate(flat) if self.bf16_copies and _is_copied(t)]
-        columns = [list(column) for column in zip(*(state[:4] for state in held.values()), strict=True)] or [[]] * 4
-        tensors = [*compress(flat, others), *held, *columns[1], *columns[2], *columns[3]]
-        tensors += [self._copy_of(flat[i]) for i in copied]
-        tensors += columns[0]
-        # Which of them is what of each parameter.
-        num_others, n = sum(others), len(held)
-        place = {t: i for i, t in enumerate(tensors[: num_others + n])}
-        copy_of = {flat[i]: num_others + 4 * n + c for c, i in enumerate(copied)}
-        fields, options_of = [], []
-        for t in [*flat, *(p for p in held if p not in experts)]:
-            i = place[t]
-            of_state = [len(tensors) - n - num_others + i, i + n, i + 2 * n, i + 3 * n] if t in held else [-1] * 4
-            fields.append((i, *of_state, copy_of.get(t, -1)))
-            options_of.append(held[t].options if t in held else 0)
-        sizes = [*group_sizes, *(1 for p in held if p not in experts)]
-        drawn = self._seed(flat, seed, key)
+        plan = StepPlan(held, flat, group_sizes, copied)
+        grads, *moments = ([state[i] for state in held.values()] for i in range(4))
+        tensors = plan.listed(flat, held, moments, [self._copy_of(flat[i]) for i in copied], grads)
         if watched() or not all(map(is_plain, tensors)):
-            self._dispatch(tensors, fields, sizes, options_of, share_rate, drawn, found_inf)
+            device = functional.device_of(tensors)
+            plan.dispatch(tensors, numbers, [_learning_rate(group, device) for group in self.param_groups])
         else:
-            plan = Plan(tensors, groups_of_fields(fields, sizes, options_of), num_grads=n)
-            if [*map(id, held)] == [*map(id, states)]:
-                plan.remember(tensors, num_others + n)
-                signature = self._signature(params, [p.grad for p in params], flat, group_sizes)
-                self._kept = _Kept(plan, signature, others, copied)
-            self._run(plan, tensors, [*map(Tensor.data_ptr, tensors)], share_rate, drawn, found_inf)
+            plan.run(tensors, numbers)
+            if [*map(id, held)] == [*map(id, states)]:  # neither shards, nor empty ones
+                plan.signature = self._signature(params, [*map(_grad_of, params)], flat, group_sizes)
+                self._plan = plan
         self._register([flat[i] for i in copied])
 
     def _signature(self, params: list[Tensor], grads: list[Any], flat: list[Tensor], sizes: list[int]) -> list[Any]:
-        """Which tensors there are, by their ids: a plan keeps none alive, and what it is for says `Plan.remember`."""
-        groups = [len(group["params"]) for group in self.param_groups]
+        """Which tensors there are, by their ids, so that none is kept alive; what they are `Plan.addresses` tells."""
         missing = [None if grad is None else True for grad in grads]
-        return [[*map(id, params)], missing, [*map(id, flat)], sizes, groups, self.bf16_copies]
+        groups = [len(group["params"]) for group in self.param_groups]
+        return [missing, [*map(id, params)], groups, [*map(id, flat)], sizes, self.bf16_copies]
 
-    def _run(
-        self,
-        plan: Plan,
-        tensors: list[Tensor],
-        addresses: list[int],
-        share_rate: float,
-        seed: int | Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def _numbers(self, experts: list[Tensor], now: _Now, key: int = 0) -> Numbers:
+        """Options may have changed in any way. `key`: of the shard."""
         lrs = [group["lr"] for group in self.param_groups]
-        grad_scale = getattr(self, "grad_scale", None)
-        plan.run(tensors, addresses, share_rate, seed, grad_scale, found_inf, lrs, self._options())
-
-    def _dispatch(
-        self,
-        tensors: list[Tensor],
-        fields: list[tuple[int, ...]],
-        group_sizes: list[int],
-        options_of: list[int],
-        share_rate: float,
-        seed: int | Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        """To who wants to see an operation."""
-        none = torch.empty(0)
-        rows = [[none if i < 0 else tensors[i] for i in row] for row in fields]
-        columns = zip(*rows, strict=True) if rows else ((),) * 6
-        device = functional.device_of(tensors)
-        ops.adamw_(
-            *columns,
-            group_sizes,
-            options_of,
-            [_learning_rate(group, device) for group in self.param_groups],
-            [*chain.from_iterable(self._options())],
-            torch.tensor(share_rate, dtype=torch.float64, device=_device_of_numbers(device)),
-            getattr(self, "grad_scale", None),
-            found_inf,
-            None if seed is None else checks.seed_tensor(seed, device),
-        )
-
-    def _options(self) -> list[tuple[float, ...]]:
-        """Of each group, as `ewa_kernels.ops.adamw_` takes them."""
-        return [
-            (*map(float, (*group["betas"], group["eps"], group["weight_decay"], group["maximize"])),)
-            for group in self.param_groups
+        numbers = [
+            (*group["betas"], group["eps"], group["weight_decay"], group["maximize"]) for group in self.param_groups
         ]
+        options = [tuple(map(float, row)) for row in numbers]
+        seed = self._seed(experts, now.seed, key)
+        return Numbers(now.share_rate, seed, getattr(self, "grad_scale", None), now.found_inf, lrs, options)
 
     def _rounds_stochastically(self, experts: list[Tensor]) -> bool:
         stochastic = self.averager is not None and self.averager.rounding == "stochastic"
@@ -404,7 +321,7 @@ class AdamW(torch.optim.AdamW):
             copy.copy_(parameter)
         return copy
 
-    def _step_by_torch(self, states: dict[Tensor, _State], found_inf: Tensor | None) -> None:
+    def _step_by_torch(self, states: dict[Tensor, State], found_inf: Tensor | None) -> None:
         for i, group in enumerate(self.param_groups):
             params = [p for p, state in states.items() if state.options == i]
             columns = [list(column) for column in zip(*(states[p][:4] for p in params), strict=True)]
@@ -448,11 +365,6 @@ def _is_copied(expert: Tensor) -> bool:
     return expert.dtype == torch.float32 and expert.ndim == 3 and expert.is_contiguous()
 
 
-def _device_of_numbers(device: torch.device) -> torch.device:
-    """Where numbers go that change from step to step: a compiler may make a CUDA graph, which keeps the host's."""
-    return device if torch.compiler.is_compiling() else torch.device("cpu")
-
-
 def _learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
     """That of a parameter group, as the kernel takes it.
 
@@ -463,16 +375,16 @@ def _learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
     # A schedule leaves its first rate there; without one, a number stays as it is.
     may_change = isinstance(lr, Tensor) or "initial_lr" in group
     if not isinstance(lr, Tensor):
-        lr = torch.tensor(lr, dtype=torch.float64, device=_device_of_numbers(device))
+        lr = torch.tensor(lr, dtype=torch.float64, device=device_of_numbers(device))
     return graphs.replayable("lr", lr, device) if may_change else lr
 
 
-def _local_states(states: dict[Tensor, _State], found_inf: Tensor | None) -> dict[Tensor, _State]:
+def _local_states(states: dict[Tensor, State], found_inf: Tensor | None) -> dict[Tensor, State]:
     """What this process holds of them; of an empty shard only the number of steps, which is counted here."""
     held = {}
     for p, state in states.items():
         grad, exp_avg, exp_avg_sq, step = map(shards.local, state[:4])
-        held[shards.local(p)] = _State(grad, exp_avg, exp_avg_sq, step, state.options)
+        held[shards.local(p)] = State(grad, exp_avg, exp_avg_sq, step, state.options)
     for p in [p for p in held if p.numel() == 0]:
         held.pop(p).step.add_(1 if found_inf is None else found_inf.reshape(()) == 0)
     return held

@@ -8,9 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,58 +18,18 @@ import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
 import ewa_kernels.train.shards as shards
 from ewa_kernels.backends import resolve
-from ewa_kernels.kernels.parameter_pass import Plan, average_plan, is_plain, watched
+from ewa_kernels.kernels.parameter_pass import Numbers, Plan, average_plan, is_plain, watched
 from ewa_kernels.modules import RandomPartitionMoE, StackedExperts, expert_tensors
 from ewa_kernels.moe.adapters import Paths
 from ewa_kernels.moe.experts import find_experts, resolved
 from ewa_kernels.train.attachment import Attachment, holds, hooked
+from ewa_kernels.train.lookup import Experts, Lookup, flattened
 from ewa_kernels.train.share_rate import ConstantShareRate, ShareRate, as_schedule
-
-Experts = Tensor | Sequence[Tensor]
 
 _NONE = (
     "experts must hold something to average, got a model without RandomPartitionMoE layers: "
     "call replace_ffn_(model) first"
 )
-
-
-class _Lookup(NamedTuple):
-    """Where the experts of a model are, as long as its modules, and which of their parameters are trained, stay.
-
-    Attributes:
-        tree: of the model, by `_tree`.
-        places: of each stacked tensor, or list of them, which of the tree's parameters it is.
-        candidates: of all experts which of them they are; frozen ones have places here only.
-        kinds: of each candidate what it depends on who is averaged.
-    """
-
-    tree: list[Any]
-    places: dict[str, int | list[int]]
-    candidates: list[int]
-    kinds: list[Any]
-
-    @classmethod
-    def of(
-        cls, tree: list[Any], parameters: list[Any], experts: Mapping[str, Experts], trained: Mapping[str, Experts]
-    ) -> _Lookup | None:
-        """None if a module's own methods gave something that is not among its parameters."""
-        place = {id(p): i for i, p in enumerate(parameters)}
-        flat, _ = flattened(experts.values())
-        if not all(id(p) in place for p in flat):
-            return None
-        places = {
-            name: place[id(group)] if isinstance(group, Tensor) else [place[id(p)] for p in group]
-            for name, group in trained.items()
-        }
-        return cls(tree, places, [place[id(p)] for p in flat], [*map(_kind, flat)])
-
-    def found(self, parameters: list[Any]) -> dict[str, Experts] | None:
-        """None if any of them was frozen, or trained again, or has another shape."""
-        if [_kind(parameters[i]) for i in self.candidates] != self.kinds:
-            return None
-        return {
-            name: parameters[i] if isinstance(i, int) else [parameters[j] for j in i] for name, i in self.places.items()
-        }
 
 
 class ExpertAverager:
@@ -98,10 +56,6 @@ class ExpertAverager:
             `seed` is none of those above.
     """
 
-    # What is kept from step to step, as long as it is true.
-    _lookup: _Lookup | None = None
-    _plan: tuple[Plan, list[int]] | None = None
-
     def __init__(
         self,
         experts: nn.Module | Iterable[Any],
@@ -117,6 +71,9 @@ class ExpertAverager:
         self.rounding, self.seed = rounding, seed
         self.num_steps = 0
         self._attachment: Attachment | None = None
+        # From step to step, as long as they are true.
+        self._lookup = Lookup()
+        self._plan: tuple[Plan, list[int]] | None = None
         self._model: nn.Module | None = None
         self._given: Mapping[str, Experts] = {}
         self._paths: Paths = {}
@@ -158,8 +115,8 @@ class ExpertAverager:
                 self._ndims.update((name, _members(group)[0].ndim) for name, group in site.tensors.items())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is of these tensors only."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_plan", "_lookup")}
+        """Without what is true of these tensors only."""
+        return {**self.__dict__, "_plan": None, "_lookup": Lookup()}
 
     def _experts(self) -> Mapping[str, Experts]:
         """Looked up at each step: parameters may be replaced (load_state_dict(assign=True), to(), fold_)."""
@@ -167,20 +124,11 @@ class ExpertAverager:
             if not self._given:
                 raise ValueError("experts must hold something to average, got an empty iterable")
             return self._given
-        if torch.compiler.is_compiling():
-            return _without_frozen(self._candidates(self._model))
-        tree, parameters = _tree(self._model)
-        if self._lookup is not None and self._lookup.tree == tree:
-            found = self._lookup.found(parameters)
-            if found is not None:
-                return found
-        candidates = self._candidates(self._model)
-        trained = _without_frozen(candidates)
-        self._lookup = _Lookup.of(tree, parameters, candidates, trained)
-        return trained
+        return (
+            self._find_now(self._model) if torch.compiler.is_compiling() else self._lookup(self._model, self._find_now)
+        )
 
-    def _candidates(self, model: nn.Module) -> dict[str, Experts]:
-        """Frozen ones too."""
+    def _find_now(self, model: nn.Module) -> dict[str, Experts]:
         ours = expert_tensors(model)
         experts: dict[str, Experts] = {name: tensor for name, tensor in ours if name.startswith(self._prefixes)}
         try:
@@ -196,7 +144,7 @@ class ExpertAverager:
         if not experts:
             raise ValueError(_NONE + (", or remove() on what attach returned" if self.attached_to is not None else ""))
         _check_not_flattened(experts, self._ndims)
-        return experts
+        return _without_frozen(experts)
 
     @property
     def share_rate(self) -> float:
@@ -253,7 +201,7 @@ class ExpertAverager:
         if addresses is None:
             return False
         random = self.rounding == "stochastic" and plan.low_precision
-        plan.run(flat, addresses, beta, seed if random else None, found_inf=found_inf)
+        plan.run(flat, addresses, Numbers(beta, seed if random else None, None, found_inf))
         return True
 
     def _keep_plan(self, experts: list[Experts]) -> None:
@@ -377,45 +325,6 @@ class ExpertAverager:
 
 def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-_kind = attrgetter("requires_grad", "ndim")
-_parameters_of = attrgetter("_parameters")
-
-
-def _tree(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """All that names and places in a model depend on, by identity, and its parameters, `None` among them."""
-    modules, seen, names = [model], {model}, []
-    for module in modules:
-        children = module._modules
-        if children:
-            names += children
-            for child in children.values():
-                if child not in seen and child is not None:
-                    seen.add(child)
-                    modules.append(child)
-                names.append(id(child))
-    dicts = [*map(_parameters_of, modules)]
-    parameters = [*chain.from_iterable(map(dict.values, dicts))]
-    # The number of parameters of each module is in their names' order, which a module's id precedes.
-    return [
-        names,
-        [*map(type, modules)],
-        [*map(len, dicts)],
-        [*chain.from_iterable(dicts)],
-        [*map(id, parameters)],
-    ], parameters
-
-
-def flattened(experts: Iterable[Experts]) -> tuple[list[Tensor], list[int]]:
-    """All tensors, and for each group 0 if it is one stacked tensor, else how many it has."""
-    flat: list[Tensor] = []
-    sizes: list[int] = []
-    for group in experts:
-        stacked = isinstance(group, Tensor)
-        flat += [group] if stacked else group
-        sizes.append(0 if stacked else len(group))
-    return flat, sizes
 
 
 def _unwrapped(name: str) -> str:
