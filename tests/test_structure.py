@@ -47,7 +47,7 @@ LAYERS = {
         "train/share_rate",
     },
     "train/weight_decay": {"checks", "modules"},
-    "train/step_plan": {"checks", "functional", "kernels", "ops"},
+    "train/step_plan": {"checks", "functional", "kernels", "ops", "train/shards"},
     "train/adamw": {
         "backends",
         "checks",

@@ -20,7 +20,7 @@ from ewa_kernels.kernels.parameter_pass import MAX_EXPERTS, Numbers, is_plain, w
 from ewa_kernels.train.attachment import is_dry_run
 from ewa_kernels.train.averager import ExpertAverager
 from ewa_kernels.train.lookup import flattened
-from ewa_kernels.train.step_plan import State, StepPlan, device_of_numbers
+from ewa_kernels.train.step_plan import State, StepPlan, device_of_numbers, local_states
 
 __all__ = ["AdamW"]
 
@@ -36,7 +36,7 @@ class _Now(NamedTuple):
 
 
 _grad_of = attrgetter("grad")
-_MOMENTS = [itemgetter(name) for name in ("exp_avg", "exp_avg_sq", "step")]
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class AdamW(torch.optim.AdamW):
@@ -244,7 +244,7 @@ class AdamW(torch.optim.AdamW):
             grads = [grad for grad in grads if grad is not None]
         try:
             states: list[Any] = [*map(self.state.get, params)]
-            moments = [[*map(name, states)] for name in _MOMENTS]
+            moments = [[*map(itemgetter(name), states)] for name in _MOMENTS]
         except (KeyError, TypeError):
             return False
         fresh = [self._copy_of(flat[i]) for i in self._plan.copied]
@@ -263,10 +263,11 @@ class AdamW(torch.optim.AdamW):
         numbers: Numbers,
     ) -> None:
         """`flat`, `group_sizes`: the experts, as `ewa_kernels.ops.average_experts_` takes them."""
-        held = _local_states(states, numbers.found_inf)
+        held = local_states(states, numbers.found_inf)
         copied = [i for i, t in enumerate(flat) if self.bf16_copies and _is_copied(t)]
         plan = StepPlan(held, flat, group_sizes, copied)
-        grads, *moments = ([state[i] for state in held.values()] for i in range(4))
+        grads = [state.grad for state in held.values()]
+        moments = [[name(state) for state in held.values()] for name in map(attrgetter, _MOMENTS)]
         tensors = plan.listed(flat, held, moments, [self._copy_of(flat[i]) for i in copied], grads)
         if watched() or not all(map(is_plain, tensors)):
             device = functional.device_of(tensors)
@@ -377,17 +378,6 @@ def _learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
     if not isinstance(lr, Tensor):
         lr = torch.tensor(lr, dtype=torch.float64, device=device_of_numbers(device))
     return graphs.replayable("lr", lr, device) if may_change else lr
-
-
-def _local_states(states: dict[Tensor, State], found_inf: Tensor | None) -> dict[Tensor, State]:
-    """What this process holds of them; of an empty shard only the number of steps, which is counted here."""
-    held = {}
-    for p, state in states.items():
-        grad, exp_avg, exp_avg_sq, step = map(shards.local, state[:4])
-        held[shards.local(p)] = State(grad, exp_avg, exp_avg_sq, step, state.options)
-    for p in [p for p in held if p.numel() == 0]:
-        held.pop(p).step.add_(1 if found_inf is None else found_inf.reshape(()) == 0)
-    return held
 
 
 def _warn_once_of_slowness(reason: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ewa_kernels.modules import RandomPartitionMoE, StackedExperts, expert_tenso
 from ewa_kernels.moe.adapters import Paths
 from ewa_kernels.moe.experts import find_experts, resolved
 from ewa_kernels.train.attachment import Attachment, holds, hooked
-from ewa_kernels.train.lookup import Experts, Lookup, flattened
+from ewa_kernels.train.lookup import Experts, Lookup, flattened, members_of, without_frozen
 from ewa_kernels.train.share_rate import ConstantShareRate, ShareRate, as_schedule
 
 _NONE = (
@@ -112,7 +112,7 @@ class ExpertAverager:
                 self._stacked += tuple(name for name in of_layer if name in ours)
             else:
                 self._paths.update(site.paths)
-                self._ndims.update((name, _members(group)[0].ndim) for name, group in site.tensors.items())
+                self._ndims.update((name, members_of(group)[0].ndim) for name, group in site.tensors.items())
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is true of these tensors only."""
@@ -124,9 +124,9 @@ class ExpertAverager:
             if not self._given:
                 raise ValueError("experts must hold something to average, got an empty iterable")
             return self._given
-        return (
-            self._find_now(self._model) if torch.compiler.is_compiling() else self._lookup(self._model, self._find_now)
-        )
+        if torch.compiler.is_compiling():
+            return self._find_now(self._model)
+        return self._lookup(self._model, self._find_now)
 
     def _find_now(self, model: nn.Module) -> dict[str, Experts]:
         ours = expert_tensors(model)
@@ -144,7 +144,7 @@ class ExpertAverager:
         if not experts:
             raise ValueError(_NONE + (", or remove() on what attach returned" if self.attached_to is not None else ""))
         _check_not_flattened(experts, self._ndims)
-        return _without_frozen(experts)
+        return without_frozen(experts)
 
     @property
     def share_rate(self) -> float:
@@ -206,10 +206,13 @@ class ExpertAverager:
 
     def _keep_plan(self, experts: list[Experts]) -> None:
         self._plan = None
-        flat, sizes = flattened(experts)
-        if watched() or _is_capturing() or not all(map(is_plain, flat)):
+        if watched() or _is_capturing():
             return
-        if all(resolve("average_experts_", "auto", device) in ("cpp", "cuda") for device in {t.device for t in flat}):
+        flat, sizes = flattened(experts)
+        devices = {t.device for t in flat}
+        if all(map(is_plain, flat)) and all(
+            resolve("average_experts_", "auto", device) in ("cpp", "cuda") for device in devices
+        ):
             plan = average_plan(flat, sizes)
             plan.remember(flat, len(flat))
             self._plan = plan, sizes
@@ -289,7 +292,7 @@ class ExpertAverager:
     def is_trained_by(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has any of the experts."""
         groups = self.experts()
-        return holds(optimizer, [tensor for group in groups for tensor in _members(group)])
+        return holds(optimizer, [tensor for group in groups for tensor in members_of(group)])
 
     @torch.no_grad()
     def spread(self) -> dict[str, float]:
@@ -354,18 +357,6 @@ def _named(experts: Any) -> dict[str, Experts]:
     return named
 
 
-def _without_frozen(experts: Mapping[str, Experts]) -> dict[str, Experts]:
-    """Each tensor once, and none of a group of which a part is frozen."""
-    trained: dict[str, Experts] = {}
-    seen: set[Tensor] = set()
-    for name, group in experts.items():
-        members = _members(group)
-        if all(tensor.requires_grad and tensor not in seen for tensor in members):
-            trained[name] = group
-            seen.update(members)
-    return trained
-
-
 def _check_not_flattened(experts: Mapping[str, Experts], ndims: Mapping[str, int]) -> None:
     """A flat piece of experts would pass for experts of one number each.
 
@@ -374,17 +365,13 @@ def _check_not_flattened(experts: Mapping[str, Experts], ndims: Mapping[str, int
     """
     for name, group in experts.items():
         ndim = ndims.get(name, {"weight": 3, "bias": 2}.get(name.rpartition(".")[2]))
-        tensor = _members(group)[0]
+        tensor = members_of(group)[0]
         if ndim is not None and tensor.ndim != ndim:
             stacked = ", the first for the experts" if tensor is group else ""
             raise ValueError(
                 f"{name} must have {ndim} dimensions{stacked}, got shape {list(tensor.shape)}: "
                 "FullyShardedDataParallel and ZeRO-3 flatten parameters; use torch.distributed.fsdp.fully_shard"
             )
-
-
-def _members(group: Experts) -> Sequence[Tensor]:
-    return [group] if isinstance(group, Tensor) else group
 
 
 def _rms_distance(experts: Experts) -> float:

@@ -50,7 +50,8 @@ def _tree(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
 
     By ids: what is gone may have left its own to something new, but that is then of the same class at the same place.
     """
-    modules, seen, children = [model], {model}, []
+    modules, seen = [model], {model}
+    children: list[Any] = []
     for module in modules:
         if module._modules:
             children += module._modules
@@ -68,10 +69,22 @@ def _tree(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
 
 def flattened(experts: Iterable[Experts]) -> tuple[list[Tensor], list[int]]:
     """All tensors, and for each group 0 if it is one stacked tensor, else how many it has."""
-    flat: list[Tensor] = []
-    sizes: list[int] = []
-    for group in experts:
-        stacked = isinstance(group, Tensor)
-        flat += [group] if stacked else group
-        sizes.append(0 if stacked else len(group))
-    return flat, sizes
+    groups = list(experts)
+    flat = [tensor for group in groups for tensor in members_of(group)]
+    return flat, [0 if isinstance(group, Tensor) else len(group) for group in groups]
+
+
+def without_frozen(experts: Mapping[str, Experts]) -> dict[str, Experts]:
+    """Each tensor once, and none of a group of which a part is frozen."""
+    trained: dict[str, Experts] = {}
+    seen: set[Tensor] = set()
+    for name, group in experts.items():
+        members = members_of(group)
+        if all(tensor.requires_grad and tensor not in seen for tensor in members):
+            trained[name] = group
+            seen.update(members)
+    return trained
+
+
+def members_of(group: Experts) -> Sequence[Tensor]:
+    return [group] if isinstance(group, Tensor) else group

@@ -1,4 +1,4 @@
-"""Which tensors AdamW's pass over parameters and experts is made of: laid out once, for as many steps as it stays so."""
+"""Which tensors AdamW's pass over parameters and experts is made of: laid out once, for as long as it stays so."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
 import ewa_kernels.ops as ops
+import ewa_kernels.train.shards as shards
 from ewa_kernels.kernels.parameter_pass import Numbers, Plan, groups_of_fields
 
 
@@ -23,6 +24,17 @@ class State(NamedTuple):
     exp_avg_sq: Tensor
     step: Tensor
     options: int  # index of its group
+
+
+def local_states(states: dict[Tensor, State], found_inf: Tensor | None) -> dict[Tensor, State]:
+    """What this process holds of them; of an empty shard only the number of steps, which is counted here."""
+    held = {}
+    for p, state in states.items():
+        grad, exp_avg, exp_avg_sq, step = map(shards.local, state[:4])
+        held[shards.local(p)] = State(grad, exp_avg, exp_avg_sq, step, state.options)
+    for p in [p for p in held if p.numel() == 0]:
+        held.pop(p).step.add_(1 if found_inf is None else found_inf.reshape(()) == 0)
+    return held
 
 
 class StepPlan:
