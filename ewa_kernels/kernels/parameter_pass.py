@@ -94,21 +94,6 @@ def _dense_strides(group: Sequence[Tensor], stacked: bool) -> tuple[int, ...] | 
     return tuple(strides)
 
 
-class Group(NamedTuple):
-    """Experts that are averaged with one another, or a parameter that has no fellows.
-
-    Attributes:
-        stacked: whether it is one tensor `[E, ...]`, and not E tensors.
-        fields: for each tensor the places, among all tensors of the pass, of its param, grad, exp_avg, exp_avg_sq, step
-            and copy; -1 for none.
-        options: for each tensor the row of its options.
-    """
-
-    stacked: bool
-    fields: Sequence[Sequence[int]]
-    options: Sequence[int]
-
-
 class Numbers(NamedTuple):
     """What a pass takes besides tensors: see `ewa_kernels.ops.adamw_`. `seed` None rounds to nearest."""
 
@@ -126,32 +111,43 @@ class Plan:
     It holds no tensor. A caller that keeps it calls `remember` first, and asks `addresses` before each `run`.
 
     Args:
-        tensors: all that is read and written, in an order that stays; without gradients those that the pass changes.
-        groups: in the order in which experts are numbered, for their random bits.
+        tensors: all that is read and written, in an order that stays.
+        fields: for each parameter the places among them of its param, grad, exp_avg, exp_avg_sq, step and copy; -1 for
+            none. In the order in which experts are numbered, for their random bits.
+        group_sizes: see `groups_of`.
+        options_of: for each parameter the row of its options.
         num_grads: how many of the last tensors are gradients, which change only if they are unscaled.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], groups: Sequence[Group], num_grads: int = 0):
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        fields: Sequence[Sequence[int]],
+        group_sizes: Sequence[int],
+        options_of: Sequence[int],
+        num_grads: int = 0,
+    ):
         self._guards: Any = None
         self.low_precision: list[int] = []  # which are experts of 16 bits
         self._num_changed = len(tensors) - num_grads
         self._dense: dict[int, tuple[int, ...] | None] = {}  # the strides of copies that stand in for tensors
         tables: dict[torch.device, tuple[list[Any], list[Any]]] = {}
         number = 0
-        for stacked, fields, options in groups:
-            members = [tensors[places[0]] for places in fields]
-            first, num_experts = members[0], members[0].shape[0] if stacked else len(members)
-            numel = first.numel() // num_experts if stacked else first.numel()
+        groups = zip(group_sizes, groups_of(fields, group_sizes), groups_of(options_of, group_sizes), strict=True)
+        for size, of_group, options in groups:
+            stacked, members = size == 0, [tensors[places[0]] for places in of_group]
+            first, num_experts = members[0], size or members[0].shape[0]
             # An expert that has no fellow, no gradient and no copy is left alone, but counted.
-            if num_experts > 1 or any(place >= 0 for places in fields for place in places[1:]):
+            if num_experts > 1 or any(place >= 0 for places in of_group for place in places[1:]):
                 strides = _dense_strides(members, stacked)
+                numel = first.numel() // num_experts if stacked else first.numel()
                 native_groups, rows = tables.setdefault(first.device, ([], []))
                 native_groups.append((numel, num_experts, number, DTYPES[first.dtype], stacked))
-                for places, row in zip(fields, options, strict=True):
+                for places, row in zip(of_group, options, strict=True):
                     bytes_apart = [0 if i < 0 else self._bytes_apart(tensors[i], i, strides, stacked) for i in places]
                     rows.append((places, bytes_apart, row))
             if num_experts > 1 and first.element_size() == 2:
-                self.low_precision += [places[0] for places in fields]
+                self.low_precision += [places[0] for places in of_group]
             number += num_experts
         self._tables = {device: _C.Table(*table) for device, table in tables.items()}
         self._cuda_plans: dict[torch.device, Any] = {}
@@ -199,7 +195,9 @@ class Plan:
             if device.type == "cpu":
                 _C.parameter_pass_cpu(table, native)
                 continue
-            if changed or device not in self._cuda_plans:
+            if changed:
+                self._cuda_plans.pop(device, None)
+            if device not in self._cuda_plans:
                 self._cuda_plans[device] = _C.CudaPlan(table)
             plan = self._cuda_plans[device]
             with torch.cuda.device(device), counters.zeroed_counters(1, device) as counter:
@@ -251,18 +249,10 @@ class _Scalars:
         return value
 
 
-def groups_of_fields(
-    fields: Sequence[Sequence[int]], group_sizes: Sequence[int], options_of: Sequence[int]
-) -> list[Group]:
-    """`group_sizes`: see `groups_of`."""
-    grouped = zip(group_sizes, groups_of(fields, group_sizes), groups_of(options_of, group_sizes), strict=True)
-    return [Group(size == 0, *rows) for size, *rows in grouped]
-
-
 def average_plan(tensors: Sequence[Tensor], group_sizes: Sequence[int]) -> Plan:
     """Of `average`."""
     fields = [(i, -1, -1, -1, -1, -1) for i in range(len(tensors))]
-    return Plan(tensors, groups_of_fields(fields, group_sizes, [0] * len(tensors)))
+    return Plan(tensors, fields, group_sizes, [0] * len(tensors))
 
 
 def average(
@@ -301,7 +291,7 @@ def adamw(
         [c * len(params) + r if c == 0 or columns[c][r].numel() > 0 else -1 for c in (0, 5, 1, 2, 3, 4)]
         for r in range(len(params))
     ]
-    plan = Plan(tensors, groups_of_fields(fields, group_sizes, options_of), len(grads))
+    plan = Plan(tensors, fields, group_sizes, options_of, len(grads))
     rows = list(zip(*[iter(options)] * NUM_OPTIONS, strict=True))
     numbers = Numbers(share_rate, seed, grad_scale, found_inf, lrs, rows)
     plan.run(tensors, [*map(Tensor.data_ptr, tensors)], numbers)

@@ -13,7 +13,7 @@ import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
 import ewa_kernels.ops as ops
 import ewa_kernels.train.shards as shards
-from ewa_kernels.kernels.parameter_pass import Numbers, Plan, groups_of_fields
+from ewa_kernels.kernels.parameter_pass import Numbers, Plan
 
 
 class State(NamedTuple):
@@ -88,8 +88,7 @@ class StepPlan:
 
     def run(self, tensors: list[Tensor], numbers: Numbers) -> None:
         """The first time."""
-        groups = groups_of_fields(self._fields, self._group_sizes, self._options_of)
-        self._plan = Plan(tensors, groups, self._num_grads)
+        self._plan = Plan(tensors, self._fields, self._group_sizes, self._options_of, self._num_grads)
         self._plan.remember(tensors, self._num_fixed)
         self._plan.run(tensors, [*map(Tensor.data_ptr, tensors)], numbers)
 
