@@ -30,6 +30,7 @@ CXX_SOURCES = (
     "layer/products",
     "layer/rows",
     "parameter_pass/cpu",
+    "parameter_pass/table",
 )
 CUDA_SOURCES = ("parameter_pass/cuda",)
 ARCHITECTURES = "80 86 89 90a 100 120"

@@ -31,22 +31,32 @@ ewa::Inputs inputs(uintptr_t x, uintptr_t up_weight, uintptr_t up_bias, uintptr_
             seed,                      pointer<int32_t>(permutation), pointer<void>(pre_activation)};
 }
 
-// From rows of numbers, in the order of the structs' fields: see ewa_kernels/kernels/parameter_pass.py.
-ewa::Table table_of(const std::vector<std::array<int64_t, 5>>& groups,
-                    const std::vector<std::array<uint64_t, 8>>& members,
-                    const std::vector<std::tuple<double, uintptr_t, bool, double, double, double, double, bool>>& options) {
+// From rows of numbers: see ewa_kernels/kernels/parameter_pass.py. A row is a tensor: of each field which of the tensors
+// given it is, of each field how many bytes there are from one expert to the next, and which options it has.
+ewa::Table table_of(const std::vector<std::tuple<int64_t, int32_t, int32_t, int32_t, bool>>& groups,
+                    const std::vector<std::tuple<std::array<int64_t, 6>, std::array<int64_t, 6>, int32_t>>& rows) {
     ewa::Table table;
-    for (const auto& [numel, first_member, num_experts, number, type] : groups)
-        table.groups.push_back({numel, static_cast<int32_t>(first_member), static_cast<int32_t>(num_experts),
-                                static_cast<int32_t>(number), static_cast<ewa::Type>(type)});
-    for (const auto& [param, grad, exp_avg, exp_avg_sq, step, copy, option, counts] : members)
-        table.members.push_back({pointer<void>(param), pointer<void>(grad), pointer<void>(exp_avg),
-                                 pointer<void>(exp_avg_sq), pointer<float>(step), pointer<uint16_t>(copy),
-                                 static_cast<int32_t>(option), static_cast<int32_t>(counts)});
-    for (const auto& [lr, lr_at, lr_is_double, beta1, beta2, eps, weight_decay, maximize] : options)
-        table.options.push_back(
-            {lr, pointer<const void>(lr_at), beta1, beta2, eps, weight_decay, lr_is_double, maximize});
+    auto row = rows.begin();
+    for (const auto& [numel, num_experts, number, type, stacked] : groups) {
+        table.groups.push_back({numel, static_cast<int32_t>(table.members.size()), num_experts, number,
+                                static_cast<ewa::Type>(type)});
+        for (int32_t i = 0; i < (stacked ? 1 : num_experts); ++i, ++row) {
+            if (row == rows.end()) throw std::out_of_range("rows");
+            const auto& [tensors, strides, options] = *row;
+            table.add(stacked ? num_experts : 1, tensors, strides, options);
+        }
+    }
     return table;
+}
+
+// (lr, its address or 0, whether it is a double there, beta1, beta2, eps, weight_decay, maximize)
+using OptionsRow = std::tuple<double, uintptr_t, bool, double, double, double, double, bool>;
+
+bool set_table(ewa::Table& table, const std::vector<uintptr_t>& addresses, const std::vector<OptionsRow>& rows) {
+    std::vector<ewa::Options> options;
+    for (const auto& [lr, lr_at, lr_is_double, beta1, beta2, eps, weight_decay, maximize] : rows)
+        options.push_back({lr, pointer<const void>(lr_at), beta1, beta2, eps, weight_decay, lr_is_double, maximize});
+    return table.set(addresses, std::move(options));
 }
 
 }  // namespace
@@ -156,7 +166,7 @@ PYBIND11_MODULE(_C, m) {
             },
             unlocked);
 
-    py::class_<ewa::Table>(m, "Table").def(py::init(&table_of));
+    py::class_<ewa::Table>(m, "Table").def(py::init(&table_of)).def("set", &set_table);
     py::class_<ewa::Scalars>(m, "Scalars")
         .def(py::init([](double share_rate, uintptr_t share_rate_at, bool share_rate_is_double, bool stochastic,
                          uint64_t seed, uintptr_t seed_at, uintptr_t grad_scale, uintptr_t found_inf) {

@@ -104,10 +104,10 @@ cuda: str | None
 class Table:
     def __init__(
         self,
-        groups: Sequence[tuple[int, ...]],
-        members: Sequence[tuple[int, ...]],
-        options: Sequence[tuple[float, ...]],
+        groups: Sequence[tuple[int, int, int, int, bool]],
+        rows: Sequence[tuple[Sequence[int], Sequence[int], int]],
     ) -> None: ...
+    def set(self, addresses: Sequence[int], options: Sequence[tuple[float, ...]]) -> bool: ...
 
 class Scalars:
     def __init__(

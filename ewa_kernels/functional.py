@@ -283,7 +283,7 @@ def average_experts_(
 
 def device_of(tensors: Iterable[Tensor]) -> torch.device:
     """That of the first which is not on the CPU, if there is one."""
-    return next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+    return next((t.device for t in tensors if not t.is_cpu), torch.device("cpu"))
 
 
 def merge_experts(tensor: Tensor) -> Tensor:

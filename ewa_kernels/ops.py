@@ -283,7 +283,7 @@ def _average_experts_(
     ]
     if backend == "triton":
         triton_kernels.averaging.average(groups, share_rate, found_inf, seed)
-        return parameter_pass.increment_versions(tensors)
+        return torch.autograd.graph.increment_version(tensors)
     rounding = "nearest" if seed is None else "stochastic"
     reference.average_experts_(groups, share_rate, rounding=rounding, seed=seed, found_inf=found_inf)
 

@@ -44,11 +44,17 @@ def registered(monkeypatch):
 def averagings(monkeypatch):
     """β of each averaging, whoever makes it."""
     seen = []
-    average = ewa.functional.average_experts_
+    average, again = ewa.functional.average_experts_, ewa.ExpertAverager._average_again
 
     def record(tensors, share_rate, **options):
         seen.append(float(share_rate))
         average(tensors, share_rate, **options)
 
+    def record_again(self, experts, share_rate, *others):
+        done = again(self, experts, share_rate, *others)
+        seen.extend([float(share_rate)] if done else [])
+        return done
+
     monkeypatch.setattr(ewa.functional, "average_experts_", record)
+    monkeypatch.setattr(ewa.ExpertAverager, "_average_again", record_again)
     return seen

@@ -16,8 +16,8 @@ import pybind11
 
 ROOT = Path(__file__).parent.parent
 TESTS = {
-    "sanitized": ("experts", "optim", "optim_copies", "optim_bad_input", "cpp", "products"),
-    "cuda-on-host": ("experts", "optim", "optim_copies", "optim_bad_input", "cuda_on_host"),
+    "sanitized": ("experts", "optim", "optim_copies", "optim_plans", "optim_bad_input", "cpp", "products"),
+    "cuda-on-host": ("experts", "optim", "optim_copies", "optim_plans", "optim_bad_input", "cuda_on_host"),
 }
 CXX_SOURCES = tuple(sorted(str(path) for path in (ROOT / "csrc").rglob("*.cpp")))
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"

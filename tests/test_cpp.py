@@ -244,3 +244,38 @@ print(report())
     assert "with a C++ compiler at hand" in lines[1]
     assert any("moe_ffn" in line and "torch" in line for line in lines[2:])
     assert any("not cpp" in line for line in lines[2:])
+
+
+class TestTable:
+    """Of addresses: it says when a copy of it, as a GPU's plan is one, is stale."""
+
+    OPTIONS = (0.1, 0, False, 0.9, 0.99, 1e-8, 0.01, False)
+
+    def table(self):
+        """Two experts in one tensor, 8 bytes apart; tensor 1 is their gradient."""
+        module = sys.modules["ewa_kernels._C"]
+        return module.Table([(2, 2, 0, 0, True)], [((0, 1, 2, 3, 4, -1), (8, 8, 8, 8, 0, 0), 0)])
+
+    def test_says_what_changed(self):
+        table = self.table()
+        addresses = [4096, 8192, 12288, 16384, 20480]
+        assert table.set(addresses, [self.OPTIONS])
+        assert not table.set(addresses, [self.OPTIONS])
+        for i in range(5):
+            addresses[i] += 16
+            assert table.set(addresses, [self.OPTIONS])
+            assert not table.set(addresses, [self.OPTIONS])
+        for i, value in enumerate((0.2, 64, True, 0.8, 0.9, 1e-7, 0.02, True)):
+            options = (*self.OPTIONS[:i], value, *self.OPTIONS[i + 1 :])
+            assert table.set(addresses, [options])
+            assert not table.set(addresses, [options])
+            assert table.set(addresses, [self.OPTIONS])
+        assert table.set(addresses, [self.OPTIONS] * 2)
+
+    def test_refuses_what_it_lacks(self):
+        with pytest.raises(IndexError):
+            self.table().set([4096] * 4, [self.OPTIONS])
+        with pytest.raises(IndexError):
+            self.table().set([4096] * 5, [])
+        with pytest.raises(IndexError):
+            sys.modules["ewa_kernels._C"].Table([(2, 2, 0, 0, False)], [])

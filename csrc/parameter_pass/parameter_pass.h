@@ -5,6 +5,7 @@
 // number of threads.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -34,10 +35,24 @@ struct Group {
     Type type;
 };
 
+// Where a field of a member is: `offset` bytes after the address of one of the tensors given; nowhere if that is −1.
+struct Place {
+    int64_t tensor, offset;
+};
+
+// Kept from one pass to the next: what changes is addresses, which it tells from those that it holds, and options.
 struct Table {
     std::vector<Group> groups;
     std::vector<Member> members;
     std::vector<Options> options;
+    std::vector<std::array<Place, 6>> places;  // of each member's param, grad, exp_avg, exp_avg_sq, step and copy
+
+    // Adds experts e = 0 … num_experts − 1 of one tensor, or a single one. `strides`: bytes from one to the next, of the
+    // fields as in `places`.
+    void add(int64_t num_experts, const std::array<int64_t, 6>& tensors, const std::array<int64_t, 6>& strides,
+             int32_t options);
+    // Whether anything is another than it was. Throws std::out_of_range if a tensor or its options are not given.
+    bool set(const std::vector<uintptr_t>& addresses, std::vector<Options> given);
 };
 
 // Values for the whole pass. Where an address is given, the value is read there.

@@ -1,15 +1,16 @@
 """One pass over parameters, in C++ or CUDA: the AdamW step and Experts Weights Averaging. See `csrc/parameter_pass`.
 
-What the kernels need is made here: a table of addresses, anew in each call, so that it cannot be stale. Tensors
-that are not dense, or lie in memory in another order than the parameter they belong to, go through dense copies; so
-do 16-bit experts that are not contiguous, because random bits are numbered by an element's indices.
+What the kernels need is made here: a table of addresses for each device. A plan keeps it from call to call, and tells
+whether it may, so that it cannot be stale. Tensors that are not dense, or lie in memory in another order than the
+parameter they belong to, go through dense copies; so do 16-bit experts that are not contiguous, because random bits
+are numbered by an element's indices.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ MAX_EXPERTS = 1024
 
 # Of each row of `options`: beta1, beta2, eps, weight_decay, and 1 to maximize.
 NUM_OPTIONS = 5
+
+_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+# What a thread dispatches to besides what tensors ask for; the second in inference mode.
+_EAGER = {(_KEYS | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr(), _KEYS.raw_repr()}
+
+# Tells whether tensors still have the type, dispatch keys, dtype, device, sizes and strides that they had, and by the
+# keys whether the thread is in the same modes. It guards what torch.compile makes; without it nothing is kept.
+_Guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -49,34 +58,23 @@ def groups_of(tensors: Sequence[Any], group_sizes: Sequence[int]) -> Iterator[li
         yield list(itertools.islice(remaining, size or 1))
 
 
-class _Dense:
-    """Stands in for tensors that the kernels cannot read as they are, and writes back to them in the end."""
+def watched() -> bool:
+    """Whether anybody stands between eager code and the kernels who is to see operations: a compiler, a mode (fake
+    tensors, FlopCounterMode, `torch.overrides`), a transform of torch.func, torch.jit.trace, a profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _EAGER
+    )
 
-    def __init__(self) -> None:
-        self._copies: list[tuple[Tensor, Tensor]] = []
-        self._alive: list[Tensor] = []
 
-    def __call__(self, tensor: Tensor, strides: tuple[int, ...] | None, *, stacked: bool, changes: bool) -> Tensor:
-        """`tensor`, or a copy of it whose experts have these strides; None for contiguous."""
-        if strides is None:
-            if tensor.is_contiguous():
-                return tensor
-            copy = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        elif (tensor.stride()[1:] if stacked else tensor.stride()) == strides:
-            return tensor
-        else:
-            strides = (tensor[0].numel(), *strides) if stacked else strides
-            copy = tensor.new_empty_strided(tensor.shape, strides)
-        copy.copy_(tensor)
-        if changes:
-            self._copies.append((tensor, copy))
-        else:
-            self._alive.append(copy)
-        return copy
-
-    def write_back(self) -> None:
-        for tensor, copy in self._copies:
-            tensor.copy_(copy)
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its values are where its address says, as those of a subclass, or of a negated view, may not be."""
+    return type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and not tensor.is_neg()
 
 
 def _dense_strides(group: Sequence[Tensor], stacked: bool) -> tuple[int, ...] | None:
@@ -96,63 +94,129 @@ def _dense_strides(group: Sequence[Tensor], stacked: bool) -> tuple[int, ...] | 
     return tuple(strides)
 
 
-class _Table:
-    """Rows of numbers in the order of the fields of `Group` and `Member` in `csrc/parameter_pass`, for one device."""
+class Numbers(NamedTuple):
+    """What a pass takes besides tensors: see `ewa_kernels.ops.adamw_`. `seed` None rounds to nearest."""
 
-    def __init__(self) -> None:
-        self.groups: list[tuple[int, ...]] = []
-        self.members: list[tuple[int, ...]] = []
-        self.dense = _Dense()
+    share_rate: float | Tensor
+    seed: int | Tensor | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    lrs: Sequence[float | Tensor] = ()
+    options: Sequence[tuple[float, ...]] = ()
 
-    def add(
+
+class Plan:
+    """The pass over certain tensors, as often as it is made: their table on every device, and what they have to be.
+
+    It holds no tensor. A caller that keeps it calls `remember` first, and asks `addresses` before each `run`.
+
+    Args:
+        tensors: all that is read and written, in an order that stays.
+        fields: for each parameter the places among them of its param, grad, exp_avg, exp_avg_sq, step and copy; -1 for
+            none. In the order in which experts are numbered, for their random bits.
+        group_sizes: see `groups_of`.
+        options_of: for each parameter the row of its options.
+        num_grads: how many of the last tensors are gradients, which change only if they are unscaled.
+    """
+
+    def __init__(
         self,
-        group: Sequence[Tensor],
-        stacked: bool,
-        number: int,
-        others: Sequence[Sequence[Tensor]] = (),
-        options: Sequence[int] = (),
-        grads_change: bool = False,
-    ) -> None:
-        """Adds experts that are averaged with one another.
+        tensors: Sequence[Tensor],
+        fields: Sequence[Sequence[int]],
+        group_sizes: Sequence[int],
+        options_of: Sequence[int],
+        num_grads: int = 0,
+    ):
+        self._guards: Any = None
+        self.low_precision: list[int] = []  # which are experts of 16 bits
+        self._num_changed = len(tensors) - num_grads
+        self._dense: dict[int, tuple[int, ...] | None] = {}  # the strides of copies that stand in for tensors
+        tables: dict[torch.device, tuple[list[Any], list[Any]]] = {}
+        number = 0
+        groups = zip(group_sizes, groups_of(fields, group_sizes), groups_of(options_of, group_sizes), strict=True)
+        for size, of_group, options in groups:
+            stacked, members = size == 0, [tensors[places[0]] for places in of_group]
+            first, num_experts = members[0], size or members[0].shape[0]
+            # An expert that has no fellow, no gradient and no copy is left alone, but counted.
+            if num_experts > 1 or any(place >= 0 for places in of_group for place in places[1:]):
+                strides = _dense_strides(members, stacked)
+                numel = first.numel() // num_experts if stacked else first.numel()
+                native_groups, rows = tables.setdefault(first.device, ([], []))
+                native_groups.append((numel, num_experts, number, DTYPES[first.dtype], stacked))
+                for places, row in zip(of_group, options, strict=True):
+                    bytes_apart = [0 if i < 0 else self._bytes_apart(tensors[i], i, strides, stacked) for i in places]
+                    rows.append((places, bytes_apart, row))
+            if num_experts > 1 and first.element_size() == 2:
+                self.low_precision += [places[0] for places in of_group]
+            number += num_experts
+        self._tables = {device: _C.Table(*table) for device, table in tables.items()}
+        self._cuda_plans: dict[torch.device, Any] = {}
 
-        Args:
-            number: of the first, among all experts of the call.
-            others: for each tensor of the group its grad, exp_avg, exp_avg_sq, step and copy, [0] for none.
-            options: for each tensor of the group the row of its options.
-            grads_change: whether gradients are unscaled.
-        """
-        strides = _dense_strides(group, stacked)
-        num_experts = group[0].shape[0] if stacked else len(group)
-        first_member = len(self.members)
-        numel = group[0].numel() // num_experts if stacked else group[0].numel()
-        rows = range(num_experts if stacked else 1)
-        for i, tensor in enumerate(group):
-            if not others:
-                param, distance = self._place(tensor, strides, stacked)
-                self.members += [(param + e * distance, 0, 0, 0, 0, 0, 0, 0) for e in rows]
-                continue
-            grad, exp_avg, exp_avg_sq, step, copy = others[i]
-            places = (
-                self._place(tensor, strides, stacked),
-                self._place(grad, strides, stacked, changes=grads_change),
-                self._place(exp_avg, strides, stacked),
-                self._place(exp_avg_sq, strides, stacked),
-                self._place(copy, strides, stacked),
+    def _bytes_apart(self, tensor: Tensor, i: int, strides: tuple[int, ...] | None, stacked: bool) -> int:
+        """From one expert to the next; 0 if not stacked. Notes that a copy must stand in for the tensor, if so."""
+        if tensor.numel() < 2:  # a number of steps too, which experts share
+            return 0
+        mine = tensor.stride()[1:] if stacked else tensor.stride()
+        distance = tensor.stride(0) if stacked else 0
+        if not (tensor.is_contiguous() if strides is None else mine == strides):
+            distance = tensor[0].numel() if stacked else 0
+            self._dense[i] = (distance, *strides) if stacked and strides is not None else strides
+        return distance * tensor.element_size()
+
+    @torch.no_grad()
+    def remember(self, tensors: Sequence[Tensor], num_fixed: int) -> None:
+        """What the tensors are, and where the first `num_fixed` of them."""
+        if _Guards is not None:
+            self._guards = _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+            self._fixed = [*map(Tensor.data_ptr, tensors[:num_fixed])]
+
+    def addresses(self, tensors: Sequence[Any]) -> list[int] | None:
+        """Where they are now; None if they are not what is remembered. To be called without gradients."""
+        if self._guards is None or not self._guards.check(*tensors):
+            return None
+        addresses = [*map(Tensor.data_ptr, tensors)]
+        return addresses if addresses[: len(self._fixed)] == self._fixed else None
+
+    def run(self, tensors: Sequence[Tensor], addresses: list[int], numbers: Numbers) -> None:
+        dense = {i: _dense_copy(tensors[i], strides) for i, strides in self._dense.items()}
+        for i, copy in dense.items():
+            addresses[i] = copy.data_ptr()
+        for device, table in self._tables.items():
+            scalars = _Scalars(device)
+            rows = [(*scalars.real(lr), *row) for lr, row in zip(numbers.lrs, numbers.options, strict=True)]
+            native = _C.Scalars(
+                *scalars.real(numbers.share_rate),
+                numbers.seed is not None,
+                *scalars.integer(numbers.seed),
+                scalars.float32_at(numbers.grad_scale),
+                scalars.float32_at(numbers.found_inf),
             )
-            counter = 0 if step.numel() == 0 else step.data_ptr()
-            for e in rows:
-                param, *states, low = [address + e * distance for address, distance in places]
-                self.members.append((param, *states, counter, low, options[i], e == 0))
-        self.groups.append((numel, first_member, num_experts, number, DTYPES[group[0].dtype]))
+            changed = table.set(addresses, rows)
+            if device.type == "cpu":
+                _C.parameter_pass_cpu(table, native)
+                continue
+            if changed:
+                self._cuda_plans.pop(device, None)
+            if device not in self._cuda_plans:
+                self._cuda_plans[device] = _C.CudaPlan(table)
+            plan = self._cuda_plans[device]
+            with torch.cuda.device(device), counters.zeroed_counters(1, device) as counter:
+                stream = torch.cuda.current_stream(device).cuda_stream
+                memory = torch.empty(plan.memory_bytes, dtype=torch.uint8, device=device)
+                _C.parameter_pass_cuda(plan, native, memory.data_ptr(), counter.data_ptr(), device.index, stream)
+        num_changed = len(tensors) if numbers.grad_scale is not None else self._num_changed
+        for i, copy in dense.items():
+            if i < num_changed:
+                tensors[i].copy_(copy)
+        # Autograd is told, behind whose back it was.
+        torch.autograd.graph.increment_version(tensors[:num_changed])
 
-    def _place(
-        self, tensor: Tensor, strides: tuple[int, ...] | None, stacked: bool, changes: bool = True
-    ) -> tuple[int, int]:
-        """(address, bytes from one expert to the next); 0 for none."""
-        if tensor.numel() == 0:
-            return 0, 0
-        tensor = self.dense(tensor, strides, stacked=stacked, changes=changes)
-        return tensor.data_ptr(), tensor.stride(0) * tensor.element_size() if stacked else 0
+
+def _dense_copy(tensor: Tensor, strides: tuple[int, ...] | None) -> Tensor:
+    """With these strides; None for contiguous."""
+    if strides is None:
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
+    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
 class _Scalars:
@@ -162,17 +226,17 @@ class _Scalars:
         self._device = device
         self._alive: list[Tensor] = []
 
-    def real(self, value: Tensor | None) -> tuple[float, int, bool]:
+    def real(self, value: float | Tensor) -> tuple[float, int, bool]:
         """(value, address or 0, whether it is a double there)."""
-        if value is None or "cpu" in (value.device.type, self._device.type):
-            return (0.0 if value is None else float(value)), 0, False
+        if not isinstance(value, Tensor) or "cpu" in (value.device.type, self._device.type):
+            return float(value), 0, False
         value = self._here(value, (torch.float32, torch.float64))
         return 0.0, value.data_ptr(), value.dtype == torch.float64
 
-    def integer(self, value: Tensor | None) -> tuple[int, int]:
+    def integer(self, value: int | Tensor | None) -> tuple[int, int]:
         """(value, address or 0)."""
-        if value is None or "cpu" in (value.device.type, self._device.type):
-            return (0 if value is None else int(value)), 0
+        if not isinstance(value, Tensor) or "cpu" in (value.device.type, self._device.type):
+            return int(value or 0), 0
         return 0, self._here(value, (torch.int64,)).data_ptr()
 
     def float32_at(self, value: Tensor | None) -> int:
@@ -185,54 +249,10 @@ class _Scalars:
         return value
 
 
-class _Pass:
-    """Tables for every device that there are tensors on, and their launches."""
-
-    def __init__(self) -> None:
-        self._tables: dict[torch.device, _Table] = {}
-        self._number = 0
-
-    def add(self, group: Sequence[Tensor], stacked: bool, *states: Any) -> None:
-        """See `_Table.add`."""
-        device = group[0].device
-        if device not in self._tables:
-            self._tables[device] = _Table()
-        self._tables[device].add(group, stacked, self._number, *states)
-        self._number += group[0].shape[0] if stacked else len(group)
-
-    def skip(self) -> None:
-        """Counts one expert that has no fellow, and is left alone."""
-        self._number += 1
-
-    def run(
-        self,
-        share_rate: Tensor,
-        seed: Tensor | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        lrs: Sequence[Tensor] = (),
-        options: Sequence[tuple[float, ...]] = (),
-    ) -> None:
-        for device, table in self._tables.items():
-            scalars = _Scalars(device)
-            rows = [(*scalars.real(lr), *row) for lr, row in zip(lrs, options, strict=True)]
-            native = _C.Scalars(
-                *scalars.real(share_rate),
-                seed is not None,
-                *scalars.integer(seed),
-                scalars.float32_at(grad_scale),
-                scalars.float32_at(found_inf),
-            )
-            native_table = _C.Table(table.groups, table.members, rows)
-            if device.type == "cpu":
-                _C.parameter_pass_cpu(native_table, native)
-            else:
-                with torch.cuda.device(device), counters.zeroed_counters(1, device) as counter:
-                    stream = torch.cuda.current_stream(device).cuda_stream
-                    plan = _C.CudaPlan(native_table)
-                    memory = torch.empty(plan.memory_bytes, dtype=torch.uint8, device=device)
-                    _C.parameter_pass_cuda(plan, native, memory.data_ptr(), counter.data_ptr(), device.index, stream)
-            table.dense.write_back()
+def average_plan(tensors: Sequence[Tensor], group_sizes: Sequence[int]) -> Plan:
+    """Of `average`."""
+    fields = [(i, -1, -1, -1, -1, -1) for i in range(len(tensors))]
+    return Plan(tensors, fields, group_sizes, [0] * len(tensors))
 
 
 def average(
@@ -243,14 +263,8 @@ def average(
     seed: Tensor | None,
 ) -> None:
     """`ewa_kernels.reference.average_experts_`; `seed` None rounds to nearest."""
-    whole = _Pass()
-    for group, size in zip(groups_of(tensors, group_sizes), group_sizes, strict=True):
-        if (size or group[0].shape[0]) > 1:
-            whole.add(group, size == 0)
-        else:
-            whole.skip()
-    whole.run(share_rate, seed, None, found_inf)
-    increment_versions(tensors)
+    plan = average_plan(tensors, group_sizes)
+    plan.run(tensors, [*map(Tensor.data_ptr, tensors)], Numbers(share_rate, seed, None, found_inf))
 
 
 def adamw(
@@ -270,16 +284,14 @@ def adamw(
     seed: Tensor | None,
 ) -> None:
     """See `ewa_kernels.ops.adamw_`."""
-    whole = _Pass()
-    states = zip(grads, exp_avgs, exp_avg_sqs, steps, copies, strict=True)
-    grouped = zip(*(groups_of(items, group_sizes) for items in (params, list(states), options_of)), strict=True)
-    for size, (group, others, rows) in zip(group_sizes, grouped, strict=True):
-        whole.add(group, size == 0, others, rows, grad_scale is not None)
-    whole.run(share_rate, seed, grad_scale, found_inf, lrs, list(zip(*[iter(options)] * NUM_OPTIONS, strict=True)))
-    changed = itertools.chain(params, exp_avgs, exp_avg_sqs, steps, copies, grads if grad_scale is not None else ())
-    increment_versions([t for t in changed if t.numel() > 0])
-
-
-def increment_versions(tensors: Sequence[Tensor]) -> None:
-    """Tells autograd that they were changed, behind its back."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+    columns = (params, exp_avgs, exp_avg_sqs, steps, copies, grads)
+    tensors = [t for column in columns for t in column]
+    # In the order of `Group.fields`.
+    fields = [
+        [c * len(params) + r if c == 0 or columns[c][r].numel() > 0 else -1 for c in (0, 5, 1, 2, 3, 4)]
+        for r in range(len(params))
+    ]
+    plan = Plan(tensors, fields, group_sizes, options_of, len(grads))
+    rows = list(zip(*[iter(options)] * NUM_OPTIONS, strict=True))
+    numbers = Numbers(share_rate, seed, grad_scale, found_inf, lrs, rows)
+    plan.run(tensors, [*map(Tensor.data_ptr, tensors)], numbers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -13,26 +14,29 @@ from torch.optim import adamw
 import ewa_kernels.backends as backends
 import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
-import ewa_kernels.ops as ops
 import ewa_kernels.train.shards as shards
 from ewa_kernels.kernels import copies, graphs
-from ewa_kernels.kernels.parameter_pass import MAX_EXPERTS
+from ewa_kernels.kernels.parameter_pass import MAX_EXPERTS, Numbers, is_plain, watched
 from ewa_kernels.train.attachment import is_dry_run
 from ewa_kernels.train.averager import ExpertAverager
+from ewa_kernels.train.lookup import flattened
+from ewa_kernels.train.step_plan import State, StepPlan, device_of_numbers, local_states
 
 __all__ = ["AdamW"]
 
 _warned: set[str] = set()
 
 
-class _State(NamedTuple):
-    """What belongs to a parameter; all [0] for one without a gradient."""
+class _Now(NamedTuple):
+    """Of one step."""
 
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
-    options: int  # index of its group
+    share_rate: float
+    seed: int | None
+    found_inf: Tensor | None
+
+
+_grad_of = attrgetter("grad")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class AdamW(torch.optim.AdamW):
@@ -61,6 +65,8 @@ class AdamW(torch.optim.AdamW):
         ValueError, TypeError: an argument is out of range or of a wrong type; amsgrad; `averager` is attached
             already; `bf16_copies` without an averager, or (at a step) of sharded parameters.
     """
+
+    _plan: StepPlan | None = None  # of the last step; in no copy and no pickle
 
     def __init__(
         self,
@@ -116,37 +122,39 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
-        self._check_graph(found_inf)
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._check_graph(found_inf, functional.device_of(params))
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
             return loss
         # What can be wrong with the averager is found out before anything changes.
         averager = None if is_dry_run(self, had_state=len(self.state) > 0) else self.averager
         experts = [] if averager is None else averager.experts()
-        held = shards.Experts(experts, exchange=False)
-        checked = checks.experts(held.local)
-        share_rate, seed = (0.0, None) if averager is None else averager.next_step()
-        self._check_parameters(checked[0])
-        states = self._states()
-        reason = self._why_not(states, experts, held)
-        if reason is None:
-            states = _local_states(states, found_inf)
-            self._one_pass(states, *checked, share_rate, seed, held.keys[0] if held.keys else 0, found_inf)
-            if averager is not None:
-                averager.num_steps += 1
-        else:
-            _warn_once_of_slowness(reason)
-            self._step_by_torch(states, found_inf)
-            if averager is not None:
-                averager.average(found_inf)
+        now = _Now(*((0.0, None) if averager is None else averager.next_step()), found_inf)
+        if not self._pass_again(params, experts, now):
+            self._plan = None
+            held = shards.Experts(experts, exchange=False)
+            flat, group_sizes = checks.experts(held.local)
+            self._check_parameters(flat)
+            states = self._states()
+            reason = self._why_not(states, experts, held)
+            if reason is not None:
+                _warn_once_of_slowness(reason)
+                self._step_by_torch(states, found_inf)
+                if averager is not None:
+                    averager.average(found_inf)
+                return loss
+            numbers = self._numbers(flat, now, held.keys[0] if held.keys else 0)
+            self._pass_anew(params, states, flat, group_sizes, numbers)
+        if averager is not None:
+            averager.num_steps += 1
         return loss
 
     def _check_groups(self) -> None:
         if any(group["amsgrad"] for group in self.param_groups):
             raise ValueError("amsgrad must be False, got True: use torch.optim.AdamW and averager.attach(optimizer)")
 
-    def _check_graph(self, found_inf: Tensor | None) -> None:
+    def _check_graph(self, found_inf: Tensor | None, device: torch.device) -> None:
         """While a CUDA graph is captured, what each replay would repeat raises."""
-        device = functional.device_of(p for group in self.param_groups for p in group["params"])
         if graphs.is_capturing(device):
             for group in self.param_groups:
                 _learning_rate(group, device)
@@ -179,15 +187,15 @@ class AdamW(torch.optim.AdamW):
                 "MixedPrecisionPolicy(param_dtype=torch.bfloat16) gathers them in bfloat16"
             )
 
-    def _states(self) -> dict[Tensor, _State]:
+    def _states(self) -> dict[Tensor, State]:
         """Of every parameter with a gradient; a first step creates them."""
-        states: dict[Tensor, _State] = {}
+        states: dict[Tensor, State] = {}
         for i, group in enumerate(self.param_groups):
             lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
             self._init_group(group, *lists)
             params, grads, exp_avgs, exp_avg_sqs, _, steps = lists
             for p, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-                states[p] = _State(grad, exp_avg, exp_avg_sq, step, i)
+                states[p] = State(grad, exp_avg, exp_avg_sq, step, i)
         for p, state in states.items():
             for name in ("grad", "exp_avg", "exp_avg_sq"):
                 tensor = getattr(state, name)
@@ -198,7 +206,7 @@ class AdamW(torch.optim.AdamW):
                     )
         return states
 
-    def _why_not(self, states: dict[Tensor, _State], experts: list[Any], held: shards.Experts) -> str | None:
+    def _why_not(self, states: dict[Tensor, State], experts: list[Any], held: shards.Experts) -> str | None:
         """Why torch must make the step; None if the extension can, "" where `backends` has warned of that already.
 
         `held`: of the experts, by this process.
@@ -223,65 +231,90 @@ class AdamW(torch.optim.AdamW):
             return f"the extension averages at most {MAX_EXPERTS} experts"
         return None
 
-    def _one_pass(
+    def _pass_again(self, params: list[Tensor], experts: list[Any], now: _Now) -> bool:
+        """By the plan of the last step, if it is one for these tensors: all that depends on them was checked then."""
+        if self._plan is None or watched():
+            return False
+        grads: list[Any] = [*map(_grad_of, params)]
+        flat, sizes = flattened(experts)
+        if self._plan.signature != self._signature(params, grads, flat, sizes):
+            return False
+        if None in self._plan.signature[0]:
+            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        try:
+            states: list[Any] = [*map(self.state.get, params)]
+            moments = [[*map(itemgetter(name), states)] for name in _MOMENTS]
+        except (KeyError, TypeError):
+            return False
+        fresh = [self._copy_of(flat[i]) for i in self._plan.copied]
+        tensors = self._plan.listed(flat, params, moments, fresh, grads)
+        if not self._plan.run_again(tensors, self._numbers(flat, now)):
+            return False
+        self._register([flat[i] for i in self._plan.copied])
+        return True
+
+    def _pass_anew(
         self,
-        states: dict[Tensor, _State],
+        params: list[Tensor],
+        states: dict[Tensor, State],
         flat: list[Tensor],
         group_sizes: list[int],
-        share_rate: float,
-        seed: int | None,
-        key: int,
-        found_inf: Tensor | None,
+        numbers: Numbers,
     ) -> None:
-        """`flat`, `group_sizes`: the experts, as `ewa_kernels.ops.average_experts_` takes them; `key`: of the shard."""
-        alone = states.keys() - set(flat)
-        params = [*flat, *(p for p in states if p in alone)]
-        none = torch.empty(0)
-        rows = [states.get(p, _State(none, none, none, none, 0)) for p in params]
-        fresh = [self._copy_of(p) if self.bf16_copies and p not in alone else none for p in params]
-        grads, exp_avgs, exp_avg_sqs, steps, options_of = zip(*rows, strict=True) if rows else ((),) * 5
-        device = functional.device_of(params)
-        lrs, options = [], []
-        for group in self.param_groups:
-            lrs.append(_learning_rate(group, device))
-            options += [*map(float, group["betas"]), group["eps"], group["weight_decay"], float(group["maximize"])]
-        ops.adamw_(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            steps,
-            fresh,
-            [*group_sizes, *(1 for _ in alone)],
-            options_of,
-            lrs,
-            options,
-            torch.tensor(share_rate, dtype=torch.float64, device=_device_of_numbers(device)),
-            getattr(self, "grad_scale", None),
-            found_inf,
-            self._seed_tensor(flat, seed, key),
-        )
-        for p, copy in zip(params, fresh, strict=True):
-            # What is captured is written by replays, which nobody counts.
-            if copy.numel() > 0 and not graphs.is_capturing(p.device):
-                copies.register(p, copy)
+        """`flat`, `group_sizes`: the experts, as `ewa_kernels.ops.average_experts_` takes them."""
+        held = local_states(states, numbers.found_inf)
+        copied = [i for i, t in enumerate(flat) if self.bf16_copies and _is_copied(t)]
+        plan = StepPlan(held, flat, group_sizes, copied)
+        grads = [state.grad for state in held.values()]
+        moments = [[name(state) for state in held.values()] for name in map(attrgetter, _MOMENTS)]
+        tensors = plan.listed(flat, held, moments, [self._copy_of(flat[i]) for i in copied], grads)
+        if watched() or not all(map(is_plain, tensors)):
+            device = functional.device_of(tensors)
+            plan.dispatch(tensors, numbers, [_learning_rate(group, device) for group in self.param_groups])
+        else:
+            plan.run(tensors, numbers)
+            if [*map(id, held)] == [*map(id, states)]:  # neither shards, nor empty ones
+                plan.signature = self._signature(params, [*map(_grad_of, params)], flat, group_sizes)
+                self._plan = plan
+        self._register([flat[i] for i in copied])
+
+    def _signature(self, params: list[Tensor], grads: list[Any], flat: list[Tensor], sizes: list[int]) -> list[Any]:
+        """Which tensors there are, by their ids, so that none is kept alive; what they are `Plan.addresses` tells."""
+        missing = [None if grad is None else True for grad in grads]
+        groups = [len(group["params"]) for group in self.param_groups]
+        return [missing, [*map(id, params)], groups, [*map(id, flat)], sizes, self.bf16_copies]
+
+    def _numbers(self, experts: list[Tensor], now: _Now, key: int = 0) -> Numbers:
+        """Options may have changed in any way. `key`: of the shard."""
+        lrs = [group["lr"] for group in self.param_groups]
+        numbers = [
+            (*group["betas"], group["eps"], group["weight_decay"], group["maximize"]) for group in self.param_groups
+        ]
+        options = [tuple(map(float, row)) for row in numbers]
+        seed = self._seed(experts, now.seed, key)
+        return Numbers(now.share_rate, seed, getattr(self, "grad_scale", None), now.found_inf, lrs, options)
 
     def _rounds_stochastically(self, experts: list[Tensor]) -> bool:
         stochastic = self.averager is not None and self.averager.rounding == "stochastic"
         return stochastic and any(t.element_size() == 2 for t in experts)
 
-    def _seed_tensor(self, experts: list[Tensor], seed: int | None, key: int) -> Tensor | None:
+    def _seed(self, experts: list[Tensor], seed: int | None, key: int = 0) -> int | Tensor | None:
         """Of stochastic rounding, if there is any."""
         if not self._rounds_stochastically(experts):
             return None
         if seed is not None:
-            return shards.seed_of(checks.seed_tensor(seed, experts[0].device), key)
+            return shards.seed_of(seed, key)
         return shards.seed_of(functional.rounding_seed(next(t for t in experts if t.element_size() == 2)), key)
+
+    def _register(self, copied: list[Tensor]) -> None:
+        for p in copied:
+            # What is captured is written by replays, which nobody counts.
+            if not graphs.is_capturing(p.device):
+                copies.register(p, self._copies[p])
 
     def _copy_of(self, parameter: Tensor) -> Tensor:
         """The copy to be written, which holds the parameter's values already: the step may be skipped."""
-        if parameter.dtype != torch.float32 or parameter.ndim != 3 or not parameter.is_contiguous():
-            return torch.empty(0)
         copy = self._copies.get(parameter)
         if copy is None or copy.shape != parameter.shape or copy.device != parameter.device:
             self._copies[parameter] = copy = torch.empty_like(parameter, dtype=torch.bfloat16)
@@ -289,7 +322,7 @@ class AdamW(torch.optim.AdamW):
             copy.copy_(parameter)
         return copy
 
-    def _step_by_torch(self, states: dict[Tensor, _State], found_inf: Tensor | None) -> None:
+    def _step_by_torch(self, states: dict[Tensor, State], found_inf: Tensor | None) -> None:
         for i, group in enumerate(self.param_groups):
             params = [p for p, state in states.items() if state.options == i]
             columns = [list(column) for column in zip(*(states[p][:4] for p in params), strict=True)]
@@ -329,9 +362,8 @@ class AdamW(torch.optim.AdamW):
             )
 
 
-def _device_of_numbers(device: torch.device) -> torch.device:
-    """Where numbers go that change from step to step: a compiler may make a CUDA graph, which keeps the host's."""
-    return device if torch.compiler.is_compiling() else torch.device("cpu")
+def _is_copied(expert: Tensor) -> bool:
+    return expert.dtype == torch.float32 and expert.ndim == 3 and expert.is_contiguous()
 
 
 def _learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
@@ -344,19 +376,8 @@ def _learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
     # A schedule leaves its first rate there; without one, a number stays as it is.
     may_change = isinstance(lr, Tensor) or "initial_lr" in group
     if not isinstance(lr, Tensor):
-        lr = torch.tensor(lr, dtype=torch.float64, device=_device_of_numbers(device))
+        lr = torch.tensor(lr, dtype=torch.float64, device=device_of_numbers(device))
     return graphs.replayable("lr", lr, device) if may_change else lr
-
-
-def _local_states(states: dict[Tensor, _State], found_inf: Tensor | None) -> dict[Tensor, _State]:
-    """What this process holds of them; of an empty shard only the number of steps, which is counted here."""
-    held = {}
-    for p, state in states.items():
-        grad, exp_avg, exp_avg_sq, step = map(shards.local, state[:4])
-        held[shards.local(p)] = _State(grad, exp_avg, exp_avg_sq, step, state.options)
-    for p in [p for p in held if p.numel() == 0]:
-        held.pop(p).step.add_(1 if found_inf is None else found_inf.reshape(()) == 0)
-    return held
 
 
 def _warn_once_of_slowness(reason: str) -> None:

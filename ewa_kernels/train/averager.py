@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
 import ewa_kernels.train.shards as shards
+from ewa_kernels.backends import resolve
+from ewa_kernels.kernels.parameter_pass import Numbers, Plan, average_plan, is_plain, watched
 from ewa_kernels.modules import RandomPartitionMoE, StackedExperts, expert_tensors
 from ewa_kernels.moe.adapters import Paths
 from ewa_kernels.moe.experts import find_experts, resolved
 from ewa_kernels.train.attachment import Attachment, holds, hooked
+from ewa_kernels.train.lookup import Experts, Lookup, flattened, members_of, without_frozen
 from ewa_kernels.train.share_rate import ConstantShareRate, ShareRate, as_schedule
-
-Experts = Tensor | Sequence[Tensor]
 
 _NONE = (
     "experts must hold something to average, got a model without RandomPartitionMoE layers: "
@@ -70,6 +71,9 @@ class ExpertAverager:
         self.rounding, self.seed = rounding, seed
         self.num_steps = 0
         self._attachment: Attachment | None = None
+        # From step to step, as long as they are true.
+        self._lookup = Lookup()
+        self._plan: tuple[Plan, list[int]] | None = None
         self._model: nn.Module | None = None
         self._given: Mapping[str, Experts] = {}
         self._paths: Paths = {}
@@ -108,7 +112,11 @@ class ExpertAverager:
                 self._stacked += tuple(name for name in of_layer if name in ours)
             else:
                 self._paths.update(site.paths)
-                self._ndims.update((name, _members(group)[0].ndim) for name, group in site.tensors.items())
+                self._ndims.update((name, members_of(group)[0].ndim) for name, group in site.tensors.items())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is true of these tensors only."""
+        return {**self.__dict__, "_plan": None, "_lookup": Lookup()}
 
     def _experts(self) -> Mapping[str, Experts]:
         """Looked up at each step: parameters may be replaced (load_state_dict(assign=True), to(), fold_)."""
@@ -116,13 +124,18 @@ class ExpertAverager:
             if not self._given:
                 raise ValueError("experts must hold something to average, got an empty iterable")
             return self._given
-        ours = expert_tensors(self._model)
+        if torch.compiler.is_compiling():
+            return self._find_now(self._model)
+        return self._lookup(self._model, self._find_now)
+
+    def _find_now(self, model: nn.Module) -> dict[str, Experts]:
+        ours = expert_tensors(model)
         experts: dict[str, Experts] = {name: tensor for name, tensor in ours if name.startswith(self._prefixes)}
         try:
             for name in self._stacked:
                 if name not in experts and _unwrapped(name) not in map(_unwrapped, experts):
                     raise KeyError(name)
-            experts.update(resolved(self._model, self._paths))
+            experts.update(resolved(model, self._paths))
         except KeyError as error:
             raise ValueError(
                 f"experts must be the model that the averager was made for, but it has no {error.args[0]} any more: "
@@ -131,7 +144,7 @@ class ExpertAverager:
         if not experts:
             raise ValueError(_NONE + (", or remove() on what attach returned" if self.attached_to is not None else ""))
         _check_not_flattened(experts, self._ndims)
-        return _without_frozen(experts)
+        return without_frozen(experts)
 
     @property
     def share_rate(self) -> float:
@@ -171,8 +184,38 @@ class ExpertAverager:
                 return
             found_inf = None
         beta, seed = self.next_step()
-        functional.average_experts_(self.experts(), beta, rounding=self.rounding, seed=seed, found_inf=found_inf)
+        experts = self.experts()
+        if not self._average_again(experts, beta, seed, found_inf):
+            functional.average_experts_(experts, beta, rounding=self.rounding, seed=seed, found_inf=found_inf)
+            self._keep_plan(experts)
         self.num_steps += 1
+
+    @torch.no_grad()
+    def _average_again(self, experts: list[Experts], beta: float, seed: int | None, found_inf: Tensor | None) -> bool:
+        """By the plan of the last step, if it is one for these tensors: they were checked then."""
+        if self._plan is None or watched() or _is_capturing():
+            return False
+        flat, sizes = flattened(experts)
+        plan, planned_sizes = self._plan
+        addresses = plan.addresses(flat) if sizes == planned_sizes else None
+        if addresses is None:
+            return False
+        random = self.rounding == "stochastic" and plan.low_precision
+        plan.run(flat, addresses, Numbers(beta, seed if random else None, None, found_inf))
+        return True
+
+    def _keep_plan(self, experts: list[Experts]) -> None:
+        self._plan = None
+        if watched() or _is_capturing():
+            return
+        flat, sizes = flattened(experts)
+        devices = {t.device for t in flat}
+        if all(map(is_plain, flat)) and all(
+            resolve("average_experts_", "auto", device) in ("cpp", "cuda") for device in devices
+        ):
+            plan = average_plan(flat, sizes)
+            plan.remember(flat, len(flat))
+            self._plan = plan, sizes
 
     def check(self) -> None:
         """Raises what `average` would, except for what its tensors are: before an optimizer's step, not after it."""
@@ -249,7 +292,7 @@ class ExpertAverager:
     def is_trained_by(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has any of the experts."""
         groups = self.experts()
-        return holds(optimizer, [tensor for group in groups for tensor in _members(group)])
+        return holds(optimizer, [tensor for group in groups for tensor in members_of(group)])
 
     @torch.no_grad()
     def spread(self) -> dict[str, float]:
@@ -314,18 +357,6 @@ def _named(experts: Any) -> dict[str, Experts]:
     return named
 
 
-def _without_frozen(experts: Mapping[str, Experts]) -> dict[str, Experts]:
-    """Each tensor once, and none of a group of which a part is frozen."""
-    trained: dict[str, Experts] = {}
-    seen: set[Tensor] = set()
-    for name, group in experts.items():
-        members = _members(group)
-        if all(tensor.requires_grad and tensor not in seen for tensor in members):
-            trained[name] = group
-            seen.update(members)
-    return trained
-
-
 def _check_not_flattened(experts: Mapping[str, Experts], ndims: Mapping[str, int]) -> None:
     """A flat piece of experts would pass for experts of one number each.
 
@@ -334,17 +365,13 @@ def _check_not_flattened(experts: Mapping[str, Experts], ndims: Mapping[str, int
     """
     for name, group in experts.items():
         ndim = ndims.get(name, {"weight": 3, "bias": 2}.get(name.rpartition(".")[2]))
-        tensor = _members(group)[0]
+        tensor = members_of(group)[0]
         if ndim is not None and tensor.ndim != ndim:
             stacked = ", the first for the experts" if tensor is group else ""
             raise ValueError(
                 f"{name} must have {ndim} dimensions{stacked}, got shape {list(tensor.shape)}: "
                 "FullyShardedDataParallel and ZeRO-3 flatten parameters; use torch.distributed.fsdp.fully_shard"
             )
-
-
-def _members(group: Experts) -> Sequence[Tensor]:
-    return [group] if isinstance(group, Tensor) else group
 
 
 def _rms_distance(experts: Experts) -> float:
