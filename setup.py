@@ -22,7 +22,14 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
-CXX_SOURCES = ("bindings", "layer/permutation", "layer/rows", "layer/products", "parameter_pass/table", "parameter_pass/cpu")
+CXX_SOURCES = (
+    "bindings",
+    "layer/permutation",
+    "layer/rows",
+    "layer/products",
+    "parameter_pass/table",
+    "parameter_pass/cpu",
+)
 CUDA_SOURCES = ("parameter_pass/cuda",)
 ARCHITECTURES = "80 86 89 90a 100 120"
 PTX = "80"  # for every GPU that is not listed, compiled by its driver
