@@ -37,7 +37,8 @@ def run(problem: Problem, deal: Deal, *inputs: Any) -> Tensor:
 def _forward(problem: Problem, deal: Deal, inputs: Inputs) -> tuple[Tensor, Inputs, Tensor | None, Tensor]:
     """y, inputs as the backend takes them, pre_activation and the permutation."""
     of_backend, x = kernels.of(problem), inputs.x
-    inputs = of_backend.prepared(problem, inputs._replace(x=_rows(x, problem)))
+    rows = _rows(x, problem)
+    inputs = of_backend.prepared(problem, inputs if rows is x else inputs._replace(x=rows))
     y, pre_activation, permutation = of_backend.forward(problem, inputs, deal)
     return (y if y.ndim == x.ndim else y.view(x.shape)), inputs, pre_activation, permutation
 

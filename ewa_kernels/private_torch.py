@@ -6,7 +6,7 @@ Each is looked up where it is called, so that a version of torch without it fail
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,12 +39,13 @@ _PLAIN_TYPES = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 _PLAIN_THREADS = {_keys("BackendSelect", "ADInplaceOrView").raw_repr(), _keys("BackendSelect").raw_repr()}
 
 
-def is_watched(tensors: Iterable[Tensor | None]) -> bool:
+def is_watched(tensors: Iterable[Tensor | None] = ()) -> bool:
     """Whether somebody must see the operation itself, and not only what it computes.
 
     Those are: a compiler, `torch.jit.trace`, an exporter, function and dispatch modes (fake tensors, FlopCounterMode,
-    selective checkpointing), transforms of torch.func, autograd's own vmap, forward-mode AD; and tensors that are no
-    plain ones: subclasses, those of meta or of other devices than CPU and CUDA, views that are yet to be negated.
+    selective checkpointing), transforms of torch.func, autograd's own vmap, forward-mode AD, a profiler; and tensors
+    that are no plain ones: subclasses, those of meta or of other devices than CPU and CUDA, views that are yet to be
+    negated.
     """
     core = torch._C
     if (
@@ -54,15 +55,23 @@ def is_watched(tensors: Iterable[Tensor | None]) -> bool:
         or core._get_tracing_state() is not None
         or core._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
+        or core._autograd._profiler_enabled()
         or core._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_THREADS
     ):
         return True
+    keys_of = core._dispatch_keys
     for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN_TYPES or core._dispatch_keys(tensor).raw_repr() not in _PLAIN_KEYS
-        ):
+        if tensor is not None and (type(tensor) not in _PLAIN_TYPES or keys_of(tensor).raw_repr() not in _PLAIN_KEYS):
             return True
     return False
+
+
+def tensor_guards(tensors: Sequence[Tensor]) -> Any:
+    """Whose `check(*tensors)` tells whether tensors still have the type, dispatch keys, dtype, device, sizes and
+    strides that these have; None in a version of torch without them. They guard what torch.compile has made.
+    """
+    guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+    return None if guards is None else guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
 
 def has_values(tensor: Tensor) -> bool:

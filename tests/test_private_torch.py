@@ -93,6 +93,16 @@ class TestIsWatched:
         assert not seen[-1]
 
 
+def test_guards_tell_what_has_changed():
+    x, y = torch.randn(3, 4), torch.nn.Parameter(torch.randn(2))
+    guards = private_torch.tensor_guards([x, y])
+    assert guards.check(x, y)
+    assert guards.check(torch.ones(3, 4), y), "values and addresses are not looked at"
+    for other in (x.mT.contiguous().mT, x.double(), x[:2], torch._neg_view(x), x.requires_grad_()):
+        assert not guards.check(other, y)
+    assert not guards.check(x.detach(), torch.randn(2)), "a parameter has a class of its own"
+
+
 def test_transforms_are_told_apart():
     found = []
 

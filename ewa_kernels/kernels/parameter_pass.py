@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import ewa_kernels.private_torch as private_torch
 from ewa_kernels.kernels import counters, extension
 
 if extension.WHY_NOT is None:
@@ -25,14 +26,6 @@ MAX_EXPERTS = 1024
 
 # Of each row of `options`: beta1, beta2, eps, weight_decay, and 1 to maximize.
 NUM_OPTIONS = 5
-
-_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-# What a thread dispatches to besides what tensors ask for; the second in inference mode.
-_EAGER = {(_KEYS | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr(), _KEYS.raw_repr()}
-
-# Tells whether tensors still have the type, dispatch keys, dtype, device, sizes and strides that they had, and by the
-# keys whether the thread is in the same modes. It guards what torch.compile makes; without it nothing is kept.
-_Guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -56,25 +49,6 @@ def groups_of(tensors: Sequence[Any], group_sizes: Sequence[int]) -> Iterator[li
     remaining = iter(tensors)
     for size in group_sizes:
         yield list(itertools.islice(remaining, size or 1))
-
-
-def watched() -> bool:
-    """Whether anybody stands between eager code and the kernels who is to see operations: a compiler, a mode (fake
-    tensors, FlopCounterMode, `torch.overrides`), a transform of torch.func, torch.jit.trace, a profiler."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _EAGER
-    )
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether its values are where its address says, as those of a subclass, or of a negated view, may not be."""
-    return type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and not tensor.is_neg()
 
 
 def _dense_strides(group: Sequence[Tensor], stacked: bool) -> tuple[int, ...] | None:
@@ -166,9 +140,8 @@ class Plan:
     @torch.no_grad()
     def remember(self, tensors: Sequence[Tensor], num_fixed: int) -> None:
         """What the tensors are, and where the first `num_fixed` of them."""
-        if _Guards is not None:
-            self._guards = _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-            self._fixed = [*map(Tensor.data_ptr, tensors[:num_fixed])]
+        self._guards = private_torch.tensor_guards(tensors)
+        self._fixed = [*map(Tensor.data_ptr, tensors[:num_fixed])]
 
     def addresses(self, tensors: Sequence[Any]) -> list[int] | None:
         """Where they are now; None if they are not what is remembered. To be called without gradients."""

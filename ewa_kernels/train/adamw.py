@@ -14,9 +14,10 @@ from torch.optim import adamw
 import ewa_kernels.backends as backends
 import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
+import ewa_kernels.private_torch as private_torch
 import ewa_kernels.train.shards as shards
 from ewa_kernels.kernels import copies, graphs
-from ewa_kernels.kernels.parameter_pass import MAX_EXPERTS, Numbers, is_plain, watched
+from ewa_kernels.kernels.parameter_pass import MAX_EXPERTS, Numbers
 from ewa_kernels.train.attachment import is_dry_run
 from ewa_kernels.train.averager import ExpertAverager
 from ewa_kernels.train.lookup import flattened
@@ -233,7 +234,7 @@ class AdamW(torch.optim.AdamW):
 
     def _pass_again(self, params: list[Tensor], experts: list[Any], now: _Now) -> bool:
         """By the plan of the last step, if it is one for these tensors: all that depends on them was checked then."""
-        if self._plan is None or watched():
+        if self._plan is None or private_torch.is_watched():
             return False
         grads: list[Any] = [*map(_grad_of, params)]
         flat, sizes = flattened(experts)
@@ -269,7 +270,7 @@ class AdamW(torch.optim.AdamW):
         grads = [state.grad for state in held.values()]
         moments = [[name(state) for state in held.values()] for name in map(attrgetter, _MOMENTS)]
         tensors = plan.listed(flat, held, moments, [self._copy_of(flat[i]) for i in copied], grads)
-        if watched() or not all(map(is_plain, tensors)):
+        if private_torch.is_watched(tensors):
             device = functional.device_of(tensors)
             plan.dispatch(tensors, numbers, [_learning_rate(group, device) for group in self.param_groups])
         else:

@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 
 import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
+import ewa_kernels.private_torch as private_torch
 import ewa_kernels.train.shards as shards
 from ewa_kernels.backends import resolve
-from ewa_kernels.kernels.parameter_pass import Numbers, Plan, average_plan, is_plain, watched
+from ewa_kernels.kernels.parameter_pass import Numbers, Plan, average_plan
 from ewa_kernels.modules import RandomPartitionMoE, StackedExperts, expert_tensors
 from ewa_kernels.moe.adapters import Paths
 from ewa_kernels.moe.experts import find_experts, resolved
@@ -193,7 +194,7 @@ class ExpertAverager:
     @torch.no_grad()
     def _average_again(self, experts: list[Experts], beta: float, seed: int | None, found_inf: Tensor | None) -> bool:
         """By the plan of the last step, if it is one for these tensors: they were checked then."""
-        if self._plan is None or watched() or _is_capturing():
+        if self._plan is None or private_torch.is_watched() or _is_capturing():
             return False
         flat, sizes = flattened(experts)
         plan, planned_sizes = self._plan
@@ -206,13 +207,11 @@ class ExpertAverager:
 
     def _keep_plan(self, experts: list[Experts]) -> None:
         self._plan = None
-        if watched() or _is_capturing():
-            return
         flat, sizes = flattened(experts)
+        if private_torch.is_watched(flat) or _is_capturing():
+            return
         devices = {t.device for t in flat}
-        if all(map(is_plain, flat)) and all(
-            resolve("average_experts_", "auto", device) in ("cpp", "cuda") for device in devices
-        ):
+        if all(resolve("average_experts_", "auto", device) in ("cpp", "cuda") for device in devices):
             plan = average_plan(flat, sizes)
             plan.remember(flat, len(flat))
             self._plan = plan, sizes

@@ -89,7 +89,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """See `kernels/moe_ffn.py`."""
     grad_y, dtype = grad_y.contiguous(), _product_dtype(problem)
-    deal = deal._replace(permutation=_permutation(problem, deal))
+    if deal.permutation is None:
+        deal = deal._replace(permutation=_permutation(problem, deal))
     if _is_one_call(problem, dtype):
         block_rows = rows_in_a_block(problem.num_up, dtype)
         grads = cpp_products.backward(problem, dtype, block_rows, grad_y, inputs, deal, pre_activation, needed)
