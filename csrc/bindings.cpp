@@ -31,8 +31,8 @@ ewa::Inputs inputs(uintptr_t x, uintptr_t up_weight, uintptr_t up_bias, uintptr_
             seed,                      pointer<int32_t>(permutation), pointer<void>(pre_activation)};
 }
 
-// From rows of numbers: see ewa_kernels/kernels/parameter_pass.py. A row is a tensor: of each field which of the tensors
-// given it is, of each field how many bytes there are from one expert to the next, and which options it has.
+// From rows of numbers: see ewa_kernels/kernels/parameter_pass.py. A row is a tensor: of each field which of the
+// tensors given it is, of each field how many bytes there are from one expert to the next, and which options it has.
 ewa::Table table_of(const std::vector<std::tuple<int64_t, int32_t, int32_t, int32_t, bool>>& groups,
                     const std::vector<std::tuple<std::array<int64_t, 6>, std::array<int64_t, 6>, int32_t>>& rows) {
     ewa::Table table;
@@ -141,7 +141,7 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("memory_bytes", &ewa::LayerPass::memory_bytes)
         .def(
             "forward",
-            [](ewa::LayerPass& pass, uintptr_t x, uintptr_t up_weight, uintptr_t up_bias, uintptr_t down_weight,
+            [](const ewa::LayerPass& pass, uintptr_t x, uintptr_t up_weight, uintptr_t up_bias, uintptr_t down_weight,
                uintptr_t down_bias, uintptr_t routing_weights, uint64_t seed, uintptr_t permutation, bool deal,
                uintptr_t y, uintptr_t pre_activation, uintptr_t memory) {
                 pass.forward(inputs(x, up_weight, up_bias, down_weight, down_bias, routing_weights, seed, permutation,
@@ -151,7 +151,7 @@ PYBIND11_MODULE(_C, m) {
             unlocked)
         .def(
             "backward",
-            [](ewa::LayerPass& pass, uintptr_t grad_y, uintptr_t x, uintptr_t up_weight, uintptr_t up_bias,
+            [](const ewa::LayerPass& pass, uintptr_t grad_y, uintptr_t x, uintptr_t up_weight, uintptr_t up_bias,
                uintptr_t down_weight, uintptr_t routing_weights, uint64_t seed, uintptr_t permutation,
                uintptr_t pre_activation, uintptr_t grad_x, Matrix grad_up_weight, uintptr_t grad_up_bias,
                Matrix grad_down_weight, uintptr_t grad_down_bias, uintptr_t grad_routing, uintptr_t of_bias_factor,

@@ -176,7 +176,8 @@ class StackedExperts(nn.Module):
     @property
     def experts(self) -> Experts:
         """up_weight, up_bias, down_weight and down_bias, as the functions of `ewa_kernels.functional` take them."""
-        return self.up.weight, self.up.bias, self.down.weight, self.down.bias
+        up, down = self.up, self.down  # looked up once each: it costs half a microsecond
+        return up.weight, up.bias, down.weight, down.bias
 
     def draw_seed(self, x: Tensor) -> int | Tensor:
         seed = functional.draw_seed(x)

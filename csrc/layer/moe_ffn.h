@@ -50,41 +50,49 @@ struct Gradients {
     const float* of_bias_factor;  // [R], by grouped row: what the down bias adds to it; or null
 };
 
-// One forward or backward: how rows are cut into blocks, of all experts together about `block_rows` each, and how many
-// bytes it needs to work in, aligned to 64. `expert_offsets` [num_experts + 1], or null: equal groups.
+// Forwards or backwards of one kind: how rows are cut into blocks, of all experts together about `block_rows` each, and
+// how many bytes each needs to work in, aligned to 64. `expert_offsets` [num_experts + 1], or null: equal groups.
+// Several may run at a time.
 class LayerPass {
 public:
     LayerPass(const Layer& layer, const int32_t* expert_offsets, int64_t block_rows, bool backward);
 
     int64_t num_blocks() const { return blocks_.size(); }
     std::vector<std::vector<int64_t>> counts() const;  // of each block, rows of each expert
-    int64_t memory_bytes() const { return bytes_; }
+    int64_t memory_bytes() const { return Memory(*this, nullptr).bytes; }
 
     // y [R, d_model], by choice. `deal`: the permutation is filled first. pre_activation is filled if there is one.
-    void forward(const Inputs& inputs, bool deal, void* y, char* memory);
+    void forward(const Inputs& inputs, bool deal, void* y, char* memory) const;
     // Without pre_activation it is computed again.
-    void backward(const Inputs& inputs, const void* grad_y, const Gradients& gradients, char* memory);
+    void backward(const Inputs& inputs, const void* grad_y, const Gradients& gradients, char* memory) const;
 
 private:
-    void allocate(char* memory);
-    void widen_biases(const Inputs& inputs);
-    void look_up(const RowBlock& block, const Inputs& inputs);
-    Block rows_of(const RowBlock& block, const Inputs& inputs) const;
-    TimesWeights times(const RowBlock& block, int64_t k, int64_t n, Tokens tokens, Matrix weights, bool transposed) const;
+    // Parts of the memory. Of a block: its grouped rows, their choices and tokens, what they are weighted with, hidden
+    // and so on; and biases as floats.
+    struct Memory {
+        int64_t *rows, *choices, *tokens;
+        float *factor, *grad_factor;
+        char *hidden, *pre, *grad_pre;
+        float *up_bias, *down_bias, *workspace;
+        int64_t bytes = 0;
+
+        Memory(const LayerPass& pass, char* start);
+        // Fills them for a block.
+        void look_up(const LayerPass& pass, const RowBlock& block, const Inputs& inputs) const;
+    };
+
+    Block rows_of(const RowBlock& block, const Inputs& inputs, const Memory& memory) const;
+    TimesWeights times(const RowBlock& block, int64_t k, int64_t n, Tokens tokens, Matrix weights,
+                       bool transposed) const;
     Outer outer(const RowBlock& block, int64_t m, int64_t n, Tokens left, Tokens right) const;
     Matrix scratch(void* at) const { return {at, layer_.bfloat16 ? Type::bfloat16 : Type::float32}; }
     Matrix tokens(const void* at) const { return {const_cast<void*>(at), layer_.tokens}; }
 
     Layer layer_;
     bool backward_;
+    int64_t threads_ = max_threads();
     std::vector<RowBlock> blocks_;
-    int64_t most_rows_ = 0, workspace_floats_ = 0, bytes_ = 0;
-    // Parts of the memory: of a block, by row in the block.
-    int64_t *rows_, *choices_, *tokens_;
-    float *factor_, *grad_factor_;
-    char *hidden_, *pre_, *grad_pre_;
-    float *up_bias_, *down_bias_, *workspace_;
-    const float *up_bias, *down_bias;  // as floats
+    int64_t most_rows_ = 0, workspace_floats_ = 0;
 };
 
 }  // namespace ewa

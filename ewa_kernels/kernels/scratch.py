@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import ClassVar
 
@@ -21,10 +20,11 @@ class Scratch:
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self._device, self._dtype = device, dtype
-        self._memory: dict[str, Tensor] = {}
-        if device.type == "cpu":
-            with contextlib.suppress(IndexError):
-                self._memory = self._left.pop()
+        self._memory: dict[str, Tensor]
+        try:
+            self._memory = self._left.pop() if device.type == "cpu" else {}
+        except IndexError:  # nothing is left, or another thread has just taken it
+            self._memory = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape) * self._dtype.itemsize

@@ -22,24 +22,36 @@ if extension.WHY_NOT is None:
     import ewa_kernels._C as _C
 
 
-def _layer(problem: Problem, dtype: torch.dtype, parameters: Sequence[Tensor | None]) -> _C.Layer:
-    """`dtype`: what products are made in."""
-    kept = problem.kept.get(dtype)
-    if kept is None:
-        kept = problem.kept[dtype] = _C.Layer(
-            problem.num_tokens,
-            problem.top_k,
-            problem.num_experts,
-            problem.d_model,
-            problem.d_ff,
-            getattr(_C.Activation, problem.activation),
-            problem.gated,
-            problem.dropout_p,
-            dtype == torch.bfloat16,
-            DTYPES[problem.dtype],
-            [0 if t is None else DTYPES[t.dtype] for t in parameters],
-        )
-    return kept
+def _pass(
+    problem: Problem,
+    dtype: torch.dtype,
+    block_rows: int,
+    parameters: Sequence[Tensor | None],
+    expert_offsets: Tensor | None,
+    backward: bool,
+) -> _C.LayerPass:
+    """`dtype`: what products are made in. Where groups are equal it is kept."""
+    key = (dtype, block_rows, backward, torch.get_num_threads())
+    kept: _C.LayerPass | None = problem.kept.get(key)
+    if kept is not None:
+        return kept
+    layer = _C.Layer(
+        problem.num_tokens,
+        problem.top_k,
+        problem.num_experts,
+        problem.d_model,
+        problem.d_ff,
+        getattr(_C.Activation, problem.activation),
+        problem.gated,
+        problem.dropout_p,
+        dtype == torch.bfloat16,
+        DTYPES[problem.dtype],
+        [0 if t is None else DTYPES[t.dtype] for t in parameters],
+    )
+    made = _C.LayerPass(layer, address(expert_offsets), block_rows, backward)
+    if expert_offsets is None:
+        problem.kept[key] = made
+    return made
 
 
 def _weights(routing_weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -53,14 +65,13 @@ def forward(
     """y `[R, D]` by choice, pre_activation `[R, F or 2F]`, in block order or None, and the permutation."""
     x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
     seed, permutation, expert_offsets = deal
-    layer = _layer(problem, dtype, inputs.parameters)
     weights = _weights(routing_weights, dtype)
     is_dealt = permutation is None
     if permutation is None:
-        permutation = torch.empty(problem.num_tokens, dtype=torch.int32, device="cpu")
+        permutation = x.new_empty(problem.num_tokens, dtype=torch.int32)
     y = x.new_empty(problem.num_rows, problem.d_model)
     pre_activation = x.new_empty(problem.num_rows, problem.num_up) if problem.save else None
-    work = _C.LayerPass(layer, address(expert_offsets), block_rows, False)
+    work = _pass(problem, dtype, block_rows, inputs.parameters, expert_offsets, backward=False)
     scratch = Scratch(x.device, dtype)
     work.forward(
         x.data_ptr(),
@@ -94,9 +105,8 @@ def backward(
     x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
     seed, permutation, expert_offsets = deal
     assert permutation is not None
-    layer = _layer(problem, dtype, inputs.parameters)
     weights = _weights(routing_weights, dtype)
-    work = _C.LayerPass(layer, address(expert_offsets), block_rows, True)
+    work = _pass(problem, dtype, block_rows, inputs.parameters, expert_offsets, backward=True)
 
     def new(i: int, like: Tensor | None, at_once: bool) -> Tensor | None:
         """A weight's gradient is rounded to 16 bits as it is stored, if it is stored once; a bias's is not."""
