@@ -76,6 +76,7 @@ class Tile:
 # worked on at a time, and block_k is the largest D. On Hopper they were chosen by measurement, as far as they spill no
 # registers: see benchmarks/NOTES.md.
 Table = dict[str, tuple[Tile, ...]]
+BACKWARD_PHASES = ("backward pre", "backward weights", "backward x")
 
 _UNALIGNED: Table = {  # each element is loaded by itself, into registers
     "forward unaligned": (Tile(64, 64, 32, 2, 8, 2),),
@@ -121,6 +122,11 @@ INTERPRETER: Table = {
     "backward": (Tile(32, 32, 16, 2, 4, 1),),
     "onchip": (Tile(32, 32, 64, 2, 4, 1),),
 }
+# Each launch of the backward in three has the tiles of that in one, where it has none of its own.
+for _tiles in (_HOPPER, _BLACKWELL, _AMPERE, _BLACKWELL_120, _TF32, _FLOAT32, INTERPRETER):
+    for _variant in ("", " tight", " unaligned"):
+        for _phase in BACKWARD_PHASES if f"backward{_variant}" in _tiles else ():
+            _tiles.setdefault(f"{_phase}{_variant}", _tiles[f"backward{_variant}"])
 
 
 def table(capability: int, dtype: torch.dtype, precision: str) -> Table:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ewa_kernels.kernels.choices import existing, grad_of_bias_factor, sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
-from ewa_kernels.kernels.triton.backward import launch_backward
+from ewa_kernels.kernels.triton.backward import launch_backward, split_is_faster
 from ewa_kernels.kernels.triton.configs import aligned
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer
@@ -117,7 +117,7 @@ def moe_ffn_backward(
                 permutation,
                 *grads,
                 need_routing=need_routing,
-                single=form != "split",
+                single=backend == "triton-single" or not (form == "split" or split_is_faster(layer)),
             )
             if pieces is not None:
                 grad_routing = pieces.sum(0)
