@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.kernels.triton import averaging, backward, forward, groups, onchip
-from ewa_kernels.kernels.triton.configs import Tile, table
+from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile, table
 from ewa_kernels.kernels.triton.layer import Layer
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -41,7 +41,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Case:
     """One kernel in one configuration, and what it is compiled for."""
 
-    kernel: str  # forward, forward up, forward down, backward, backward split, onchip, average or groups
+    kernel: str  # forward, forward up, forward down, backward, those of BACKWARD_PHASES, onchip, average or groups
     tile: Tile
     architecture: str
     dtype: str
@@ -60,7 +60,7 @@ class Case:
     @property
     def default(self) -> bool:
         """Whether backend="auto" may pick it."""
-        return self.kernel in ("forward", "backward", "onchip", "average", "groups")
+        return self.kernel not in ("forward up", "forward down")
 
     @property
     def config(self) -> str:
@@ -117,7 +117,7 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
     capability = int(architecture.removeprefix("sm_"))
     for dtype in dtypes:
         tiles = table(capability, _torch_dtype(dtype), "tf32" if dtype == "tf32" else "ieee")
-        for kernel in ("forward", "backward", "onchip"):
+        for kernel in ("forward", "backward", *BACKWARD_PHASES, "onchip"):
             for tile in tiles[kernel]:
                 plain = Case(kernel, tile, architecture, dtype)
                 yield from (plain, replace(plain, gated=True))
@@ -125,9 +125,9 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
                 for options in ({"dropout": True}, {"routed": True}):
                     plain = Case(kernel, tile, architecture, dtype, **options)
                     yield from (plain, replace(plain, gated=True))
-        for kernel in ("forward up", "forward down", "backward split"):
-            yield Case(kernel, tiles[kernel.split()[0]][0], architecture, dtype)
-        for kernel in ("forward", "backward"):  # sizes that 64 does not divide, nor 16, nor 8
+        for kernel in ("forward up", "forward down"):
+            yield Case(kernel, tiles["forward"][0], architecture, dtype)
+        for kernel in ("forward", "backward", *BACKWARD_PHASES):  # sizes that 64 does not divide, nor 16, nor 8
             ragged = tiles.get("forward tight", tiles[kernel]) if kernel == "forward" else tiles[kernel]
             plain = Case(kernel, ragged[0], architecture, dtype, d_model=1000, d_ff=4000)
             yield plain
@@ -177,7 +177,7 @@ def compile_case(case: Case) -> Report:
             line.strip() for line in log.splitlines() if re.search(r"warning|\(C75", line) and "(C7517)" not in line
         ]
         + hand_off_problems(kernel.asm["ptx"])
-        + sum_problems(kernel.asm["ttgir"], is_expected=case.routed and case.kernel == "backward"),
+        + sum_problems(kernel.asm["ttgir"], is_expected=case.routed and case.kernel in ("backward", "backward pre")),
     )
 
 
@@ -233,7 +233,7 @@ def _compile(case: Case) -> tuple[Any, str]:
         routing_weights=torch.empty(25216, 2, device="meta") if case.routed else None,
         dtype=_torch_dtype(case.dtype),
         device=torch.device("meta"),
-        table={case.kernel.split()[0]: (case.tile,)},
+        table=dict.fromkeys(("forward", "backward", *BACKWARD_PHASES, "onchip"), (case.tile,)),
         num_programs=132,
     )
     triton.runtime.driver.set_active(_Driver(case.capability))
@@ -283,9 +283,13 @@ def _launch(case: Case, layer: Layer) -> Any:
         with _instead(onchip, "onchip_kernel") as compiled:
             onchip.launch_onchip(layer, *operands, y, pre_activation, permutation, deal=not case.routed)
     else:
-        with _instead(backward, "backward_kernel") as compiled:
-            saved = (x, up_weight, down_weight, pre_activation, permutation)
+        saved = (x, up_weight, down_weight, pre_activation, permutation)
+        # What is launched beside the kernel is left out.
+        names = {"": "backward_kernel", "pre": "pre_kernel", "weights": "weights_kernel", "x": "grad_x_kernel"}
+        with contextlib.ExitStack() as stack:
+            noted = {name: stack.enter_context(_instead(backward, names[name], name == form)) for name in names}
             backward.launch_backward(layer, y, *saved, *operands, need_routing=case.routed, single=not form)
+        compiled = noted[form]
     return compiled[0]
 
 
@@ -306,13 +310,17 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def _instead(module: Any, name: str) -> Iterator[list[Any]]:
-    """Launches of a module's kernel compile it instead, and add the result to the list."""
+def _instead(module: Any, name: str, wanted: bool = True) -> Iterator[list[Any]]:
+    """Launches of a module's kernel compile it instead, if it is `wanted`, and add the result to the list."""
     real, compiled = getattr(module, name), []
 
     class Compiler:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **kwargs: compiled.append(real.warmup(*args, grid=grid, **kwargs))
+            def launch(*args: Any, **kwargs: Any) -> None:
+                if wanted:
+                    compiled.append(real.warmup(*args, grid=grid, **kwargs))
+
+            return launch
 
     setattr(module, name, Compiler())
     try:
