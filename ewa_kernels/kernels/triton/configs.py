@@ -88,6 +88,7 @@ _HOPPER: Table = {
     "forward tight": (Tile(128, 256, 64, 8, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2)),
     "backward": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2)),
     "backward tight": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 16, 4, 3, 2)),
+    **dict.fromkeys(BACKWARD_PHASES[1:], (Tile(128, 256, 64, 8, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2))),
     "onchip": (Tile(128, 64, 128, 2, 8, 2),),
     "onchip tight": (Tile(128, 32, 128, 2, 8, 2),),
     **_UNALIGNED,
@@ -124,9 +125,10 @@ INTERPRETER: Table = {
 }
 # Each launch of the backward in three has the tiles of that in one, where it has none of its own.
 for _tiles in (_HOPPER, _BLACKWELL, _AMPERE, _BLACKWELL_120, _TF32, _FLOAT32, INTERPRETER):
-    for _variant in ("", " tight", " unaligned"):
-        for _phase in BACKWARD_PHASES if f"backward{_variant}" in _tiles else ():
-            _tiles.setdefault(f"{_phase}{_variant}", _tiles[f"backward{_variant}"])
+    for _phase in BACKWARD_PHASES:
+        for _variant in (" unaligned",) if _phase in _tiles else ("", " tight", " unaligned"):
+            if f"backward{_variant}" in _tiles:
+                _tiles[f"{_phase}{_variant}"] = _tiles[f"backward{_variant}"]
 
 
 def table(capability: int, dtype: torch.dtype, precision: str) -> Table:
