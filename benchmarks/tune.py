@@ -30,12 +30,12 @@ from benchmarks.cases import Case
 from benchmarks.environment import environment
 from benchmarks.timing import Stopwatch, interleaved, timed
 from ewa_kernels.kernels.triton.backward import launch_backward
-from ewa_kernels.kernels.triton.configs import Tile
+from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.onchip import launch_onchip
 
-KERNELS = ("forward", "backward", "onchip")
+KERNELS = ("forward", "backward", *BACKWARD_PHASES, "onchip")  # a phase: in the whole backward in three launches
 ROUNDS = 15
 
 
@@ -94,7 +94,8 @@ class Problem:
 
     def run(self, kernel: str, tile: Tile) -> list[Tensor]:
         """Launches it, and returns what it wrote."""
-        layer = replace(self._layer, table={kernel: (tile,)})
+        others = {phase: (self._layer.tile(phase),) for phase in BACKWARD_PHASES}
+        layer = replace(self._layer, table={**others, kernel: (tile,)})
         operands = (self.x, *self.parameters)
         if kernel == "forward":
             outputs = (self.y, self.pre_activation, self.hidden, self.permutation)
@@ -104,7 +105,8 @@ class Problem:
             launch_onchip(layer, *operands, self.y, self.pre_activation, self.permutation, deal=True)
             return [self.y, self.pre_activation]
         saved = (self.x, self.parameters[0], self.parameters[2], self.pre_activation, self.permutation)
-        launch_backward(layer, self.grad_y, *saved, self.grad_x, *self.grads, need_routing=False, single=True)
+        single = kernel == "backward"
+        launch_backward(layer, self.grad_y, *saved, self.grad_x, *self.grads, need_routing=False, single=single)
         return [self.grad_x, *self.grads]
 
 
