@@ -194,6 +194,25 @@ def test_backward_in_one_launch_or_in_three(backend, d_model, gated, single, lau
     )
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="changes the interpreter's tiles")
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_tiles_of_its_own_for_each_launch_of_the_backward(gated, monkeypatch):
+    x, weights = tokens(150, 24), parameters(4, 24, 40, gated=gated)
+    options = {
+        "permutation": torch.randperm(150, generator=torch.Generator().manual_seed(0)),
+        "expert_offsets": torch.tensor([0, 50, 50, 51, 150]),
+        "routing_weights": torch.rand(150, 1, generator=torch.Generator().manual_seed(1)),
+        "gated": gated,
+        "backend": "triton-split",
+    }
+    expected = output_and_grads(ewa.functional.grouped_ffn, (x, *weights), x, **options)
+    sizes = ((64, 32, 16), (16, 64, 32), (32, 16, 64))
+    for phase, (m, n, k) in zip(configs.BACKWARD_PHASES, sizes, strict=True):
+        monkeypatch.setitem(configs.INTERPRETER, phase, (configs.Tile(m, n, k, 1, 4, 1),))
+    for name, value in output_and_grads(ewa.functional.grouped_ffn, (x, *weights), x, **options).items():
+        assert (value - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
 def off_by_one(tensor):
     """The same values, at an address that is no multiple of 16 bytes."""
     memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)

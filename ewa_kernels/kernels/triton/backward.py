@@ -25,10 +25,10 @@ _SINGLE, _PRE, _WEIGHTS, _X = (
 
 
 def split_is_faster(layer: Layer) -> bool:
-    """Whether three launches take less time than one, as measured (benchmarks/results/nvidia-h200.json).
+    """Whether three launches take less time than one, as measured on an H200 (benchmarks/results/nvidia-h200.json).
 
-    Gated, D = 1,536: 2.94 ms in place of 3.23. Not gated there is no difference beyond the spread (D = 768: 2.73 and
-    2.77, D = 1,024: 4.07 and 4.18), or one the other way (D = 384: 1.35 and 1.32, D = 96: 3.15 and 3.05).
+    Gated, D = 1,536: 2.94 ms in place of 3.23. Not gated, no more than the spread: D = 1,024, 4.07 and 4.18;
+    D = 768, 2.73 and 2.77; D = 384, 1.35 and 1.32; D = 96, 3.15 and 3.05.
     """
     return layer.gated and layer.d_model >= 1024
 

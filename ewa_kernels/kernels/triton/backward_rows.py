@@ -119,31 +119,15 @@ def pre_kernel(
     partial_routing,  # float32 [⌈F / BLOCK_N⌉, R], by grouped row, or None
     partial_up,  # float32 [row blocks, F or 2F], or None
     partial_down,  # float32 [row blocks, D], or None
-    seed,
-    seed_low,
-    seed_high,
-    threshold,
-    scale,
-    num_rows,
-    num_experts,
-    num_blocks,
-    end_pre,
-    end_group,
-    d_model,
-    d_ff,
+    seed, seed_low, seed_high, threshold, scale, num_rows, num_experts, num_blocks, end_pre, end_group, d_model, d_ff,
     TOP_K: tl.constexpr,  # R = T · TOP_K
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
     AHEAD: tl.constexpr,  # whether pre_activation is loaded before it is needed
     EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
     ALIGNED: tl.constexpr,  # 8 divides D and F
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Tiles up to `end_pre`: `store_pre` of grad_y @ down_weight; up to `end_group`: `group_tile`.
 
     Grid: any number of programs; as many as run at once is best.
@@ -181,20 +165,10 @@ def grad_x_kernel(
     groups,  # table of given groups, see groups.py, or None: equal groups
     grad_pre,  # [R, F or 2F], by grouped row
     grad_x,  # [R, D], by choice
-    num_rows,
-    num_experts,
-    num_blocks,
-    d_model,
-    d_ff,
-    GATED: tl.constexpr,
-    EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
-    ALIGNED: tl.constexpr,  # 8 divides D and F
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    num_rows, num_experts, num_blocks, d_model, d_ff,
+    GATED: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """grad_x = grad_pre @ up_weight.
 
     Grid: any number of programs; as many as run at once is best.

@@ -170,23 +170,15 @@ def weights_kernel(
     grad_down_weight,
     grad_down_bias,  # gradients that no tile asks for are never touched
     counters,
-    num_rows,
-    num_experts,
+    num_rows, num_experts,
     num_splits,  # parts of an expert's rows that different tickets add up for a weight
-    end_biases,
-    end_down,
-    end_up,
-    d_model,
-    d_ff,
+    end_biases, end_down, end_up, d_model, d_ff,
     ROWS: tl.constexpr,  # of the row blocks in partial_up and partial_down
     GATED: tl.constexpr,
     ALIGNED: tl.constexpr,  # 8 divides D and F
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Tiles up to `end_biases`: `bias_tile`; up to `end_down`, then `end_up`: `weight_tile`.
 
     Grid: any number of programs; as many as run at once is best.
