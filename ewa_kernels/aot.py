@@ -119,12 +119,10 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
     for dtype in dtypes:
         tiles = table(capability, _torch_dtype(dtype), "tf32" if dtype == "tf32" else "ieee")
         for kernel in ("forward", "backward", *BACKWARD_PHASES, "onchip"):
-            # What makes no difference to a kernel is left out.
-            gates = (False,) if kernel == "backward x" else (False, True)
-            for tile, gated in itertools.product(tiles[kernel], gates):
+            for tile, gated in itertools.product(tiles[kernel], _gates(kernel)):
                 yield Case(kernel, tile, architecture, dtype, gated=gated)
-            for tile, gated in itertools.product(tiles.get(f"{kernel} tight", tiles[kernel]), gates):
-                if kernel not in BACKWARD_PHASES[1:]:
+            for tile, gated in itertools.product(tiles.get(f"{kernel} tight", tiles[kernel]), _gates(kernel)):
+                if kernel not in BACKWARD_PHASES[1:]:  # to which dropout makes no difference
                     yield Case(kernel, tile, architecture, dtype, gated=gated, dropout=True)
                 yield Case(kernel, tile, architecture, dtype, gated=gated, routed=True)
         for kernel in ("forward up", "forward down"):
@@ -137,7 +135,7 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
                 yield from (replace(plain, dropout=True), replace(plain, routed=True))
             for tile in tiles.get(f"{kernel} unaligned", tiles[kernel])[:1]:
                 plain = Case(kernel, tile, architecture, dtype, d_model=770, d_ff=3075)
-                yield from (plain, replace(plain, gated=True))
+                yield from (replace(plain, gated=gated) for gated in _gates(kernel))
         if dtype == dtypes[0]:  # indices alone
             yield Case("groups", tiles["forward"][0], architecture, dtype)
         if dtype != "tf32":
@@ -145,6 +143,11 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
             yield from (plain, replace(plain, odd_address=True))
             if dtype != "float32":
                 yield replace(plain, stochastic=True)
+
+
+def _gates(kernel: str) -> tuple[bool, ...]:
+    """Both, unless a gate makes no difference."""
+    return (False,) if kernel == "backward x" else (False, True)
 
 
 def compile_case(case: Case) -> Report:
