@@ -6,6 +6,7 @@ besides its product: registers hold one tile per multiprocessor, so nothing over
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import GPU_CASES, PHASES, Case
-from ewa_kernels.kernels.triton.configs import Tile, choose, choose_onchip, table
+from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile, choose, choose_onchip, table
 
 # Measured on one H200 with large problems: a bf16 matrix product and a device-to-device copy.
 MATRIX_RATE = 790e12  # FLOP/s
@@ -78,19 +79,22 @@ def predictions(s: Case) -> Iterator[tuple[str, float]]:
         block = _tiles(s.num_tokens, onchip.block_k, 2 * s.d_ff, Tile(128, onchip.block_k, 16, 1, 8, 1), epilogue)
         yield "forward, on chip", max(_queue(block), traffic[0])
 
-    tile = choose(tiles["backward"], s.num_tokens, s.num_experts, (s.d_ff, s.d_model))
-    pre = _tiles(s.num_tokens, s.d_ff, s.d_model, tile, EPILOGUE["grad_pre and hidden"])
-    depth = s.num_tokens / s.num_experts
-    weights = [
-        (s.num_experts * count, seconds)
-        for count, seconds in (
-            _tiles(s.d_model, s.d_ff, depth, tile, EPILOGUE["store"]),
-            _tiles(s.num_up, s.d_model, depth, tile, EPILOGUE["store"]),
-        )
-    ]
-    x = _tiles(s.num_tokens, s.d_model, s.num_up, tile, EPILOGUE["store"])
-    yield "backward, single", max(_queue(pre, *weights, x), traffic[1])
-    yield "backward, split", max(2 * LAUNCH + _queue(pre) + _queue(*weights) + _queue(x), traffic[1])
+    def phases(*kernels: str) -> list[list[tuple[int, float]]]:
+        """Tiles of grad_pre, of the weights' gradients, and of grad_x."""
+        widths = (s.d_ff, s.d_model)
+        pre, weight, x = (choose(tiles[kernel], s.num_tokens, s.num_experts, widths) for kernel in kernels)
+        depth = s.num_tokens / s.num_experts
+        weights = [
+            _tiles(m, n, depth, weight, EPILOGUE["store"]) for m, n in ((s.d_model, s.d_ff), (s.num_up, s.d_model))
+        ]
+        return [
+            [_tiles(s.num_tokens, s.d_ff, s.d_model, pre, EPILOGUE["grad_pre and hidden"])],
+            [(s.num_experts * count, seconds) for count, seconds in weights],
+            [_tiles(s.num_tokens, s.d_model, s.num_up, x, EPILOGUE["store"])],
+        ]
+
+    yield "backward, single", max(_queue(*itertools.chain(*phases(*["backward"] * 3))), traffic[1])
+    yield "backward, split", max(2 * LAUNCH + sum(_queue(*kinds) for kinds in phases(*BACKWARD_PHASES)), traffic[1])
 
 
 def main() -> None:

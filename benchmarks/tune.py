@@ -30,13 +30,13 @@ from benchmarks.cases import Case
 from benchmarks.environment import environment
 from benchmarks.timing import Stopwatch, interleaved, timed
 from ewa_kernels.kernels.triton.backward import launch_backward
-from ewa_kernels.kernels.triton.configs import Tile
+from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.onchip import launch_onchip
 from ewa_kernels.problem import Problem
 
-KERNELS = ("forward", "backward", "onchip")
+KERNELS = ("forward", "backward", *BACKWARD_PHASES, "onchip")  # a phase: in the whole backward in three launches
 ROUNDS = 15
 
 
@@ -98,7 +98,9 @@ class Operands:
 
     def run(self, kernel: str, tile: Tile) -> list[Tensor]:
         """Launches it, and returns what it wrote."""
-        layer = Layer(self._problem, seed=1, table={kernel: (tile,)})
+        shipped = Layer(self._problem)
+        others = {phase: (shipped.tile(phase),) for phase in BACKWARD_PHASES}
+        layer = Layer(self._problem, seed=1, table={**others, kernel: (tile,)})
         operands = (self.x, *self.parameters)
         if kernel == "forward":
             outputs = (self.y, self.pre_activation, self.hidden, self.permutation)
@@ -108,7 +110,8 @@ class Operands:
             launch_onchip(layer, *operands, self.y, self.pre_activation, self.permutation, deal=True)
             return [self.y, self.pre_activation]
         saved = (self.x, self.parameters[0], self.parameters[2], self.pre_activation, self.permutation)
-        launch_backward(layer, self.grad_y, *saved, self.grad_x, *self.grads, need_routing=False, single=True)
+        single = kernel == "backward"
+        launch_backward(layer, self.grad_y, *saved, self.grad_x, *self.grads, need_routing=False, single=single)
         return [self.grad_x, *self.grads]
 
 

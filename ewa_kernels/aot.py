@@ -9,6 +9,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 
 from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.kernels.triton import averaging, backward, forward, groups, onchip
-from ewa_kernels.kernels.triton.configs import Tile, table
+from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile, table
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.problem import Problem
 
@@ -42,7 +43,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Case:
     """One kernel in one configuration, and what it is compiled for."""
 
-    kernel: str  # forward, forward up, forward down, backward, backward split, onchip, average or groups
+    kernel: str  # forward, forward up, forward down, backward, those of BACKWARD_PHASES, onchip, average or groups
     tile: Tile
     architecture: str
     dtype: str
@@ -61,7 +62,7 @@ class Case:
     @property
     def default(self) -> bool:
         """Whether backend="auto" may pick it."""
-        return self.kernel in ("forward", "backward", "onchip", "average", "groups")
+        return self.kernel not in ("forward up", "forward down")
 
     @property
     def config(self) -> str:
@@ -118,17 +119,16 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
     capability = int(architecture.removeprefix("sm_"))
     for dtype in dtypes:
         tiles = table(capability, _torch_dtype(dtype), "tf32" if dtype == "tf32" else "ieee")
-        for kernel in ("forward", "backward", "onchip"):
-            for tile in tiles[kernel]:
-                plain = Case(kernel, tile, architecture, dtype)
-                yield from (plain, replace(plain, gated=True))
-            for tile in tiles.get(f"{kernel} tight", tiles[kernel]):
-                for options in ({"dropout": True}, {"routed": True}):
-                    plain = Case(kernel, tile, architecture, dtype, **options)
-                    yield from (plain, replace(plain, gated=True))
-        for kernel in ("forward up", "forward down", "backward split"):
-            yield Case(kernel, tiles[kernel.split()[0]][0], architecture, dtype)
-        for kernel in ("forward", "backward"):  # sizes that 64 does not divide, nor 16, nor 8
+        for kernel in ("forward", "backward", *BACKWARD_PHASES, "onchip"):
+            for tile, gated in itertools.product(tiles[kernel], _gates(kernel)):
+                yield Case(kernel, tile, architecture, dtype, gated=gated)
+            for tile, gated in itertools.product(tiles.get(f"{kernel} tight", tiles[kernel]), _gates(kernel)):
+                if kernel not in BACKWARD_PHASES[1:]:  # to which dropout makes no difference
+                    yield Case(kernel, tile, architecture, dtype, gated=gated, dropout=True)
+                yield Case(kernel, tile, architecture, dtype, gated=gated, routed=True)
+        for kernel in ("forward up", "forward down"):
+            yield Case(kernel, tiles["forward"][0], architecture, dtype)
+        for kernel in ("forward", "backward", *BACKWARD_PHASES):  # sizes that 64 does not divide, nor 16, nor 8
             ragged = tiles.get("forward tight", tiles[kernel]) if kernel == "forward" else tiles[kernel]
             plain = Case(kernel, ragged[0], architecture, dtype, d_model=1000, d_ff=4000)
             yield plain
@@ -136,7 +136,7 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
                 yield from (replace(plain, dropout=True), replace(plain, routed=True))
             for tile in tiles.get(f"{kernel} unaligned", tiles[kernel])[:1]:
                 plain = Case(kernel, tile, architecture, dtype, d_model=770, d_ff=3075)
-                yield from (plain, replace(plain, gated=True))
+                yield from (replace(plain, gated=gated) for gated in _gates(kernel))
         if dtype == dtypes[0]:  # indices alone
             yield Case("groups", tiles["forward"][0], architecture, dtype)
         if dtype != "tf32":
@@ -144,6 +144,11 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
             yield from (plain, replace(plain, odd_address=True))
             if dtype != "float32":
                 yield replace(plain, stochastic=True)
+
+
+def _gates(kernel: str) -> tuple[bool, ...]:
+    """Both, unless a gate makes no difference."""
+    return (False,) if kernel == "backward x" else (False, True)
 
 
 def compile_case(case: Case) -> Report:
@@ -178,7 +183,7 @@ def compile_case(case: Case) -> Report:
             line.strip() for line in log.splitlines() if re.search(r"warning|\(C75", line) and "(C7517)" not in line
         ]
         + hand_off_problems(kernel.asm["ptx"])
-        + sum_problems(kernel.asm["ttgir"], is_expected=case.routed and case.kernel == "backward"),
+        + sum_problems(kernel.asm["ttgir"], is_expected=case.routed and case.kernel in ("backward", "backward pre")),
     )
 
 
@@ -243,7 +248,7 @@ def _compile(case: Case) -> tuple[Any, str]:
         seed=0,
         expert_offsets=torch.empty(5, dtype=torch.int32, device="meta") if case.routed else None,
         routing_weights=torch.empty(25216, 2, device="meta") if case.routed else None,
-        table={case.kernel.split()[0]: (case.tile,)},
+        table=dict.fromkeys(("forward", "backward", *BACKWARD_PHASES, "onchip"), (case.tile,)),
         num_programs=132,
     )
     triton.runtime.driver.set_active(_Driver(case.capability))
@@ -293,9 +298,13 @@ def _launch(case: Case, layer: Layer) -> Any:
         with _instead(onchip, "onchip_kernel") as compiled:
             onchip.launch_onchip(layer, *operands, y, pre_activation, permutation, deal=not case.routed)
     else:
-        with _instead(backward, "backward_kernel") as compiled:
-            saved = (x, up_weight, down_weight, pre_activation, permutation)
+        saved = (x, up_weight, down_weight, pre_activation, permutation)
+        # What is launched beside the kernel is left out.
+        names = {"": "backward_kernel", "pre": "pre_kernel", "weights": "weights_kernel", "x": "grad_x_kernel"}
+        with contextlib.ExitStack() as stack:
+            noted = {name: stack.enter_context(_instead(backward, names[name], name == form)) for name in names}
             backward.launch_backward(layer, y, *saved, *operands, need_routing=case.routed, single=not form)
+        compiled = noted[form]
     return compiled[0]
 
 
@@ -316,13 +325,17 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def _instead(module: Any, name: str) -> Iterator[list[Any]]:
-    """Launches of a module's kernel compile it instead, and add the result to the list."""
+def _instead(module: Any, name: str, wanted: bool = True) -> Iterator[list[Any]]:
+    """Launches of a module's kernel compile it instead, if it is `wanted`, and add the result to the list."""
     real, compiled = getattr(module, name), []
 
     class Compiler:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **kwargs: compiled.append(real.warmup(*args, grid=grid, **kwargs))
+            def launch(*args: Any, **kwargs: Any) -> None:
+                if wanted:
+                    compiled.append(real.warmup(*args, grid=grid, **kwargs))
+
+            return launch
 
     setattr(module, name, Compiler())
     try:

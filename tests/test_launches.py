@@ -15,7 +15,7 @@ from test_fused import DEVICE, FORMS, dtype_for, parameters, tokens
 import ewa_kernels as ewa
 from ewa_kernels.kernels import multiprocessors
 from ewa_kernels.kernels.triton import backward, configs, forward, groups, moe_ffn, onchip
-from ewa_kernels.kernels.triton.tiles import wait_until
+from ewa_kernels.kernels.triton.queue import wait_until
 from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
 # What a router with a fault may give for 70 rows and 4 experts: more row blocks than there are numbers for, falling
@@ -152,12 +152,13 @@ class Launches:
 def launches(monkeypatch):
     """What each of the layer's kernels is launched with, by name."""
     noted = {}
-    kernels = ("forward", "backward", "onchip", "groups")
-    for module, name in zip(
-        (forward, backward, onchip, groups), (f"{kernel}_kernel" for kernel in kernels), strict=True
-    ):
-        noted[name] = Launches(getattr(module, name))
-        monkeypatch.setattr(module, name, noted[name])
+    for module, kernels in (
+        (forward, ["forward"]), (backward, ["backward", "pre", "weights", "grad_x"]), (onchip, ["onchip"]),
+        (groups, ["groups"]),
+    ):  # fmt: skip
+        for name in (f"{kernel}_kernel" for kernel in kernels):
+            noted[name] = Launches(getattr(module, name))
+            monkeypatch.setattr(module, name, noted[name])
     return noted
 
 
@@ -165,15 +166,55 @@ def launches(monkeypatch):
 def test_hashes_may_overflow_in_every_launch(form, launches):
     """Triton's own asserts would take them for faults, in debug mode and under TRITON_DEBUG=1."""
     dtype = dtype_for(form)
-    x, weights = tokens(40, 16, dtype=dtype).requires_grad_(), parameters(3, 16, 24, dtype=dtype)
+    leaves = [t.requires_grad_() for t in (tokens(40, 16, dtype=dtype), *parameters(3, 16, 24, dtype=dtype))]
     permutation = torch.arange(40, dtype=torch.int32, device=DEVICE)
     offsets = torch.tensor([0, 9, 9, 40], device=DEVICE)
     partition = {"permutation": permutation, "expert_offsets": offsets, "dropout_p": 0.1}
-    ewa.functional.grouped_ffn(x, *weights, **partition, backend=form).sum().backward()
+    ewa.functional.grouped_ffn(*leaves, **partition, backend=form).sum().backward()
     launched = [noted.options for noted in launches.values() if noted.grids]
-    assert len(launched) == 3
+    assert len(launched) == (5 if form == "triton-split" else 3)
     assert all(configs.ASSERTS.items() <= options.items() for options in launched)
     assert configs.ASSERTS == {"debug": False, "sanitize_overflow": False}
+
+
+@pytest.mark.parametrize(
+    ("backend", "d_model", "gated", "single"),
+    [
+        ("triton", 1024, True, False),
+        ("triton", 1024, False, True),
+        ("triton", 512, True, True),
+        ("triton-single", 1024, True, True),
+        ("triton-split", 16, False, False),
+    ],
+)
+def test_backward_in_one_launch_or_in_three(backend, d_model, gated, single, launches):
+    x, weights = tokens(8, d_model).requires_grad_(), parameters(1, d_model, 16, gated=gated)
+    ewa.functional.moe_ffn(
+        x, *(t.requires_grad_() for t in weights), seed=1, gated=gated, backend=backend
+    ).sum().backward()
+    grids = {name: len(noted.grids) for name, noted in launches.items() if "forward" not in name and noted.grids}
+    assert grids == dict.fromkeys(
+        ["backward_kernel"] if single else ["pre_kernel", "weights_kernel", "grad_x_kernel"], 1
+    )
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="changes the interpreter's tiles")
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_tiles_of_its_own_for_each_launch_of_the_backward(gated, monkeypatch):
+    x, weights = tokens(150, 24), parameters(4, 24, 40, gated=gated)
+    options = {
+        "permutation": torch.randperm(150, generator=torch.Generator().manual_seed(0)),
+        "expert_offsets": torch.tensor([0, 50, 50, 51, 150]),
+        "routing_weights": torch.rand(150, 1, generator=torch.Generator().manual_seed(1)),
+        "gated": gated,
+        "backend": "triton-split",
+    }
+    expected = output_and_grads(ewa.functional.grouped_ffn, (x, *weights), x, **options)
+    sizes = ((64, 32, 16), (16, 64, 32), (32, 16, 64))
+    for phase, (m, n, k) in zip(configs.BACKWARD_PHASES, sizes, strict=True):
+        monkeypatch.setitem(configs.INTERPRETER, phase, (configs.Tile(m, n, k, 1, 4, 1),))
+    for name, value in output_and_grads(ewa.functional.grouped_ffn, (x, *weights), x, **options).items():
+        assert (value - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
 
 
 def off_by_one(tensor):

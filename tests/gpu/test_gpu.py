@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ewa_kernels as ewa
 from ewa_kernels.kernels import counters
-from ewa_kernels.kernels.triton.backward import backward_kernel
+from ewa_kernels.kernels.triton.backward import backward_kernel, grad_x_kernel, pre_kernel, weights_kernel
 from ewa_kernels.kernels.triton.forward import forward_kernel
 
 HALF = [torch.bfloat16, torch.float16]
@@ -157,6 +157,15 @@ class TestLaunches:
         x = tokens(5000, 384)
         launched = kernels(lambda: ewa.functional.moe_ffn(x, *weights, seed=0, backend="triton-split"))
         assert len(launched) == 2, launched
+
+    def test_backward_in_the_faster_form(self):
+        """For a large gated layer that is three launches."""
+        layer = ewa.RandomPartitionMoE(1536, 2048, 4, gated=True, device="cuda", dtype=torch.bfloat16)
+        x = tokens(5000, 1536).requires_grad_()
+        y = layer(x)
+        inputs, grad_y = [x, *layer.parameters()], torch.randn_like(y)
+        launched = kernels(lambda: torch.autograd.grad(y, inputs, grad_y, retain_graph=True))
+        assert sorted(launched) == ["grad_x_kernel", "pre_kernel", "weights_kernel"]
 
     def test_permutation(self):
         seed = torch.tensor(3, device="cuda")
@@ -388,7 +397,8 @@ def test_weights_at_odd_addresses(form):
     odd = [torch.empty(w.numel() + 1, dtype=w.dtype, device="cuda")[1:].view(w.shape) for w in weights]
     odd = [t.copy_(w.detach()).requires_grad_() for t, w in zip(odd, weights, strict=True)]
     expected = step(x, weights, x, 1, form)
-    compiled = {kernel: len(kernel.device_caches[0][0]) for kernel in (forward_kernel, backward_kernel)}
+    launched = (forward_kernel, backward_kernel, pre_kernel, weights_kernel, grad_x_kernel)
+    compiled = {kernel: len(kernel.device_caches[0][0]) for kernel in launched}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours = step(x, odd, x, 1, form)

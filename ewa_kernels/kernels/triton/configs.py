@@ -76,6 +76,7 @@ class Tile:
 # worked on at a time, and block_k is the largest D. On Hopper they were chosen by measurement, as far as they spill no
 # registers: see benchmarks/NOTES.md.
 Table = dict[str, tuple[Tile, ...]]
+BACKWARD_PHASES = ("backward pre", "backward weights", "backward x")
 
 _UNALIGNED: Table = {  # each element is loaded by itself, into registers
     "forward unaligned": (Tile(64, 64, 32, 2, 8, 2),),
@@ -87,6 +88,7 @@ _HOPPER: Table = {
     "forward tight": (Tile(128, 256, 64, 8, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2)),
     "backward": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2)),
     "backward tight": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 16, 4, 3, 2)),
+    **dict.fromkeys(BACKWARD_PHASES[1:], (Tile(128, 256, 64, 8, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2))),
     "onchip": (Tile(128, 64, 128, 2, 8, 2),),
     "onchip tight": (Tile(128, 32, 128, 2, 8, 2),),
     **_UNALIGNED,
@@ -121,6 +123,12 @@ INTERPRETER: Table = {
     "backward": (Tile(32, 32, 16, 2, 4, 1),),
     "onchip": (Tile(32, 32, 64, 2, 4, 1),),
 }
+# Each launch of the backward in three has the tiles of that in one, where it has none of its own.
+for _tiles in (_HOPPER, _BLACKWELL, _AMPERE, _BLACKWELL_120, _TF32, _FLOAT32, INTERPRETER):
+    for _phase in BACKWARD_PHASES:
+        for _variant in (" unaligned",) if _phase in _tiles else ("", " tight", " unaligned"):
+            if f"backward{_variant}" in _tiles:
+                _tiles[f"{_phase}{_variant}"] = _tiles[f"backward{_variant}"]
 
 
 def table(capability: int, dtype: torch.dtype, precision: str) -> Table:

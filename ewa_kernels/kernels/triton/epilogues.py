@@ -1,4 +1,4 @@
-"""What is done with an accumulated tile, and the sums over rows that biases need.
+"""What is done with an accumulated tile.
 
 A tile is taken part by part (`PARTS`, by columns): whole, what is computed from it takes too many registers.
 """
@@ -9,9 +9,7 @@ import triton
 import triton.language as tl
 
 from ewa_kernels.kernels.triton.activations import activate, activate_with_slope, dropout_scale
-from ewa_kernels.kernels.triton.tiles import halves, halves_of_row, load_choices, pairs
-
-_SUM_BLOCKS = tl.constexpr(32)  # row blocks at a time in sums over them
+from ewa_kernels.kernels.triton.tiles import halves, halves_of_row, pairs
 
 
 @triton.jit
@@ -179,69 +177,3 @@ def store_rows(
         column = first_column + tl.arange(0, WIDTH)
         inside = (row < end)[:, None] & (column < num_columns)[None, :]
         tl.store(out + target.to(tl.int64)[:, None] * num_columns + column[None, :], acc, mask=inside)
-
-
-@triton.jit
-def store_split(
-    acc, partial, first_column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
-):
-    """partial = acc, both `[BLOCK_M, BLOCK_N]`."""
-    if PARTS > 1:
-        left, right = halves(acc, BLOCK_M, WIDTH)
-        half: tl.constexpr = WIDTH // 2
-        store_split(left, partial, first_column, BLOCK_M, BLOCK_N, half, PARTS // 2)
-        store_split(right, partial, first_column + half, BLOCK_M, BLOCK_N, half, PARTS // 2)
-    else:
-        index = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + (first_column + tl.arange(0, WIDTH))[None, :]
-        tl.store(partial + index, acc)
-
-
-@triton.jit
-def sum_splits(
-    partial, num_splits, m, n, size_m, size_n, out,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """out = the sum of `num_splits` tiles `[BLOCK_M, BLOCK_N]`, always in the same order."""
-    for first_column in range(0, BLOCK_N, WIDTH):
-        index = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + (first_column + tl.arange(0, WIDTH))[None, :]
-        total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-        for split in range(num_splits):
-            total += tl.load(partial + tl.cast(split, tl.int64) * (BLOCK_M * BLOCK_N) + index)
-        column = n + first_column + tl.arange(0, WIDTH)
-        inside = (m < size_m)[:, None] & (column < size_n)[None, :]
-        tl.store(out + m.to(tl.int64)[:, None] * size_n + column[None, :], total, mask=inside)
-
-
-@triton.jit
-def group_rows(
-    grad_y, x, permutation, groups, routing_weights, block, first_row, end, first_column, num_rows, d_model,
-    grouped_grad_y, grouped_x, partial, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Of a row block: grad_y and x by grouped row; partial = grad_y (times the routing weight) summed over its rows."""
-    column = first_column + tl.arange(0, WIDTH)
-    exists = column < d_model
-    row = first_row + tl.arange(0, BLOCK_M)
-    choice = load_choices(permutation, tl.minimum(row, end - 1), groups, num_rows)
-    inside = (row < end)[:, None] & exists[None, :]
-    source = (choice // TOP_K).to(tl.int64)[:, None] * d_model + column[None, :]
-    target = row.to(tl.int64)[:, None] * d_model + column[None, :]
-    tile = tl.load(grad_y + source, mask=inside, other=0.0)
-    tl.store(grouped_x + target, tl.load(x + source, mask=inside), mask=inside)
-    tl.store(grouped_grad_y + target, tile, mask=inside)
-    if partial is not None:
-        total = tile.to(tl.float32)
-        if routing_weights is not None:
-            total *= tl.load(routing_weights + choice, mask=row < end, other=0.0).to(tl.float32)[:, None]
-        tl.store(partial + block.to(tl.int64) * d_model + column, tl.sum(total, 0), mask=exists)
-
-
-@triton.jit
-def sum_blocks(partial, first_block, num_blocks, column, num_columns, out):
-    """out = the sum of an expert's row blocks, always in the same order."""
-    exists = column < num_columns
-    total = tl.zeros(column.shape, tl.float32)
-    for first in range(0, num_blocks, _SUM_BLOCKS):
-        block = first + tl.arange(0, _SUM_BLOCKS)
-        index = (first_block + block).to(tl.int64)[:, None] * num_columns + column[None, :]
-        total += tl.sum(tl.load(partial + index, mask=(block < num_blocks)[:, None] & exists[None, :], other=0.0), 0)
-    tl.store(out + column, total, mask=exists)

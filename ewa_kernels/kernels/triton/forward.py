@@ -16,17 +16,8 @@ from ewa_kernels.kernels.triton.epilogues import store_rows, store_up
 from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.permutation import load_seed, radices, seed_arguments, tokens_of_rows
-from ewa_kernels.kernels.triton.tiles import (
-    FIRST_COUNTER,
-    draw_ticket,
-    leave_clean,
-    load_choices,
-    multiple_of_eight,
-    multiply,
-    rows_of_block,
-    signal,
-    wait_until,
-)
+from ewa_kernels.kernels.triton.queue import FIRST_COUNTER, draw_ticket, leave_clean, signal, wait_until
+from ewa_kernels.kernels.triton.tiles import load_choices, multiple_of_eight, multiply, rows_of_block
 
 
 @triton.jit(do_not_specialize=[

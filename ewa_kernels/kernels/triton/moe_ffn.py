@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ewa_kernels.kernels.choices import existing, grad_of_bias_factor, sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
-from ewa_kernels.kernels.triton.backward import launch_backward
+from ewa_kernels.kernels.triton.backward import launch_backward, split_is_faster
 from ewa_kernels.kernels.triton.configs import aligned
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer, check_sizes
@@ -98,7 +98,7 @@ def backward(
                 permutation,
                 *grads,
                 need_routing=need_routing,
-                single=form != "split",
+                single=problem.backend == "triton-single" or not (form == "split" or split_is_faster(layer)),
             )
             if pieces is not None and routing_weights is not None:
                 by_row = pieces.sum(0)

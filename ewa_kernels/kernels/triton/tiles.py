@@ -1,59 +1,11 @@
-"""What the tiles of the forward and the backward share: who works on what, who waits for whom, matrix products.
-
-Work is queued. A tile's number is its ticket; a running program draws the next ticket from a counter, so tickets
-are handed out in order, and a tile may wait for tiles with lower tickets: those are done, or held by programs
-that are running. That makes progress certain with any number of programs, one after the other included.
-
-`counters` (int32, zero before and after each launch): [0] the next ticket, [1] programs that have finished,
-[2…] tiles done, by row block (forward) or by expert (backward), then splits done, by tile (backward).
-"""
+"""What the tiles of the forward and the backward share: who works on which rows, and matrix products."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-FIRST_COUNTER = tl.constexpr(2)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Seconds of waiting. The interpreter runs one program after the other: a wait that is not over at once never is.
-MAX_SPINS = tl.constexpr(1 if triton.knobs.runtime.interpret else 2**22)
-
-# --- the queue ---
-
-
-@triton.jit
-def draw_ticket(counters):
-    return tl.atomic_add(counters, 1, sem="relaxed")
-
-
-@triton.jit
-def wait_until(counter, count):
-    """Returns when the counter has reached `count`; what was written before its `signal`s can be read then."""
-    done = tl.atomic_add(counter, 0, sem="acquire")
-    spins = 0
-    while done < count:
-        spins += 1
-        # Heeded by the interpreter, and on a GPU in debug mode.
-        assert spins < MAX_SPINS, "what is waited for is never done"
-        done = tl.atomic_add(counter, 0, sem="acquire")
-
-
-@triton.jit
-def signal(counter):
-    """Adds one to a counter, after everything that this program has written; returns the count before."""
-    # Triton puts no barrier before the atomic, which one thread executes: without this it overtakes the others' stores.
-    tl.debug_barrier()
-    return tl.atomic_add(counter, 1, sem="acq_rel")
-
-
-@triton.jit
-def leave_clean(counters, num_counters):
-    """The last program out sets all counters to zero."""
-    if signal(counters + 1) == tl.num_programs(0) - 1:
-        for first in range(0, num_counters, 256):
-            index = first + tl.arange(0, 256)
-            tl.store(counters + index, 0, mask=index < num_counters)
-
 
 # --- experts and row blocks ---
 
@@ -109,13 +61,6 @@ def block_of_tile(tile, tiles, num_blocks):
     rest = tile - first * tiles
     column_tile = rest // group
     return first + rest - column_tile * group, column_tile
-
-
-@triton.jit
-def wait_for_expert(expert, groups, num_rows, num_experts, num_blocks, end_sums, counters, BLOCK_M: tl.constexpr):
-    """Returns when all tickets before `end_sums` that concern the expert's rows are done."""
-    start, end = rows_of_expert(expert, groups, num_rows, num_experts)
-    wait_until(counters + FIRST_COUNTER + expert, tl.cdiv(end - start, BLOCK_M) * (end_sums // num_blocks))
 
 
 # --- matrix products ---

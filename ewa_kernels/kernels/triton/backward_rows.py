@@ -1,0 +1,193 @@
+"""The backward by row blocks: grad_pre and hidden, what the weights' gradients read, and grad_x."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ewa_kernels.kernels.triton.epilogues import load_pre, store_grad_pre, store_rows
+from ewa_kernels.kernels.triton.permutation import load_seed
+from ewa_kernels.kernels.triton.queue import FIRST_COUNTER, signal
+from ewa_kernels.kernels.triton.tiles import (
+    block_of_tile,
+    clamp_columns,
+    load_choices,
+    multiple_of_eight,
+    multiply,
+    rows_of_block,
+)
+
+
+@triton.jit
+def multiply_rows(
+    a, b, a_row, expert, column_tile, size_k, size_n,
+    EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """a[a_row] @ b[expert], the columns of a tile: float32 `[BLOCK_M, BLOCK_N]`."""
+    n = clamp_columns(column_tile * BLOCK_N + tl.arange(0, BLOCK_N), size_n, ALIGNED)
+    k = tl.arange(0, BLOCK_K)
+    a_ptrs = a + a_row.to(tl.int64)[:, None] * size_k + k[None, :]
+    b_ptrs = b + (expert.to(tl.int64) * size_k + k)[:, None] * size_n + n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first_k in range(0, size_k, BLOCK_K):
+        if EVEN_K:
+            a_tile = tl.load(a_ptrs)
+            b_tile = tl.load(b_ptrs)
+        else:
+            inside = k < size_k - first_k
+            a_tile = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
+            b_tile = tl.load(b_ptrs, mask=inside[:, None], other=0.0)
+        acc = multiply(a_tile, b_tile, acc, PRECISION)
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K * size_n
+    return acc
+
+
+@triton.jit
+def store_pre(
+    acc, row, end, choice, block, column_tile, pre_activation, routing_weights, grad_pre, hidden, partial_routing,
+    partial_up, key, threshold, scale, num_rows, d_ff,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """From a tile of grad_y @ down_weight: grad_pre and hidden, grad_pre's sum over rows, the routing weights' part."""
+    factor = None
+    if routing_weights is not None:
+        factor = tl.load(routing_weights + choice).to(tl.float32)
+    piece = None
+    if partial_routing is not None:
+        piece = partial_routing + column_tile.to(tl.int64) * num_rows + row
+    first_column = column_tile * BLOCK_N
+    stop = tl.minimum(first_column + BLOCK_N, d_ff)
+    gate, value = load_pre(pre_activation, row, end, first_column, stop, d_ff, GATED, BLOCK_N // PARTS)
+    store_grad_pre(
+        acc, gate, value, row, end, block, first_column, stop, pre_activation, grad_pre, hidden, partial_up, factor,
+        piece, key, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, AHEAD, True, BLOCK_M, BLOCK_N, PARTS,
+    )  # fmt: skip
+
+
+@triton.jit
+def group_tile(
+    tile, grad_y, x, permutation, groups, routing_weights, grouped_grad_y, grouped_x, partial_down, counters,
+    num_rows, num_experts, num_blocks, d_model, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of a row block: grad_y and x by grouped row; partial_down = grad_y (times routing weights) summed over its rows.
+
+    The weights' products would not have their rows in time if each step looked them up. `counters`: None where nobody
+    waits for the rows.
+    """
+    block, column_tile = block_of_tile(tile, tl.cdiv(d_model, BLOCK_N), num_blocks)
+    expert, first_row, end = rows_of_block(block, groups, num_rows, num_experts, num_blocks, BLOCK_M)
+    if first_row < end:
+        half: tl.constexpr = BLOCK_N // 2  # the whole takes too many registers
+        for first_column in range(column_tile * BLOCK_N, (column_tile + 1) * BLOCK_N, half):
+            column = first_column + tl.arange(0, half)
+            exists = column < d_model
+            row = first_row + tl.arange(0, BLOCK_M)
+            choice = load_choices(permutation, tl.minimum(row, end - 1), groups, num_rows)
+            inside = (row < end)[:, None] & exists[None, :]
+            source = (choice // TOP_K).to(tl.int64)[:, None] * d_model + column[None, :]
+            target = row.to(tl.int64)[:, None] * d_model + column[None, :]
+            values = tl.load(grad_y + source, mask=inside, other=0.0)
+            tl.store(grouped_x + target, tl.load(x + source, mask=inside), mask=inside)
+            tl.store(grouped_grad_y + target, values, mask=inside)
+            if partial_down is not None:
+                total = values.to(tl.float32)
+                if routing_weights is not None:
+                    total *= tl.load(routing_weights + choice, mask=row < end, other=0.0).to(tl.float32)[:, None]
+                tl.store(partial_down + block.to(tl.int64) * d_model + column, tl.sum(total, 0), mask=exists)
+        if counters is not None:
+            signal(counters + FIRST_COUNTER + expert)
+
+
+@triton.jit(do_not_specialize=[
+    "seed_low", "seed_high", "threshold", "scale", "num_rows", "num_experts", "num_blocks", "end_pre", "end_group",
+])  # fmt: skip
+def pre_kernel(
+    grad_y,  # [T, D]
+    x,  # [T, D]
+    down_weight,  # [E, D, F]
+    pre_activation,  # [R, F or 2F], by grouped row
+    permutation,  # int32 [R]
+    groups,  # table of given groups, see groups.py, or None: equal groups
+    routing_weights,  # [R], by choice, or None
+    grad_pre,  # [R, F or 2F], by grouped row
+    hidden,  # [R, F], by grouped row, times the routing weight
+    grouped_grad_y,  # [R, D], by grouped row
+    grouped_x,  # [R, D], by grouped row
+    partial_routing,  # float32 [⌈F / BLOCK_N⌉, R], by grouped row, or None
+    partial_up,  # float32 [row blocks, F or 2F], or None
+    partial_down,  # float32 [row blocks, D], or None
+    seed, seed_low, seed_high, threshold, scale, num_rows, num_experts, num_blocks, end_pre, end_group, d_model, d_ff,
+    TOP_K: tl.constexpr,  # R = T · TOP_K
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether pre_activation is loaded before it is needed
+    EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
+    ALIGNED: tl.constexpr,  # 8 divides D and F
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Tiles up to `end_pre`: `store_pre` of grad_y @ down_weight; up to `end_group`: `group_tile`.
+
+    Grid: any number of programs; as many as run at once is best.
+    """
+    if ALIGNED:
+        d_model, d_ff = multiple_of_eight(d_model), multiple_of_eight(d_ff)
+    key = load_seed(seed, seed_low, seed_high) if DROPOUT else 0
+    for tile in range(tl.program_id(0), end_group, tl.num_programs(0)):
+        if tile < end_pre:
+            block, column_tile = block_of_tile(tile, tl.cdiv(d_ff, BLOCK_N), num_blocks)
+            expert, first_row, end = rows_of_block(block, groups, num_rows, num_experts, num_blocks, BLOCK_M)
+            if first_row < end:
+                row = first_row + tl.arange(0, BLOCK_M)
+                choice = load_choices(permutation, tl.minimum(row, end - 1), groups, num_rows)
+                acc = multiply_rows(
+                    grad_y, down_weight, choice // TOP_K, expert, column_tile, d_model, d_ff, EVEN_K, ALIGNED,
+                    PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+                store_pre(
+                    acc, row, end, choice, block, column_tile, pre_activation, routing_weights, grad_pre, hidden,
+                    partial_routing, partial_up, key, threshold, scale, num_rows, d_ff, ACTIVATION, GATED, DROPOUT,
+                    AHEAD, BLOCK_M, BLOCK_N, PARTS,
+                )  # fmt: skip
+        else:
+            group_tile(
+                tile - end_pre, grad_y, x, permutation, groups, routing_weights, grouped_grad_y, grouped_x,
+                partial_down, None, num_rows, num_experts, num_blocks, d_model, TOP_K, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "num_blocks"])
+def grad_x_kernel(
+    up_weight,  # [E, F or 2F, D]
+    permutation,  # int32 [R]
+    groups,  # table of given groups, see groups.py, or None: equal groups
+    grad_pre,  # [R, F or 2F], by grouped row
+    grad_x,  # [R, D], by choice
+    num_rows, num_experts, num_blocks, d_model, d_ff,
+    GATED: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """grad_x = grad_pre @ up_weight.
+
+    Grid: any number of programs; as many as run at once is best.
+    """
+    if ALIGNED:
+        d_model, d_ff = multiple_of_eight(d_model), multiple_of_eight(d_ff)
+    num_up = d_ff * 2 if GATED else d_ff
+    tiles = tl.cdiv(d_model, BLOCK_N)
+    for tile in range(tl.program_id(0), num_blocks * tiles, tl.num_programs(0)):
+        block, column_tile = block_of_tile(tile, tiles, num_blocks)
+        expert, first_row, end = rows_of_block(block, groups, num_rows, num_experts, num_blocks, BLOCK_M)
+        if first_row < end:
+            row = first_row + tl.arange(0, BLOCK_M)
+            source = tl.minimum(row, end - 1)  # past the end, work on the last row again
+            choice = load_choices(permutation, source, groups, num_rows)
+            acc = multiply_rows(
+                grad_pre, up_weight, source, expert, column_tile, num_up, d_model, EVEN_K, ALIGNED, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            store_rows(
+                acc, None, row, end, choice, column_tile * BLOCK_N, None, grad_x, d_model, BLOCK_M, BLOCK_N, PARTS
+            )
