@@ -261,11 +261,10 @@ class RandomPartitionMoE(StackedExperts):
             TypeError, ValueError: x or seed is not what `ewa_kernels.functional.moe_ffn` needs.
         """
         if not self.training:
-            experts = self.experts
-            calls.check_ffn(x, experts, self.activation, self.gated, self.dropout)
+            calls.check_ffn(x, self.experts, self.activation, self.gated, self.dropout)
             if seed is not None:
                 checks.seed_tensor(seed, x.device)
-            return forward_mean(x, experts, self.activation, self.gated)
+            return self.forward_mean(x)
         if seed is None:
             seed = self.draw_seed(x)
         return functional.moe_ffn(

@@ -210,7 +210,7 @@ class TestSeeds:
         """Seeds as the layers draw them."""
         torch.manual_seed(0)
         x = torch.empty(1)
-        seeds = torch.stack([ewa.functional.draw_seed(x) for _ in range(4001)])
+        seeds = torch.tensor([ewa.functional.draw_seed(x) for _ in range(4001)])
         assert len(seeds.unique()) == 4001
         assert abs(self.agreement(seeds[:-1], seeds[1:])) < SIGMA
 
