@@ -62,16 +62,12 @@ def launch_backward(
         *(multiprocessors.left_free(layer.device), layer.precision),
     )
     plan = layer.kept(key, lambda: _Plan(layer, single, *needed))
-    narrow, wide = (
-        dict(zip(sizes, torch.empty(sum(sizes.values()), dtype=dtype, device=x.device).split([*sizes.values()])))
-        for sizes, dtype in ((plan.narrow, x.dtype), (plan.wide, torch.float32))
-    )
+    scratch = {**_parts(plan.narrow, x.dtype, x.device), **_parts(plan.wide, torch.float32, x.device)}
     seed, seed_low, seed_high = seed_arguments(layer.seed)
     # By name. What no tile asks for is replaced by something of its type, or None.
     tensors = {
         **dict.fromkeys(("grad_pre", "hidden", "grouped_grad_y", "grouped_x"), x),
-        **narrow,
-        **wide,
+        **scratch,
         "grad_y": grad_y,
         "x": x,
         "up_weight": up_weight,
@@ -92,9 +88,9 @@ def launch_backward(
         for num_programs, block_m, launch in plan.launches:
             tensors["groups"] = layer.groups(block_m)
             launch(num_programs, *(tensors.get(name) for name in launch.first))
-    return (
-        wide["partial_routing"][: plan.num_pieces * layer.num_rows].view(-1, layer.num_rows) if need_routing else None
-    )
+    if not need_routing:
+        return None
+    return scratch["partial_routing"][: plan.num_pieces * layer.num_rows].view(-1, layer.num_rows)
 
 
 class _Plan:
@@ -155,12 +151,12 @@ class _Plan:
         rows = {"grad_pre": num_up * need_pre, "hidden": d_ff * need_pre}
         rows |= {"grouped_grad_y": d_model * need_group, "grouped_x": d_model * need_group}
         self.narrow = {name: _padded(num_rows * columns) for name, columns in rows.items() if columns}
-        sums = {"partial_routing": self.num_pieces * num_rows * need_routing}
-        sums |= {
+        sums = {
+            "partial_routing": self.num_pieces * num_rows * need_routing,
             "partial_up": num_blocks * num_up * need_up_bias,
             "partial_down": num_blocks * d_model * need_down_bias,
+            "partial_weight": parts * weights.block_m * weights.block_n,
         }
-        sums |= {"partial_weight": parts * weights.block_m * weights.block_n}
         self.wide = {name: _padded(size) for name, size in sums.items() if size}
 
         # --- launches ---
@@ -191,6 +187,12 @@ class _Plan:
         even_k = layer.d_model % tile.block_k == 0 and layer.d_ff % tile.block_k == 0
         arguments = {**self._constants, **others, "EVEN_K": even_k}
         self.launches.append((*layer.grid(ends[-1], tile), rows.block_m, Launch(kernel, arguments, tile)))
+
+
+def _parts(sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Memory by these names, in one allocation."""
+    memory = torch.empty(sum(sizes.values()), dtype=dtype, device=device)
+    return dict(zip(sizes, memory.split([*sizes.values()]), strict=True))
 
 
 def _padded(size: int) -> int:
