@@ -65,8 +65,9 @@ def launch_backward(
     scratch = {**_parts(plan.narrow, x.dtype, x.device), **_parts(plan.wide, torch.float32, x.device)}
     seed, seed_low, seed_high = seed_arguments(layer.seed)
     # By name. What no tile asks for is replaced by something of its type, or None.
-    tensors = {
+    tensors: dict[str, Any] = {
         **dict.fromkeys(("grad_pre", "hidden", "grouped_grad_y", "grouped_x"), x),
+        **dict.fromkeys(("partial_routing", "partial_up", "partial_down", "partial_weight")),
         **scratch,
         "grad_y": grad_y,
         "x": x,
@@ -87,7 +88,7 @@ def launch_backward(
     with zeroed_counters(plan.num_counters, x.device) as tensors["counters"]:
         for num_programs, block_m, launch in plan.launches:
             tensors["groups"] = layer.groups(block_m)
-            launch(num_programs, *(tensors.get(name) for name in launch.first))
+            launch(num_programs, *(tensors[name] for name in launch.first))
     if not need_routing:
         return None
     return scratch["partial_routing"][: plan.num_pieces * layer.num_rows].view(-1, layer.num_rows)
