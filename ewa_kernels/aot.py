@@ -330,6 +330,8 @@ def _instead(module: Any, name: str, wanted: bool = True) -> Iterator[list[Any]]
     real, compiled = getattr(module, name), []
 
     class Compiler:
+        arg_names = real.arg_names
+
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def launch(*args: Any, **kwargs: Any) -> None:
                 if wanted:

@@ -66,7 +66,9 @@ def check(backend, num_launches, seeds, dropout_p=0.0):
     how = Options("gelu", False, dropout_p, backend.removesuffix(" routed"), False)
     problem = Problem.of(inputs, given[0] is not None, how, save=True)
     for seed in seeds:
-        moe_ffn.forward(problem, inputs, Deal(seed, *given))
+        _, pre_activation, permutation = moe_ffn.forward(problem, inputs, Deal(seed, *given))
+        deal = Deal(seed, permutation, given[1])
+        moe_ffn.backward(problem, x, inputs, deal, pre_activation, [True] * 5 + [given[0] is not None])
     of_call = [call for call in launches if "groups" not in call[4]]
     launches.clear()
     calls = [of_call[i : i + num_launches] for i in range(0, len(of_call), num_launches)]
@@ -83,8 +85,8 @@ def check(backend, num_launches, seeds, dropout_p=0.0):
             assert len(differing) <= 2, differing
 
 
-check("triton-single", 1, [3, 3, 2**62 + 5])
-check("triton-split", 2, [3, 4])
-check("triton-onchip", 1, [3, 4], dropout_p=0.5)
-check("triton-single routed", 1, [None, None])
+check("triton-single", 2, [3, 3, 2**62 + 5])
+check("triton-split", 5, [3, 4])
+check("triton-onchip", 2, [3, 4], dropout_p=0.5)
+check("triton-single routed", 2, [None, None])
 print("as the first time")

@@ -137,6 +137,7 @@ class Launches:
 
     def __init__(self, kernel):
         self.kernel, self.grids, self.tensors, self.options = kernel, [], [], {}
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):

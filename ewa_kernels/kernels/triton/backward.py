@@ -8,20 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ewa_kernels.kernels import multiprocessors
 from ewa_kernels.kernels.counters import zeroed_counters
 from ewa_kernels.kernels.triton.backward_rows import grad_x_kernel, pre_kernel
 from ewa_kernels.kernels.triton.backward_single import backward_kernel
 from ewa_kernels.kernels.triton.backward_weights import weights_kernel
 from ewa_kernels.kernels.triton.configs import Tile, ceil_div
+from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer
+from ewa_kernels.kernels.triton.permutation import seed_arguments
 from ewa_kernels.kernels.triton.queue import FIRST_COUNTER
 
 _MAX_SPLITS = 8
 _MIN_SPLIT_STEPS = 8  # steps of a product's loop that a split has at least
-# What each kernel takes of all that there is in a backward.
-_SINGLE, _PRE, _WEIGHTS, _X = (
-    frozenset(kernel.arg_names) for kernel in (backward_kernel, pre_kernel, weights_kernel, grad_x_kernel)
-)
 
 
 def split_is_faster(layer: Layer) -> bool:
@@ -56,100 +55,150 @@ def launch_backward(
         If `need_routing`, the gradient of the routing weights by grouped row, without what the down bias adds to it,
         in pieces to be summed: float32 `[pieces, R]`.
     """
-    if single:
-        pre = weights = last = layer.tile("backward")
-    else:
-        pre, weights, last = (layer.tile(f"backward {phase}") for phase in ("pre", "weights", "x"))
-    num_rows, num_experts, d_model, d_ff = layer.num_rows, layer.num_experts, layer.d_model, layer.d_ff
-    num_up = up_weight.shape[1]
-    num_blocks = layer.num_blocks(pre.block_m)
-
-    # --- how many tiles of each kind ---
-    need_pre = need_routing or any(
-        grad is not None for grad in (grad_x, grad_up_weight, grad_up_bias, grad_down_weight)
+    grads = (grad_x, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias)
+    needed = (*(grad is not None for grad in grads), need_routing)
+    key = (
+        *("backward", single, needed, isinstance(layer.seed, Tensor)),
+        *(multiprocessors.left_free(layer.device), layer.precision),
     )
-    need_group = any(grad is not None for grad in (grad_up_weight, grad_down_weight, grad_down_bias))
-    pre_tiles = num_blocks * ceil_div(d_ff, pre.block_n)
-    group_tiles = num_blocks * ceil_div(d_model, pre.block_n)
-    bias_tiles = num_experts * sum(
-        ceil_div(width, weights.block_n)
-        for width, grad in ((num_up, grad_up_bias), (d_model, grad_down_bias))
-        if grad is not None
-    )
-    down_tiles = num_experts * ceil_div(d_model, weights.block_m) * ceil_div(d_ff, weights.block_n)
-    up_tiles = num_experts * ceil_div(num_up, weights.block_m) * ceil_div(d_model, weights.block_n)
-    # Tiles of the weights are the longest: split them until there are two for each program. Counted as if all were
-    # asked for, and all multiprocessors were there: how a sum is split decides about its last bits.
-    steps = ceil_div(num_rows, num_experts * weights.block_k)
-    wanted = 2 * layer.programs(weights) // (down_tiles + up_tiles)
-    num_splits = max(1, min(wanted, _MAX_SPLITS, steps // _MIN_SPLIT_STEPS))
-    tiles = {
-        "pre": pre_tiles if need_pre else 0,
-        "group": group_tiles if need_group else 0,
-        "biases": bias_tiles,
-        "down": down_tiles * num_splits if grad_down_weight is not None else 0,
-        "up": up_tiles * num_splits if grad_up_weight is not None else 0,
-        "x": layer.num_blocks(last.block_m) * ceil_div(d_model, last.block_n) if grad_x is not None else 0,
-    }
-
-    # --- what the kernels take, by name; what no tile asks for is replaced by something of its type ---
-    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
-    partial_routing = scratch(ceil_div(d_ff, pre.block_n), num_rows) if need_routing else None
-    partial_weight, num_counters = None, FIRST_COUNTER.value + num_experts
-    if num_splits > 1:
-        parts = tiles["down"] + tiles["up"]
-        partial_weight = scratch(parts, weights.block_m, weights.block_n)
-        num_counters += parts // num_splits
-    arguments = {
-        **layer.arguments,
+    plan = layer.kept(key, lambda: _Plan(layer, single, *needed))
+    scratch = {**_parts(plan.narrow, x.dtype, x.device), **_parts(plan.wide, torch.float32, x.device)}
+    seed, seed_low, seed_high = seed_arguments(layer.seed)
+    # By name. What no tile asks for is replaced by something of its type, or None.
+    tensors: dict[str, Any] = {
+        **dict.fromkeys(("grad_pre", "hidden", "grouped_grad_y", "grouped_x"), x),
+        **dict.fromkeys(("partial_routing", "partial_up", "partial_down", "partial_weight")),
+        **scratch,
         "grad_y": grad_y,
         "x": x,
         "up_weight": up_weight,
         "down_weight": down_weight,
         "pre_activation": pre_activation,
         "permutation": permutation,
-        "groups": layer.groups(pre.block_m),
-        "grad_pre": scratch(num_rows, num_up, dtype=x.dtype) if need_pre else x,
-        "hidden": scratch(num_rows, d_ff, dtype=x.dtype) if need_pre else x,
-        "grouped_grad_y": scratch(num_rows, d_model, dtype=x.dtype) if need_group else x,
-        "grouped_x": scratch(num_rows, d_model, dtype=x.dtype) if need_group else x,
-        "partial_routing": partial_routing,
-        "partial_up": None if grad_up_bias is None else scratch(num_blocks, num_up),
-        "partial_down": None if grad_down_bias is None else scratch(num_blocks, d_model),
-        "partial_weight": partial_weight,
+        "routing_weights": layer.routing_weights,
         "grad_x": _first_of(grad_x, x),
         "grad_up_weight": _first_of(grad_up_weight, grad_down_weight, up_weight),
         "grad_up_bias": _first_of(grad_up_bias, up_weight),
         "grad_down_weight": _first_of(grad_down_weight, grad_up_weight, up_weight),
         "grad_down_bias": _first_of(grad_down_bias, up_weight),
-        "num_blocks": num_blocks,
-        "num_splits": num_splits,
-        "ALIGNED": layer.aligned,
-        "AHEAD": pre.per_multiprocessor == 1 and not layer.tight,
-        "ROWS": pre.block_m,
+        "seed": seed,
+        "seed_low": seed_low,
+        "seed_high": seed_high,
     }
+    with zeroed_counters(plan.num_counters, x.device) as tensors["counters"]:
+        for num_programs, block_m, launch in plan.launches:
+            tensors["groups"] = layer.groups(block_m)
+            launch(num_programs, *(tensors[name] for name in launch.first))
+    if not need_routing:
+        return None
+    return scratch["partial_routing"][: plan.num_pieces * layer.num_rows].view(-1, layer.num_rows)
 
-    def launch(kernel: Any, takes: frozenset[str], tile: Tile, *kinds: str, **others: Any) -> None:
-        """A kernel on all tiles of these kinds, unless there are none; `others`: arguments that are its own."""
-        ends = list(itertools.accumulate(tiles[kind] for kind in kinds))
-        if ends[-1] > 0:
-            others.update(zip((f"end_{kind}" for kind in kinds), ends, strict=True))
-            others["EVEN_K"] = d_model % tile.block_k == 0 and d_ff % tile.block_k == 0
-            taken = {name: value for name, value in {**arguments, **others}.items() if name in takes}
-            kernel[layer.grid(ends[-1], tile)](**taken, **tile.launch_options())
 
-    with zeroed_counters(num_counters, x.device) as counters:
-        arguments["counters"] = counters
+class _Plan:
+    """What all backwards of a kind of calls have in common that want the same gradients.
+
+    Attributes:
+        narrow, wide: elements of scratch memory of x's dtype and of float32, by the names of the kernels' arguments.
+        launches: (programs, rows of a row block, launch), one after the other.
+        num_pieces: of the routing weights' gradient.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        single: bool,
+        need_x: bool,
+        need_up_weight: bool,
+        need_up_bias: bool,
+        need_down_weight: bool,
+        need_down_bias: bool,
+        need_routing: bool,
+    ):
         if single:
-            launch(backward_kernel, _SINGLE, pre, *tiles)
+            pre = weights = last = layer.tile("backward")
         else:
-            launch(pre_kernel, _PRE, pre, "pre", "group")
-            launch(weights_kernel, _WEIGHTS, weights, "biases", "down", "up")
-            x_blocks = {"groups": layer.groups(last.block_m), "num_blocks": layer.num_blocks(last.block_m)}
-            launch(grad_x_kernel, _X, last, "x", **x_blocks)
-    return partial_routing
+            pre, weights, last = (layer.tile(f"backward {phase}") for phase in ("pre", "weights", "x"))
+        num_rows, num_experts, d_model, d_ff = layer.num_rows, layer.num_experts, layer.d_model, layer.d_ff
+        num_up, num_blocks = layer.problem.num_up, layer.num_blocks(pre.block_m)
+
+        # --- how many tiles of each kind ---
+        need_pre = need_routing or need_x or need_up_weight or need_up_bias or need_down_weight
+        need_group = need_up_weight or need_down_weight or need_down_bias
+        bias_tiles = num_experts * sum(
+            ceil_div(width, weights.block_n)
+            for width, need in ((num_up, need_up_bias), (d_model, need_down_bias))
+            if need
+        )
+        down_tiles = num_experts * ceil_div(d_model, weights.block_m) * ceil_div(d_ff, weights.block_n)
+        up_tiles = num_experts * ceil_div(num_up, weights.block_m) * ceil_div(d_model, weights.block_n)
+        # Tiles of the weights are the longest: split them until there are two for each program. Counted as if all were
+        # asked for, and all multiprocessors were there: how a sum is split decides about its last bits.
+        steps = ceil_div(num_rows, num_experts * weights.block_k)
+        wanted = 2 * layer.programs(weights) // (down_tiles + up_tiles)
+        num_splits = max(1, min(wanted, _MAX_SPLITS, steps // _MIN_SPLIT_STEPS))
+        self._tiles = {
+            "pre": num_blocks * ceil_div(d_ff, pre.block_n) if need_pre else 0,
+            "group": num_blocks * ceil_div(d_model, pre.block_n) if need_group else 0,
+            "biases": bias_tiles,
+            "down": down_tiles * num_splits if need_down_weight else 0,
+            "up": up_tiles * num_splits if need_up_weight else 0,
+            "x": layer.num_blocks(last.block_m) * ceil_div(d_model, last.block_n) if need_x else 0,
+        }
+
+        # --- memory ---
+        parts = self._tiles["down"] + self._tiles["up"] if num_splits > 1 else 0
+        self.num_counters = FIRST_COUNTER.value + num_experts + parts // num_splits
+        self.num_pieces = ceil_div(d_ff, pre.block_n)
+        rows = {"grad_pre": num_up * need_pre, "hidden": d_ff * need_pre}
+        rows |= {"grouped_grad_y": d_model * need_group, "grouped_x": d_model * need_group}
+        self.narrow = {name: _padded(num_rows * columns) for name, columns in rows.items() if columns}
+        sums = {
+            "partial_routing": self.num_pieces * num_rows * need_routing,
+            "partial_up": num_blocks * num_up * need_up_bias,
+            "partial_down": num_blocks * d_model * need_down_bias,
+            "partial_weight": parts * weights.block_m * weights.block_n,
+        }
+        self.wide = {name: _padded(size) for name, size in sums.items() if size}
+
+        # --- launches ---
+        self._layer = layer
+        self._constants = {
+            **layer.constants,
+            "num_blocks": num_blocks,
+            "num_splits": num_splits,
+            "ALIGNED": layer.aligned,
+            "AHEAD": pre.per_multiprocessor == 1 and not layer.tight,
+            "ROWS": pre.block_m,
+        }
+        self.launches: list[tuple[int, int, Launch]] = []
+        if single:
+            self._add(backward_kernel, pre, pre, *self._tiles)
+        else:
+            self._add(pre_kernel, pre, pre, "pre", "group")
+            self._add(weights_kernel, weights, pre, "biases", "down", "up")
+            self._add(grad_x_kernel, last, last, "x", num_blocks=layer.num_blocks(last.block_m))
+        del self._layer  # it has tensors of one call
+
+    def _add(self, kernel: Any, tile: Tile, rows: Tile, *kinds: str, **others: int) -> None:
+        """A kernel on all tiles of these kinds, unless there are none; `rows` has its row blocks."""
+        layer, ends = self._layer, list(itertools.accumulate(self._tiles[kind] for kind in kinds))
+        if ends[-1] == 0:
+            return
+        others |= zip((f"end_{kind}" for kind in kinds), ends, strict=True)
+        even_k = layer.d_model % tile.block_k == 0 and layer.d_ff % tile.block_k == 0
+        arguments = {**self._constants, **others, "EVEN_K": even_k}
+        self.launches.append((*layer.grid(ends[-1], tile), rows.block_m, Launch(kernel, arguments, tile)))
+
+
+def _parts(sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Memory by these names, in one allocation."""
+    memory = torch.empty(sum(sizes.values()), dtype=dtype, device=device)
+    return dict(zip(sizes, memory.split([*sizes.values()]), strict=True))
+
+
+def _padded(size: int) -> int:
+    """So that what follows begins at 16 bytes."""
+    return ceil_div(size, 64) * 64
 
 
 def _first_of(*tensors: Tensor | None) -> Tensor:

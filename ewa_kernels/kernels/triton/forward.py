@@ -255,6 +255,5 @@ def _launch(layer: Layer, form: str, deal: bool) -> tuple[int, int, Launch]:
         "ALIGNED": layer.aligned,
         "EVEN_K": layer.d_model % tile.block_k == 0 and layer.d_ff % tile.block_k == 0,
         **layer.constants,
-        **tile.launch_options(),
     }
-    return num_programs, num_counters, Launch(forward_kernel, arguments)
+    return num_programs, num_counters, Launch(forward_kernel, arguments, tile)

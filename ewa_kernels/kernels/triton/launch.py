@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
+
+from ewa_kernels.kernels.triton.configs import Tile
 
 
 class Launch:
@@ -14,18 +15,23 @@ class Launch:
     first launch compiled is launched again by itself. The interpreter compiles nothing.
 
     Args:
-        arguments: by name: the other arguments of the kernel, and options of its compilation.
+        arguments: the kernel's others, by name; and perhaps some that it has not.
+
+    Attributes:
+        first: names of the first arguments.
     """
 
-    def __init__(self, kernel: Any, arguments: dict[str, Any]):
-        self._kernel, self._arguments = kernel, arguments
+    def __init__(self, kernel: Any, arguments: dict[str, Any], tile: Tile):
+        names, options = list(kernel.arg_names), tile.launch_options()
+        arguments = {**arguments, **options}
+        self.first = [name for name in names if name not in arguments]
+        assert names[: len(self.first)] == self.first, f"after {self.first} all arguments are fixed"
+        self._others = tuple(arguments[name] for name in names[len(self.first) :])
+        self._options = {name: value for name, value in options.items() if name not in names}
+        self._kernel: Any = kernel
         self._compiled: Any = None
-        self._others: tuple[Any, ...] = ()
 
     def __call__(self, num_programs: int, *first: Any) -> None:
         if self._compiled is not None:
             return self._compiled[(num_programs, 1, 1)](*first, *self._others)
-        self._compiled = self._kernel[(num_programs,)](*first, **self._arguments)
-        if self._compiled is not None:
-            names = list(inspect.signature(self._kernel.fn).parameters)[len(first) :]
-            self._others = tuple(self._arguments[name] for name in names)
+        self._compiled = self._kernel[(num_programs,)](*first, *self._others, **self._options)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ewa_kernels.kernels import multiprocessors
 from ewa_kernels.kernels.triton.configs import INTERPRETER, Table, Tile, aligned, ceil_div, choose, choose_onchip, table
 from ewa_kernels.kernels.triton.groups import tabulate
-from ewa_kernels.kernels.triton.permutation import int32_bits, seed_arguments
+from ewa_kernels.kernels.triton.permutation import int32_bits
 from ewa_kernels.kernels.triton.tiles import INTERPRETED
 from ewa_kernels.problem import Problem
 
@@ -71,9 +71,8 @@ class Layer:
     def tile(self, kernel: str) -> Tile:
         """The tile for "forward" or "backward"."""
         widths = (self.d_ff, self.d_model)
-        return self.kept(
-            f"{kernel} tile", lambda: choose(self._tiles_of(kernel), self.num_rows, self.num_experts, widths)
-        )
+        key = (kernel, "tile", self.precision)
+        return self.kept(key, lambda: choose(self._tiles_of(kernel), self.num_rows, self.num_experts, widths))
 
     def onchip_tile(self) -> Tile | None:
         """The tile for "onchip", or None if D is too large."""
@@ -128,13 +127,6 @@ class Layer:
             "DROPOUT": problem.dropout_p > 0,
             "PRECISION": self.precision,
         }
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """All arguments that the kernels have in common."""
-        seed, seed_low, seed_high = seed_arguments(self.seed)
-        of_call = {"routing_weights": self.routing_weights, "seed": seed, "seed_low": seed_low, "seed_high": seed_high}
-        return {**self.constants, **of_call}
 
     @property
     def precision(self) -> str:

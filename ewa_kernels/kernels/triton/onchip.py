@@ -173,7 +173,6 @@ def _launch(layer: Layer, deal: bool) -> tuple[int, int, Launch]:
         "EVEN_D": layer.d_model == tile.block_k,
         "EVEN_F": layer.d_ff % tile.block_n == 0,
         **layer.constants,
-        **tile.launch_options(),
     }
     (num_programs,) = layer.grid(num_blocks, tile)
-    return num_programs, tile.block_m, Launch(onchip_kernel, arguments)
+    return num_programs, tile.block_m, Launch(onchip_kernel, arguments, tile)
