@@ -138,7 +138,11 @@ def launch_backward(
             others.update(zip((f"end_{kind}" for kind in kinds), ends, strict=True))
             others["EVEN_K"] = d_model % tile.block_k == 0 and d_ff % tile.block_k == 0
             taken = {name: value for name, value in {**arguments, **others}.items() if name in takes}
-            kernel[layer.grid(ends[-1], tile)](**taken, **tile.launch_options())
+            options = tile.launch_options()
+            if not (single or layer.aligned):
+                # ptxas would stop at 128, for more programs at a time than there are, and spill (float16, sm_86).
+                options.setdefault("maxnreg", 255)
+            kernel[layer.grid(ends[-1], tile)](**taken, **options)
 
     with zeroed_counters(num_counters, x.device) as counters:
         arguments["counters"] = counters
