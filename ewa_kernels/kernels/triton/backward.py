@@ -162,6 +162,8 @@ class _Plan:
 
         # --- launches ---
         self._layer = layer
+        # ptxas would stop at 128 registers, for more programs at a time than there are, and spill (float16, sm_86).
+        self._options = {} if single or layer.aligned else {"maxnreg": 255}
         self._constants = {
             **layer.constants,
             "num_blocks": num_blocks,
@@ -187,7 +189,9 @@ class _Plan:
         others |= zip((f"end_{kind}" for kind in kinds), ends, strict=True)
         even_k = layer.d_model % tile.block_k == 0 and layer.d_ff % tile.block_k == 0
         arguments = {**self._constants, **others, "EVEN_K": even_k}
-        self.launches.append((*layer.grid(ends[-1], tile), rows.block_m, Launch(kernel, arguments, tile)))
+        self.launches.append(
+            (*layer.grid(ends[-1], tile), rows.block_m, Launch(kernel, arguments, tile, **self._options))
+        )
 
 
 def _parts(sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

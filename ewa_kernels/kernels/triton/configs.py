@@ -81,7 +81,6 @@ BACKWARD_PHASES = ("backward pre", "backward weights", "backward x")
 _UNALIGNED: Table = {  # each element is loaded by itself, into registers
     "forward unaligned": (Tile(64, 64, 32, 2, 8, 2),),
     "backward unaligned": (Tile(64, 64, 32, 2, 8, 2),),
-    "backward pre unaligned": (Tile(64, 64, 32, 4, 8, 2),),  # in 2 parts it spills on sm_86 in float16
     "onchip unaligned": (),
 }
 _HOPPER: Table = {
@@ -129,7 +128,7 @@ for _tiles in (_HOPPER, _BLACKWELL, _AMPERE, _BLACKWELL_120, _TF32, _FLOAT32, IN
     for _phase in BACKWARD_PHASES:
         for _variant in (" unaligned",) if _phase in _tiles else ("", " tight", " unaligned"):
             if f"backward{_variant}" in _tiles:
-                _tiles.setdefault(f"{_phase}{_variant}", _tiles[f"backward{_variant}"])
+                _tiles[f"{_phase}{_variant}"] = _tiles[f"backward{_variant}"]
 
 
 def table(capability: int, dtype: torch.dtype, precision: str) -> Table:

@@ -16,13 +16,14 @@ class Launch:
 
     Args:
         arguments: the kernel's others, by name; and perhaps some that it has not.
+        options: of compilation, where the tile has none.
 
     Attributes:
         first: names of the first arguments.
     """
 
-    def __init__(self, kernel: Any, arguments: dict[str, Any], tile: Tile):
-        names, options = list(kernel.arg_names), tile.launch_options()
+    def __init__(self, kernel: Any, arguments: dict[str, Any], tile: Tile, **options: int):
+        names, options = list(kernel.arg_names), {**options, **tile.launch_options()}
         arguments = {**arguments, **options}
         self.first = [name for name in names if name not in arguments]
         assert names[: len(self.first)] == self.first, f"after {self.first} all arguments are fixed"
