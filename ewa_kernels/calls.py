@@ -53,9 +53,11 @@ class MoeFFN(torch.autograd.Function):
         # What was made of x is kept only if it cost something.
         kept = x if x.dtype == problem.dtype else rows
         order = permutation if problem.save or problem.is_given else None
-        ctx.save_for_backward(kept, *others, order, deal.expert_offsets, pre_activation)
+        # A seed on a GPU is saved too: autograd notices if it changes before backward.
+        seed = deal.seed if isinstance(deal.seed, Tensor) else None
+        ctx.save_for_backward(kept, *others, order, deal.expert_offsets, pre_activation, seed)
         ctx.set_materialize_grads(False)
-        ctx.problem, ctx.seed = problem, deal.seed
+        ctx.problem, ctx.seed = problem, deal.seed if seed is None else None
         return y
 
     @staticmethod
@@ -63,8 +65,9 @@ class MoeFFN(torch.autograd.Function):
         if grad_y is None:
             return (None,) * 8
         problem, needed = ctx.problem, ctx.needs_input_grad[2:]
-        x, *others, permutation, expert_offsets, pre_activation = ctx.saved_tensors
-        of_backend, deal = kernels.of(problem), Deal(ctx.seed, permutation, expert_offsets)
+        x, *others, permutation, expert_offsets, pre_activation, seed = ctx.saved_tensors
+        deal = Deal(ctx.seed if seed is None else seed, permutation, expert_offsets)
+        of_backend = kernels.of(problem)
         inputs = of_backend.prepared(problem, Inputs(_rows(x, problem), *others))
         grad_rows = grad_y if grad_y.ndim == 2 else grad_y.reshape(-1, problem.d_model)
         if torch.is_grad_enabled() or private_torch.is_watched((grad_y,)):

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from training import same
 
 import ewa_kernels as ewa
-from ewa_kernels import ops, seeds
+from ewa_kernels import calls, ops, seeds
+from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
 
 class Block(nn.Module):
@@ -42,6 +43,21 @@ def grads_of(blocks, function):
 def checkpointed(blocks, **options):
     """Each block by itself."""
     return lambda x: functools.reduce(lambda y, block: checkpoint(block, y, **options), blocks, x)
+
+
+def test_a_seed_that_changes_before_backward():
+    """As one on a GPU may: it would be another deal there, and another dropout."""
+    x, seed = torch.randn(20, 8, requires_grad=True), torch.tensor(3)
+    layer = ewa.RandomPartitionMoE(8, 12, 4, dropout=0.5)
+    inputs, options = Inputs(x, *layer.experts, None), Options("gelu", False, 0.5, "torch", True)
+    results = []
+    for given in (3, seed):
+        y = calls._apply(Problem.of(inputs, False, options, save=False), Deal(given), *inputs)
+        results.append(torch.autograd.grad(y.sum(), x, retain_graph=True)[0])
+    assert torch.equal(*results)
+    seed.fill_(4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 class TestActivationCheckpointing:
