@@ -128,8 +128,8 @@ def fsdp_with_adamw_in_one_pass_equals_a_single_process():
         averager = make_averager(model)
         optimizer = ewa.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, averager=averager)
         one_pass = []
-        run = optimizer._one_pass
-        optimizer._one_pass = lambda *args, run=run, one_pass=one_pass: (one_pass.append(1), run(*args))
+        run = optimizer._pass_anew
+        optimizer._pass_anew = lambda *args, run=run, one_pass=one_pass: (one_pass.append(1), run(*args))
         train(model, optimizer, **here())
         assert averager.num_steps == NUM_STEPS
         assert len(one_pass) == (NUM_STEPS if placement is not None else 0)
