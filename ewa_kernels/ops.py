@@ -196,7 +196,7 @@ moe_ffn_backward = _define(
 
 def backward_by_operation(
     problem: Problem, grad_y: Tensor, inputs: Inputs, deal: Deal, pre_activation: Tensor | None, needed: Sequence[bool]
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """A backend's `backward`, seen by whoever watches."""
     seed = None if deal.seed is None else seeds.tensor(deal.seed, inputs.x.device)
     permutation = inputs.x.new_empty(0, dtype=torch.int32) if deal.permutation is None else deal.permutation
@@ -204,9 +204,7 @@ def backward_by_operation(
     kept = (seed, permutation, deal.expert_offsets, pre_activation)
     options = (problem.activation, problem.gated, problem.dropout_p, list(needed), problem.backend)
     grads = moe_ffn_backward(grad_y, *inputs, *kept, *options)
-    return [
-        grad.to(dtype) if need else None for grad, dtype, need in zip(grads, problem.input_dtypes, needed, strict=True)
-    ]
+    return problem.gradients(grad if need else None for grad, need in zip(grads, needed, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -6,6 +6,7 @@ find out again.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -102,6 +103,12 @@ class Problem:
     def num_up(self) -> int:
         """Columns of pre_activation."""
         return 2 * self.d_ff if self.gated else self.d_ff
+
+    def gradients(self, grads: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs, in the inputs' dtypes."""
+        return tuple(
+            g if g is None or g.dtype == to else g.to(to) for g, to in zip(grads, self.input_dtypes, strict=True)
+        )
 
     @classmethod
     def of(

@@ -43,11 +43,11 @@ class Block(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Rows first[i] … first[i] + counts[i] − 1 of the i-th of some experts' own rows."""
+    """Rows first … first + size − 1 of each of some experts' own rows."""
 
     experts: slice
-    first: list[int]
-    counts: list[int]
+    first: int
+    size: int
 
 
 def blocks(
@@ -70,32 +70,30 @@ def blocks(
     result: list[Block] = []
     done, seen = 0, set[int]()
     for piece in pieces:
-        if sum(piece.counts) == num_rows:
+        block_counts = [piece.size] * (piece.experts.stop - piece.experts.start)
+        if sum(block_counts) == num_rows:
             rows, choices = torch.arange(num_rows, device=device), permutation.long()
         else:
-            rows = _rows(piece, num_rows, offsets, expert_offsets, device)
+            rows = _rows(piece, num_rows, num_experts, expert_offsets, device)
             choices = permutation[rows].long()
         tokens = choices // top_k if top_k > 1 else choices
         saved = slice(done, done := done + rows.shape[0])
         beta = int(piece.experts.start in seen)
-        result.append(Block(piece.experts, piece.counts, rows, tokens, choices, saved, beta))
+        result.append(Block(piece.experts, block_counts, rows, tokens, choices, saved, beta))
         seen.update(result[-1].numbers)
     return result
 
 
 def _rows(
-    piece: _Piece, num_rows: int, offsets: list[int], expert_offsets: Tensor | None, device: torch.device
+    piece: _Piece, num_rows: int, num_experts: int, expert_offsets: Tensor | None, device: torch.device
 ) -> Tensor:
-    experts, first, counts = piece
-    if len(set(zip(first, counts, strict=True))) != 1:
-        starts = [offset + start for offset, start in zip(offsets[:-1], first, strict=True)]
-        return torch.cat([torch.arange(s, s + n, device=device) for s, n in zip(starts, counts, strict=True)])
+    experts, first, size = piece
     if expert_offsets is None:
         # The offsets again, where they are needed: a copy from the host may not be captured in a CUDA graph.
-        first_row = torch.arange(len(offsets) - 1, device=device) * num_rows // (len(offsets) - 1)
+        first_row = torch.arange(num_experts, device=device) * num_rows // num_experts
     else:
         first_row = expert_offsets[:-1].long()
-    own_rows = torch.arange(first[0], first[0] + counts[0], device=device)
+    own_rows = torch.arange(first, first + size, device=device)
     return (first_row[experts, None] + own_rows).flatten()
 
 
@@ -104,13 +102,10 @@ def _by_turns(counts: list[int], block_rows: int | None, lockstep: bool) -> list
     if not lockstep and (block_rows is None or common < max(LOCKSTEP_ROWS, max(counts) // 2)):
         common = 0  # too few rows to read all weights twice for them
     size = common * num_experts if block_rows is None else block_rows
-    pieces = [
-        _Piece(slice(0, num_experts), [first] * num_experts, [n] * num_experts)
-        for first, n in _about(common, size // num_experts)
-    ]
+    pieces = [_Piece(slice(0, num_experts), first, n) for first, n in _about(common, size // num_experts)]
     for e, count in enumerate(counts):
         alone = _about(count - common, count if block_rows is None else block_rows)
-        pieces += [_Piece(slice(e, e + 1), [common + first], [n]) for first, n in alone]
+        pieces += [_Piece(slice(e, e + 1), common + first, n) for first, n in alone]
     return pieces
 
 

@@ -100,9 +100,7 @@ def backward(
         grads[0] = sum_of_choices(grads[0], problem.top_k)
     if grads[5] is not None and inputs.routing_weights is not None:
         grads[5] = grads[5].view(inputs.routing_weights.shape)
-    return tuple(
-        g if g is None or g.dtype == to else g.to(to) for g, to in zip(grads, problem.input_dtypes, strict=True)
-    )
+    return problem.gradients(grads)
 
 
 def _backward_by_blocks(

@@ -110,10 +110,7 @@ def backward(
             grad_routing = torch.zeros_like(routing_weights)
         if grads[0] is not None:
             grads[0] = sum_of_choices(grads[0], layer.top_k)
-    return tuple(
-        g if g is None or g.dtype == to else g.to(to)
-        for g, to in zip((*grads, grad_routing), problem.input_dtypes, strict=True)
-    )
+    return problem.gradients((*grads, grad_routing))
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
