@@ -40,7 +40,8 @@ def _forward(problem: Problem, deal: Deal, inputs: Inputs) -> tuple[Tensor, Inpu
     rows = _rows(x, problem)
     inputs = of_backend.prepared(problem, inputs if rows is x else inputs._replace(x=rows))
     y, pre_activation, permutation = of_backend.forward(problem, inputs, deal)
-    return (y if y.ndim == x.ndim else y.view(x.shape)), inputs, pre_activation, permutation
+    # In place: a view that was made in an autograd function may not be changed in place by who gets it.
+    return (y if y.ndim == x.ndim else y.resize_(x.shape)), inputs, pre_activation, permutation
 
 
 class MoeFFN(torch.autograd.Function):
@@ -57,7 +58,7 @@ class MoeFFN(torch.autograd.Function):
         seed = deal.seed if isinstance(deal.seed, Tensor) else None
         ctx.save_for_backward(kept, *others, order, deal.expert_offsets, pre_activation, seed)
         ctx.set_materialize_grads(False)
-        ctx.problem, ctx.seed = problem, deal.seed if seed is None else None
+        ctx.problem, ctx.shape, ctx.seed = problem, x.shape, deal.seed if seed is None else None
         return y
 
     @staticmethod
@@ -70,14 +71,14 @@ class MoeFFN(torch.autograd.Function):
         of_backend = kernels.of(problem)
         inputs = of_backend.prepared(problem, Inputs(_rows(x, problem), *others))
         grad_rows = grad_y if grad_y.ndim == 2 else grad_y.reshape(-1, problem.d_model)
-        if torch.is_grad_enabled() or private_torch.is_watched((grad_y,)):
+        if torch.is_grad_enabled() or private_torch.is_watched((grad_y,), profiler=False):
             # The operation says that it has no second derivative, or is seen.
             grads = ops.backward_by_operation(problem, grad_rows, inputs, deal, pre_activation, needed)
         else:
             grads = of_backend.backward(problem, grad_rows, inputs, deal, pre_activation, needed)
         grad_x, *of_others = grads
-        if grad_x is not None and grad_x.ndim != x.ndim:
-            grad_x = grad_x.view(x.shape)
+        if grad_x is not None and grad_x.ndim != len(ctx.shape):
+            grad_x = grad_x.view(ctx.shape)
         return (None, None, grad_x, *of_others)
 
 
@@ -119,7 +120,7 @@ def _key(inputs: Inputs, is_given: bool, options: Options, needs_grad: bool) -> 
         None if routing_weights is None else (routing_weights.shape, routing_weights.dtype, routing_weights.device),
         options,
         tuple(map(type, options)),  # 1 is equal to True, and is refused
-        (is_given, needs_grad, checks.autocast_dtype(x)),
+        (is_given, needs_grad, checks.autocast_enabled(x.device), checks.autocast_dtype(x)),
     )
 
 
@@ -169,13 +170,16 @@ def _int32(indices: Tensor) -> Tensor:
 
 def ffn(inputs: Inputs, deal: Deal, is_given: bool, options: Options) -> Tensor:
     """y `[..., D]`. `is_given`: whether the partition is, right or wrong."""
-    if private_torch.is_watched((*inputs, *deal[1:])):
+    # A profiler sees MoeFFN, which keeps for backward what it keeps without one: activations may be checkpointed.
+    if private_torch.is_watched((*inputs, *deal[1:]), profiler=False):
         return _watched_ffn(inputs, deal, is_given, options)
     x, needs_grad = inputs.x, _needs_grad(inputs)
     problem = problem_of(inputs, deal, is_given, options, needs_grad)
     seed, permutation, expert_offsets = deal
-    if permutation is not None and expert_offsets is not None:
+    if is_given:
         checks.partition(permutation, expert_offsets, inputs.routing_weights, x, problem.num_experts)
+        assert permutation is not None
+        assert expert_offsets is not None
         permutation, expert_offsets = _int32(permutation), _int32(expert_offsets)
         if x.is_cpu:
             checks.partition_values(permutation, expert_offsets, inputs.routing_weights)

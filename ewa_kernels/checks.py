@@ -36,6 +36,8 @@ def seed_tensor(seed: Any, device: torch.device | None = None) -> Tensor:
             raise ValueError(f"seed must have one element, got shape {list(seed.shape)}")
         if device is not None and seed.device.type != "cpu" and seed.device != device:
             raise TypeError(f"seed must be on the CPU or on {device} like x, got {seed.device}")
+        if seed.device.type == "cpu" and not private_torch.is_watched((seed,)) and int(seed) < 0:
+            raise ValueError(f"seed must be in 0…2^63−1, got {int(seed)}")
         return seed
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"seed must be an int or an int64 tensor, got {_kind(seed)}")
@@ -127,6 +129,8 @@ def floating(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _FLOATING:
         raise TypeError(f"{name} must be {_FLOATING_NAMES}, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense (torch.strided), got {tensor.layout}")
 
 
 def one_element(name: str, tensor: Any) -> None:

@@ -7,6 +7,7 @@ random: a partition is given, and there is no dropout.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -118,7 +119,8 @@ checked_permutation = _define(
 
 
 def _moe_ffn(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, deal = Inputs(*arguments[:6]), Deal(*arguments[6:9])
+    inputs, (seed, *partition) = Inputs(*arguments[:6]), arguments[6:9]
+    deal = Deal(seeds.on_host(seed), *partition)
     activation, gated, dropout_p, save, backend = arguments[9:]
     is_given = False
     if deal.permutation is not None and deal.expert_offsets is not None:
@@ -158,15 +160,16 @@ moe_ffn = _define(
 
 def _moe_ffn_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, (seed, permutation, expert_offsets, pre_activation) = Inputs(*arguments[:6]), arguments[6:10]
-    activation, gated, dropout_p, output_mask, backend = arguments[10:]
+    activation, gated, dropout_p, output_mask, backend, *parameter_dtype = arguments[10:]
     is_given, save = expert_offsets is not None, pre_activation.shape[0] > 0
-    problem = Problem.of(inputs, is_given, Options(activation, gated, dropout_p, backend, not save), save)
+    options = Options(activation, gated, dropout_p, backend, not save)
+    problem = Problem.of(inputs, is_given, options, save, None, *parameter_dtype)
     of_backend = kernels.of(problem)
     grads = of_backend.backward(
         problem,
         grad_y,
         of_backend.prepared(problem, inputs),
-        Deal(seed, permutation if is_given or permutation.shape[0] > 0 else None, expert_offsets),
+        Deal(seeds.on_host(seed), permutation if is_given or permutation.shape[0] > 0 else None, expert_offsets),
         pre_activation if save else None,
         output_mask,
     )
@@ -178,16 +181,20 @@ def _moe_ffn_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _moe_ffn_backward_fake(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, output_mask = Inputs(*arguments[:6]), arguments[13]
+    parameter_dtype = arguments[15] if len(arguments) > 15 else None  # what is left out is not there
+    dtypes = (None, *[parameter_dtype] * 4, None)
     return tuple(
-        inputs.x.new_empty(0) if t is None else t.new_empty(t.shape if needed else 0)
-        for t, needed in zip(inputs, output_mask, strict=True)
+        inputs.x.new_empty(0) if t is None else t.new_empty(t.shape if needed else 0, dtype=dtype or t.dtype)
+        for t, needed, dtype in zip(inputs, output_mask, dtypes, strict=True)
     )
 
 
+# parameter_dtype: of the gradients of parameters, if not theirs: they may have been cast already.
 moe_ffn_backward = _define(
     "moe_ffn_backward(Tensor grad_y, Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
     "Tensor? down_bias, Tensor? routing_weights, Tensor? seed, Tensor permutation, Tensor? expert_offsets, "
-    "Tensor pre_activation, str activation, bool gated, float dropout_p, bool[] output_mask, str backend) "
+    "Tensor pre_activation, str activation, bool gated, float dropout_p, bool[] output_mask, str backend, "
+    "ScalarType? parameter_dtype=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _moe_ffn_backward,
     _moe_ffn_backward_fake,
@@ -202,7 +209,8 @@ def backward_by_operation(
     permutation = inputs.x.new_empty(0, dtype=torch.int32) if deal.permutation is None else deal.permutation
     pre_activation = inputs.x.new_empty(0) if pre_activation is None else pre_activation
     kept = (seed, permutation, deal.expert_offsets, pre_activation)
-    options = (problem.activation, problem.gated, problem.dropout_p, list(needed), problem.backend)
+    parameter_dtype = functools.reduce(torch.promote_types, [dtype for dtype in problem.input_dtypes[1:5] if dtype])
+    options = (problem.activation, problem.gated, problem.dropout_p, list(needed), problem.backend, parameter_dtype)
     grads = moe_ffn_backward(grad_y, *inputs, *kept, *options)
     return problem.gradients(grad if need else None for grad, need in zip(grads, needed, strict=True))
 

@@ -39,13 +39,13 @@ _PLAIN_TYPES = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 _PLAIN_THREADS = {_keys("BackendSelect", "ADInplaceOrView").raw_repr(), _keys("BackendSelect").raw_repr()}
 
 
-def is_watched(tensors: Iterable[Tensor | None] = ()) -> bool:
+def is_watched(tensors: Iterable[Tensor | None] = (), *, profiler: bool = True) -> bool:
     """Whether somebody must see the operation itself, and not only what it computes.
 
     Those are: a compiler, `torch.jit.trace`, an exporter, function and dispatch modes (fake tensors, FlopCounterMode,
-    selective checkpointing), transforms of torch.func, autograd's own vmap, forward-mode AD, a profiler; and tensors
-    that are no plain ones: subclasses, those of meta or of other devices than CPU and CUDA, views that are yet to be
-    negated.
+    selective checkpointing), transforms of torch.func, autograd's own vmap, forward-mode AD, a profiler unless
+    `profiler` is False; and tensors that are no plain ones: subclasses, those of meta or of other devices than CPU and
+    CUDA, views that are yet to be negated.
     """
     core = torch._C
     if (
@@ -55,7 +55,7 @@ def is_watched(tensors: Iterable[Tensor | None] = ()) -> bool:
         or core._get_tracing_state() is not None
         or core._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or core._autograd._profiler_enabled()
+        or (profiler and core._autograd._profiler_enabled())
         or core._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_THREADS
     ):
         return True

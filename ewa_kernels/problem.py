@@ -112,7 +112,13 @@ class Problem:
 
     @classmethod
     def of(
-        cls, inputs: Inputs, is_given: bool, options: Options, save: bool, dtype: torch.dtype | None = None
+        cls,
+        inputs: Inputs,
+        is_given: bool,
+        options: Options,
+        save: bool,
+        dtype: torch.dtype | None = None,
+        parameter_dtype: torch.dtype | None = None,
     ) -> Problem:
         """The same object for calls of the same kind.
 
@@ -120,15 +126,20 @@ class Problem:
             inputs: x may be `[..., D]`.
             options: with the backend that was found; `recompute` is not looked at.
             dtype: what is computed in, if not in x's.
+            parameter_dtype: the parameters' as autograd knows them, if not their own.
         """
         x, routing_weights = inputs.x, inputs.routing_weights
         num_experts, d_model, d_ff = inputs.down_weight.shape
         top_k = 1 if routing_weights is None else routing_weights.shape[1]
+        input_dtypes = tuple(None if t is None else t.dtype for t in inputs)
+        if parameter_dtype is not None:
+            of_parameters = (dtype and parameter_dtype for dtype in input_dtypes[1:5])
+            input_dtypes = (input_dtypes[0], *of_parameters, input_dtypes[5])
         key = (
             *(x.numel() // d_model, top_k, num_experts, d_model, d_ff),
             *(options.activation, options.gated, float(options.dropout_p), is_given),
             *(x.dtype if dtype is None else dtype, x.device),
-            *(tuple(None if t is None else t.dtype for t in inputs), save, options.backend),
+            *(input_dtypes, save, options.backend),
         )
         return _made.get(key) or keep(_made, key, cls(*key))
 

@@ -77,3 +77,8 @@ def of_deal(like: Tensor) -> int | Tensor:
 def tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     """As operations take it."""
     return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def on_host(seed: Tensor | None) -> int | Tensor | None:
+    """As backends take what operations got: an int, unless it is on a GPU."""
+    return int(seed) if seed is not None and seed.device.type == "cpu" else seed

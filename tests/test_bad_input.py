@@ -105,6 +105,12 @@ CASES = [
     (lambda: moe_ffn(down_bias=torch.zeros(4, 1)), ValueError, "down_bias must be [E, D] = [4, 6], got [4, 1]"),
     (lambda: moe_ffn(seed=-1), ValueError, "seed must be in 0…2^63−1, got -1"),
     (lambda: moe_ffn(seed=2**63), ValueError, "seed must be in 0…2^63−1, got 9223372036854775808"),
+    (lambda: moe_ffn(seed=torch.tensor(-5)), ValueError, "seed must be in 0…2^63−1, got -5"),
+    (
+        lambda: moe_ffn(x=X.to_sparse()),
+        TypeError,
+        "x must be dense (torch.strided), got torch.sparse_coo",
+    ),
     (lambda: moe_ffn(seed=torch.zeros(2).long()), ValueError, "seed must have one element, got shape [2]"),
     (
         lambda: moe_ffn(activation="tanh"),
@@ -240,6 +246,7 @@ CASES = [
     (lambda: average([E46], torch.tensor(-0.5)), ValueError, "share_rate must be in [0, 1], got -0.5"),
     (lambda: average([E46], torch.zeros(2)), ValueError, "share_rate must have one element, got shape [2]"),
     (lambda: average([E46], rounding="up"), ValueError, "rounding must be one of stochastic, nearest, got 'up'"),
+    (lambda: average([E46], seed=torch.tensor(-1)), ValueError, "seed must be in 0…2^63−1, got -1"),
     (lambda: average([E46], seed=-1), ValueError, "seed must be in 0…2^63−1, got -1"),
     (lambda: average([E46], found_inf=torch.zeros(2)), ValueError, "found_inf must have one element, got shape [2]"),
     (lambda: average([E46], found_inf=True), TypeError, "found_inf must be a Tensor, got bool"),
@@ -371,6 +378,14 @@ def test_message(call, kind, message):
     with pytest.raises(kind) as caught:
         call()
     assert str(caught.value) == message
+
+
+def test_what_autocast_allows_is_not_remembered_without_it():
+    wide = X.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        moe_ffn(x=wide)
+    with pytest.raises(TypeError, match=r"up_weight must be torch\.float64 like x"):
+        moe_ffn(x=wide)
 
 
 def test_backend_error_is_a_value_and_a_runtime_error():

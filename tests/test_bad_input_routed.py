@@ -108,6 +108,14 @@ def test_message(call, kind, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
+def test_no_partition_after_a_call_that_had_one(backend):
+    grouped_ffn(backend=backend)
+    for missing in ({"permutation": None}, {"expert_offsets": None}, {"permutation": None, "expert_offsets": None}):
+        with pytest.raises(TypeError, match=f"{next(iter(missing))} must be a Tensor, got None"):
+            grouped_ffn(**missing, backend=backend)
+
+
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
 @pytest.mark.parametrize(

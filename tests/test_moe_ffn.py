@@ -264,6 +264,34 @@ def test_autocast(dtype):
     assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in leaves)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(40, 16), (2, 5, 4, 16), (16,)], ids=str)
+def test_autocast_of_any_shape(shape, backend):
+    leaves = [tokens(*shape, dtype=torch.float32), *random_ffn(4, 16, 24, dtype=torch.float32)]
+    for t in leaves:
+        t.requires_grad_()
+    flat = leaves[0].detach().view(-1, 16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ewa.functional.moe_ffn(*leaves, seed=1, backend=backend)
+        expected = ewa.functional.moe_ffn(flat, *leaves[1:], seed=1, backend=backend)
+    assert torch.equal(y.flatten(), expected.flatten())
+    y.float().square().sum().backward()
+    expected.float().square().sum().backward()
+    assert torch.equal(leaves[0].grad, flat.grad.view(shape))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(40, 16), (2, 5, 4, 16), (16,)], ids=str)
+def test_y_may_be_changed_in_place(shape, backend):
+    """As a block does that adds its residual so."""
+    x, parameters = tokens(*shape, dtype=torch.float32).requires_grad_(), random_ffn(4, 16, 24, dtype=torch.float32)
+    y = ewa.functional.moe_ffn(x, *parameters, seed=1, backend=backend)
+    (expected,) = torch.autograd.grad((y + x).sum(), x)
+    y = ewa.functional.moe_ffn(x, *parameters, seed=1, backend=backend)
+    y += x
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
 class TestScratchMemory:
     """What a call leaves to the next one on a CPU."""
 

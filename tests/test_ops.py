@@ -75,8 +75,9 @@ def check_backward(arguments, mask, save, backend):
     *operands, seed, given, offsets, activation, gated, dropout_p = arguments
     permutation = permutation if given is None else given
     saved = (*operands, seed, permutation, offsets, pre_activation)
-    options = (activation, gated, dropout_p, mask, backend)
-    opcheck(ops.moe_ffn_backward, (torch.randn_like(y), *saved, *options))
+    for dtype in (None, torch.float32):
+        options = (activation, gated, dropout_p, mask, backend, dtype)
+        opcheck(ops.moe_ffn_backward, (torch.randn_like(y), *saved, *options))
 
 
 def test_opcheck_the_others():

@@ -1,5 +1,7 @@
 """Who stands between eager code and the kernels sees the operations: compilers, modes, transforms, subclasses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,6 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import ewa_kernels as ewa
 from ewa_kernels import ops
+from ewa_kernels.kernels import moe_ffn as kernels
+from ewa_kernels.problem import Deal
 
 
 class Watcher(TorchDispatchMode):
@@ -53,6 +57,51 @@ def test_no_second_derivative(layer):
     (grad,) = torch.autograd.grad(layer(x, seed=5).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
+
+
+def test_a_profiler_of_a_checkpointed_forward(layer):
+    """Both keep the same for backward."""
+    x = torch.randn(21, 6, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        y = checkpoint(layer, x, use_reentrant=False)
+    y.sum().backward()
+    assert "MoeFFN" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_gradients_have_the_same_bits_whoever_watches(layer, backend):
+    """Of float32 parameters under autocast too."""
+    x, layer.backend = torch.randn(2, 300, 6, requires_grad=True), backend
+    leaves = [x, *layer.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, seed=5)
+    loss = y.float().square().sum()
+    plain = torch.autograd.grad(loss, leaves, retain_graph=True)
+    with Watcher():
+        watched = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for others in (watched, torch.autograd.grad(loss, leaves, create_graph=True)):
+        assert [g.dtype for g in others] == [torch.float32] * 5
+        assert all(map(torch.equal, others, plain))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_backends_get_a_seed_as_an_int(layer, backend, monkeypatch):
+    """From operations too, unless it is on a GPU: how it comes decides how a kernel is compiled."""
+    module, seen = kernels.of(SimpleNamespace(backend=backend)), []
+
+    def noting(function):
+        def note(*arguments):
+            seen.extend(type(a.seed) for a in arguments if isinstance(a, Deal))
+            return function(*arguments)
+
+        return note
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(module, name, noting(getattr(module, name)))
+    layer.backend = backend
+    with Watcher():
+        layer(torch.randn(21, 6), seed=torch.tensor(5)).sum().backward()
+    assert seen == [int, int]
 
 
 class TestWhoSees:
