@@ -15,6 +15,7 @@ from ewa_kernels.version import VERSION
 
 def report() -> str:
     """The whole report, as text."""
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
     lines = [
         f"ewa_kernels  {VERSION}",
         f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -22,23 +23,14 @@ def report() -> str:
         + (f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU only"),
         f"cpu          {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         f"cuda         {_cuda()}",
-        f"triton       {_triton()}",
+        f"triton       {triton}",
         f"extension    {_extension()}",
     ]
-    devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices.append(torch.device("cuda"))
-    for device in devices:
-        lines.append(f"\non {device.type}, backend='auto' is")
-        for operation, backend, description in backends.table(device):
-            lines.append(f"  {operation:20} {backend:10} {description}")
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        lines.append(f"\non {device}, backend='auto' is")
+        for row in backends.table(torch.device(device)):
+            lines.append("  {:20} {:10} {}".format(*row))
     return "\n".join(lines)
-
-
-def _triton() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "not installed"
-    return importlib.metadata.version("triton")
 
 
 def _extension() -> str:

@@ -22,9 +22,6 @@ _IMPLEMENTED = {
     "merge_experts": ("cpp", "reference"),
 }
 
-# Of kernels of our own: not float64.
-_MOE_FFN_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 _DESCRIPTIONS: dict[str | tuple[str, str], str] = {
     "reference": "the specification in plain PyTorch, differentiable by autograd",
     "torch": "PyTorch calls block by block, hand-written backward that keeps the pre-activation only",
@@ -82,19 +79,34 @@ def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dty
     """Why a backend cannot run an operation; None if it can."""
     if backend not in _IMPLEMENTED[operation]:
         *others, last = _IMPLEMENTED[operation]
-        names = f"{', '.join(others)} and {last}" if others else last
-        return f"ewa_kernels {VERSION} has {names} only"
+        return f"ewa_kernels {VERSION} has {', '.join(others)} and {last} only"
+    if backend in ("reference", "torch"):
+        return None
+    if operation == "moe_ffn" and dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it is for torch.float16, torch.bfloat16 and torch.float32, not {dtype}"
     if backend == "cpp":
-        if device.type != "cpu":
-            return "it is for the CPU"
-        if operation == "moe_ffn" and dtype not in _MOE_FFN_DTYPES:
-            return f"it is for torch.float16, torch.bfloat16 and torch.float32, not {dtype}"
-        return extension.WHY_NOT
+        return extension.WHY_NOT if device.type == "cpu" else "it is for the CPU"
     if backend == "cuda":
-        return _why_not_cuda(device)
-    if backend.startswith("triton"):
-        return _why_not_triton(operation, device, dtype)
+        if device.type != "cuda":
+            return "it is for CUDA devices"
+        if torch.version.hip:
+            return "it is for NVIDIA's GPUs"
+        return extension.WHY_NOT_CUDA or parameter_pass.old_driver() or _too_old(device)
+    # Triton, in all its forms.
+    if triton_kernels.WHY_NOT is not None:
+        return triton_kernels.WHY_NOT
+    if device.type == "cuda":
+        return _too_old(device)
+    if device.type != "cpu":
+        return "it is for CUDA devices"
+    if not triton_kernels.INTERPRETED:
+        return "on the CPU it needs Triton's interpreter: set TRITON_INTERPRET=1 before ewa_kernels is imported"
     return None
+
+
+def _too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"it needs compute capability 8.0, the device has {capability}"
 
 
 def _why_not_auto(operation: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -103,33 +115,6 @@ def _why_not_auto(operation: str, backend: str, device: torch.device, dtype: tor
     if reason is None and backend.startswith("triton") and device.type != "cuda":
         return "Triton's interpreter is for tests"
     return reason
-
-
-def _why_not_cuda(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "it is for CUDA devices"
-    if torch.version.hip:
-        return "it is for NVIDIA's GPUs"
-    return extension.WHY_NOT_CUDA or parameter_pass.old_driver() or _too_old(device)
-
-
-def _too_old(device: torch.device) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
-    return None if capability >= (8, 0) else f"it needs compute capability 8.0, the device has {capability}"
-
-
-def _why_not_triton(operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if triton_kernels.WHY_NOT is not None:
-        return triton_kernels.WHY_NOT
-    if operation == "moe_ffn" and dtype not in _MOE_FFN_DTYPES:
-        return f"it is for torch.float16, torch.bfloat16 and torch.float32, not {dtype}"
-    if device.type == "cuda":
-        return _too_old(device)
-    if device.type != "cpu":
-        return "it is for CUDA devices"
-    if not triton_kernels.INTERPRETED:
-        return "on the CPU it needs Triton's interpreter: set TRITON_INTERPRET=1 before ewa_kernels is imported"
-    return None
 
 
 def set_sm_margin(number: int) -> None:

@@ -282,39 +282,38 @@ def experts(tensors: Any, given: str = "tensors") -> tuple[list[Tensor], list[in
         raise TypeError(f"{given} must be a list of stacked tensors [E, ...], got one Tensor")
     if not isinstance(tensors, Iterable):
         raise TypeError(f"{given} must be a list of stacked tensors [E, ...], got {type(tensors).__name__}")
-    flat: list[Tensor] = []
+    named: dict[str, Tensor] = {}
     group_sizes: list[int] = []
-    places: list[memory.Place] = []
     for i, group in enumerate(tensors):
+        name = f"{given}[{i}]"
         if isinstance(group, (list, tuple)):
             if not group:
-                raise ValueError(f"{given}[{i}] must hold at least one expert, got an empty list")
-            members = {f"{given}[{i}][{e}]": expert for e, expert in enumerate(group)}
-            for name, expert in members.items():
-                floating(name, expert)
+                raise ValueError(f"{name} must hold at least one expert, got an empty list")
+            for e, expert in enumerate(group):
+                floating(f"{name}[{e}]", expert)
                 for what in ("shape", "dtype", "device"):
                     ours, first = getattr(expert, what), getattr(group[0], what)
                     if ours != first:
                         kind = ValueError if what == "shape" else TypeError
-                        raise kind(f"{name} must have the {what} of {given}[{i}][0], {first}, got {ours}")
-            group_sizes.append(len(members))
+                        raise kind(f"{name}[{e}] must have the {what} of {name}[0], {first}, got {ours}")
+                named[f"{name}[{e}]"] = expert
+            group_sizes.append(len(group))
         else:
-            stacked(f"{given}[{i}]", group)
-            members = {f"{given}[{i}]": group}
+            stacked(name, group)
+            named[name] = group
             group_sizes.append(0)
-        for name, tensor in members.items():
-            if memory.overlaps_itself(tensor):
-                raise ValueError(
-                    f"{name} must have memory of its own for every element, got strides {list(tensor.stride())} "
-                    f"for shape {list(tensor.shape)}"
-                )
-            places.extend(memory.places(name, tensor))
-            flat.append(tensor)
+    for name, tensor in named.items():
+        if memory.overlaps_itself(tensor):
+            strides, shape = list(tensor.stride()), list(tensor.shape)
+            raise ValueError(
+                f"{name} must have memory of its own for every element, got strides {strides} for shape {shape}"
+            )
+    places = [place for name, tensor in named.items() for place in memory.places(name, tensor)]
     for first, second in memory.overlaps(places):
         if first[:3] == second[:3] and first.steps == second.steps:
             raise ValueError(f"{second.name} must not be given twice: it would be averaged twice")
         raise ValueError(f"{second.name} must have memory of its own, but shares some with {first.name}")
-    return flat, group_sizes
+    return list(named.values()), group_sizes
 
 
 def own_memory(tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import Shard
 
 import ewa_kernels as ewa
 from ewa_kernels.integrations import fsdp
-from ewa_kernels.integrations.callbacks import Averaging
+from ewa_kernels.integrations.callbacks import AveragingCallback
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
@@ -272,19 +272,19 @@ class TestGatheredByFSDP2:
     def test_callbacks_begin_after_a_validation(self):
         """Lightning's, which comes before training, gathers the root's parameters."""
         model = self.make(by_block=False)
-        averaging = Averaging(None, 0.3, fold_at_end=False)
+        averaging = AveragingCallback(None, 0.3, fold_at_end=False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with torch.no_grad():
             model(same_training.micro_batch(0, 0)[0])
-        averaging.begin(model)
-        averaging.attach([optimizer])
+        averaging._begin(model)
+        averaging._attach([optimizer])
         assert averaging.averager.attached_to is optimizer
 
     def test_callbacks_say_at_the_start_that_they_cannot_fold(self):
         model = self.make(by_block=True)
-        averaging = Averaging(None, 0.3, fold_at_end=True)
+        averaging = AveragingCallback(None, 0.3, fold_at_end=True)
         with pytest.raises(ValueError, match=r"fold_at_end must be False for a sharded model.*folded_state_dict"):
-            averaging.begin(model)
+            averaging._begin(model)
 
 
 class TestWithoutProcesses:

@@ -12,7 +12,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ewa_kernels.demo.training import NUM_IMAGES, Options, fail, run_pair
 
@@ -29,45 +29,37 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-
-    def add(name: str, default: Any, convert: Callable[[str], Any], requirement: str, explanation: str) -> None:
-        def parse(text: str) -> Any:
-            try:
-                return convert(text)
-            except ValueError:
-                # Not a plain raise: argparse would put its own words in front.
-                parser.error(f"{name} must be {requirement}, got {text}")
-
-        parser.add_argument(name, default=default, type=parse, metavar=name[2].upper(), help=explanation)
-
-    def add_int(name: str, default: int, low: int, high: int, explanation: str) -> None:
-        add(name, default, lambda text: _in_range(int(text), low, high), f"an int from {low} to {high}", explanation)
-
-    def add_choice(name: str, default: str, choices: tuple[str, ...], explanation: str) -> None:
-        listed = ", ".join(choices)
-        add(name, default, lambda text: choices[choices.index(text)], f"one of {listed}", f"{explanation}: {listed}")
-
-    add_int("--experts", 4, 2, 64, "experts per replaced FFN")
-    add("--share-rate", 0.3, lambda text: _in_range(float(text), 0, 1), "in [0, 1]", "final β")
-    add_choice("--schedule", "linear", ("constant", "linear", "cosine"), "how β gets there")
-    add_choice("--init", "independent", ("copy", "independent"), "how the experts start")
-    add_int("--seeds", 3, 1, 100, "paired trainings")
-    add_int("--train-images", 1000, 20, NUM_IMAGES - 100, f"of {NUM_IMAGES}, the rest is for testing")
-    add_int("--epochs", 20, 1, 1000, "epochs of each training")
-    add("--output", "ewa_demo.png", _png_path, "a .png file in a folder that exists", "where the plot goes")
+    add = parser.add_argument
+    add("--experts", default=4, type=_number(int, 2, 64), help="experts per replaced FFN")
+    add("--share-rate", default=0.3, type=_number(float, 0, 1), help="final β")
+    add("--schedule", default="linear", choices=("constant", "linear", "cosine"), help="how β gets there")
+    add("--init", default="independent", choices=("copy", "independent"), help="how the experts start")
+    add("--seeds", default=3, type=_number(int, 1, 100), help="paired trainings")
+    add("--train-images", default=1000, type=_number(int, 20, NUM_IMAGES - 100), help=f"of {NUM_IMAGES}, to train on")
+    add("--epochs", default=20, type=_number(int, 1, 1000), help="epochs of each training")
+    add("--output", default="ewa_demo.png", type=_png_path, help="where the plot goes")
     return Options(**vars(parser.parse_args(argv)))
 
 
-def _in_range(value: Any, low: float, high: float) -> Any:
-    if not low <= value <= high:  # a NaN fails too
-        raise ValueError
-    return value
+def _number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str], float]:
+    """What makes a number of that kind and range out of an option's text."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:  # a NaN fails too
+            raise argparse.ArgumentTypeError(f"must be of type {kind.__name__}, from {low} to {high}, got {text}")
+        return value
+
+    return parse
 
 
 def _png_path(text: str) -> Path:
     path = Path(text)
     if path.suffix.lower() != ".png" or not path.parent.is_dir() or path.is_dir():
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"must be a .png file in a folder that exists, got {text}")
     return path
 
 
@@ -81,13 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ImportError as error:
         fail(f"{str(error).splitlines()[0]}: pip install 'ewa_kernels[demo]'")
     console = plot.make_console()
-    pairs = []
     with plot.make_progress(console) as progress:
-        advance_dense, advance_experts = (
-            plot.add_bar(progress, name, options.seeds * options.num_steps) for name in ("dense", "experts")
-        )
-        for seed in range(options.seeds):
-            pairs.append(run_pair(options, seed, advance_dense, advance_experts))
+        total = options.seeds * options.num_steps
+        bars = [plot.add_bar(progress, name, total) for name in ("dense", "experts")]
+        pairs = [run_pair(options, seed, *bars) for seed in range(options.seeds)]
     plot.show(console, options, pairs)
     try:
         plot.save_plot(options, pairs)

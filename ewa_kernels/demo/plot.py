@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from scipy import stats
 
 from ewa_kernels.demo.training import Options, Pair, Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from numpy.typing import NDArray
 
 DENSE, EXPERTS, THEORY = "#0072b2", "#d55e00", "#222222"
 SMALL_FACTOR = 0.01  # below it a relative deviation would only show float32 rounding
@@ -33,9 +31,8 @@ SMALL_FACTOR = 0.01  # below it a relative deviation would only show float32 rou
 
 
 def make_console() -> Console:
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # β in a terminal that has no Greek
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # β in a terminal that has no Greek; stderr never fails
     return Console(highlight=False, markup=False)
 
 
@@ -50,32 +47,29 @@ def make_progress(console: Console) -> Progress:
     )
 
 
-def add_bar(progress: Progress, name: str, total: int) -> Callable[[float], None]:
-    """A bar; what is returned moves it on by one step of a given loss."""
+def add_bar(progress: Progress, name: str, total: int) -> Callable[..., None]:
+    """A bar; what is returned moves it on by one step, of the loss that is given by its name."""
     bar = progress.add_task(name, total=total, loss=float("nan"))
-
-    def advance(loss: float) -> None:
-        progress.update(bar, advance=1, loss=loss)
-
-    return advance
+    return functools.partial(progress.update, bar, advance=1)
 
 
 def show(console: Console, options: Options, pairs: Sequence[Pair]) -> None:
-    seeds = _count(len(pairs), "seed")
     deviation = "mean ± SD" if len(pairs) > 1 else "one seed"
-    table = Table(title=f"digits: {options.train_images} training images, {seeds}", title_justify="left")
+    table = Table(title=f"digits: {_data(options)}", title_justify="left")
     table.add_column("ViT")
     headers = (f"test accuracy, %\n{deviation}", "parameters\nwhile training", "parameters\nafter", "seconds\nper seed")
     for header in headers:
         table.add_column(header, justify="right")
     for name in ("dense", "experts", "folded"):
         results: list[Result] = [getattr(pair, name) for pair in pairs]
+        accuracies = [result.accuracy for result in results]
+        accuracy = f"{statistics.fmean(accuracies):.2f}"
         table.add_row(
             "experts in eval" if name == "experts" else name,
-            _mean([r.accuracy for r in results]),
+            f"{accuracy} ± {statistics.stdev(accuracies):.2f}" if len(pairs) > 1 else accuracy,
             f"{results[0].parameters_training:,}",
             f"{results[0].parameters_after:,}",
-            f"{statistics.fmean(r.seconds for r in results):.2f}",
+            f"{statistics.fmean(result.seconds for result in results):.2f}",
         )
     console.print(table)
     console.print(verdict([pair.experts.accuracy - pair.dense.accuracy for pair in pairs]))
@@ -83,13 +77,8 @@ def show(console: Console, options: Options, pairs: Sequence[Pair]) -> None:
     console.print("loaded folded weights into an untouched ViT with strict=True: outputs equal", soft_wrap=True)
 
 
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def _mean(values: list[float]) -> str:
-    mean = f"{statistics.fmean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+def _data(options: Options) -> str:
+    return f"{options.train_images} training images, {options.seeds} seed{'s' if options.seeds > 1 else ''}"
 
 
 def verdict(differences: Sequence[float]) -> str:
@@ -110,17 +99,14 @@ def verdict(differences: Sequence[float]) -> str:
 
 def agreement(options: Options, pairs: Sequence[Pair]) -> str:
     """How far the measured contractions, of each tensor, are from |1 − βE/(E−1)|."""
-    relative: list[float] = []
-    absolute: list[float] = []
+    relative, absolute = [], []
     for contraction in itertools.chain.from_iterable(pair.contractions for pair in pairs):
         theory = options.contraction(contraction.beta)
-        for before, after in zip(contraction.before, contraction.after, strict=True):
-            if before > 0:
-                deviation = abs(after / before - theory)
-                if theory < SMALL_FACTOR:
-                    absolute.append(deviation)
-                else:
-                    relative.append(deviation / theory)
+        factors = [b / a for a, b in zip(contraction.before, contraction.after, strict=True) if a > 0]
+        if theory < SMALL_FACTOR:
+            absolute += [abs(factor - theory) for factor in factors]
+        else:
+            relative += [abs(factor - theory) / theory for factor in factors]
     found = []
     if relative:
         found.append(f"{max(relative):.1e} is the largest relative deviation of {len(relative):,} measurements")
@@ -136,7 +122,6 @@ def agreement(options: Options, pairs: Sequence[Pair]) -> str:
 def save_plot(options: Options, pairs: Sequence[Pair]) -> None:
     """Training loss, expert spread over the steps, and what each averaging left of the spread."""
     figure = Figure(figsize=(13, 5.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
     _plot_losses(panels[0], pairs)
     _plot_spread(panels[1], options, pairs)
@@ -145,12 +130,9 @@ def save_plot(options: Options, pairs: Sequence[Pair]) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
-    beta = f"β = {options.share_rate:g}"
-    if options.schedule != "constant":
-        beta = f"{options.schedule} β: 0 → {options.share_rate:g}"
+    beta = "β =" if options.schedule == "constant" else f"{options.schedule} β: 0 →"
     figure.suptitle(
-        f"ViT on digits: {options.train_images} training images, {_count(len(pairs), 'seed')}, "
-        f"{options.experts} experts, {beta}\n",
+        f"ViT on digits: {_data(options)}, {options.experts} experts, {beta} {options.share_rate:g}\n",
         fontsize="x-large",
     )
     start = "start as copies, which the first step parts" if options.init == "copy" else "start apart, independent"

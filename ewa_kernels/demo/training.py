@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -58,16 +58,14 @@ class Options:
 class Mlp(nn.Module):
     """The FFN of a ViT: `[..., D]` → `[..., D]`."""
 
-    def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0):
+    def __init__(self, d_model: int, d_ff: int):
         super().__init__()
         self.fc1 = nn.Linear(d_model, d_ff)
         self.act = nn.GELU()
-        self.drop1 = nn.Dropout(dropout)
         self.fc2 = nn.Linear(d_ff, d_model)
-        self.drop2 = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -131,29 +129,37 @@ def load_data(train_images: int, seed: int) -> Data:
     return Data(x_train, y_train, x_test, y_test)
 
 
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+class Contraction(NamedTuple):
+    """The experts' spread just before and just after one averaging, of each tensor."""
+
+    step: int
+    beta: float
+    before: list[float]
+    after: list[float]
 
 
 def train(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
     data: Data,
     options: Options,
     seed: int,
-    advance: Callable[[float], None],
-) -> list[float]:
-    """Trains dense and experts alike; returns the mean loss of each epoch."""
+    advance: Callable[..., None],
+    averager: ewa.ExpertAverager | None = None,
+) -> tuple[list[float], list[Contraction]]:
+    """Trains dense and experts alike; returns the mean loss of each epoch, and what some averagings did."""
     torch.manual_seed(seed)
     batches = torch.Generator().manual_seed(seed)  # of its own: dealing tokens out must not change the batches
     warm_up = max(1, options.num_steps // 20)
+    # A float64 pass over all experts before and after each averaging would take time.
+    measured_every = max(1, options.num_steps // NUM_MEASUREMENTS)
 
     def rate(step: int) -> float:
         return min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * step / options.num_steps))
 
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
-    losses = []
+    losses, contractions = [], []
     for _ in range(options.epochs):
         total = 0.0
         for batch in torch.randperm(len(data.train_images), generator=batches).split(BATCH_SIZE):
@@ -162,10 +168,16 @@ def train(
             loss.backward()
             optimizer.step()
             scheduler.step()
+            if averager is not None and averager.num_steps % measured_every == 0:
+                step, beta, before = averager.num_steps, averager.share_rate, averager.spread()
+                averager.step()
+                contractions.append(Contraction(step, beta, [*before.values()], [*averager.spread().values()]))
+            elif averager is not None:
+                averager.step()
             total += loss.item() * len(batch)
-            advance(loss.item())
+            advance(loss=loss.item())
         losses.append(total / len(data.train_images))
-    return losses
+    return losses, contractions
 
 
 @torch.no_grad()
@@ -180,37 +192,6 @@ def accuracy(logits: Tensor, data: Data) -> float:
 
 def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-# --- the spread ---
-
-
-class Contraction(NamedTuple):
-    """The experts' spread just before and just after one averaging, of each tensor."""
-
-    step: int
-    beta: float
-    before: list[float]
-    after: list[float]
-
-
-class SpreadMeter:
-    """Measures around some averagings; a float64 pass over all experts around each would take time."""
-
-    def __init__(self, averager: ewa.ExpertAverager, num_steps: int):
-        self.averager = averager
-        self.every = max(1, num_steps // NUM_MEASUREMENTS)
-        self.contractions: list[Contraction] = []
-
-    def before(self, *_: Any) -> None:
-        averager = self.averager
-        if averager.num_steps % self.every == 0:
-            before = list(averager.spread().values())
-            self.contractions.append(Contraction(averager.num_steps, averager.share_rate, before, after=[]))
-
-    def after(self, *_: Any) -> None:
-        if not self.contractions[-1].after:
-            self.contractions[-1].after.extend(self.averager.spread().values())
 
 
 # --- one seed ---
@@ -236,7 +217,7 @@ class Pair(NamedTuple):
 
 
 def run_pair(
-    options: Options, seed: int, advance_dense: Callable[[float], None], advance_experts: Callable[[float], None]
+    options: Options, seed: int, advance_dense: Callable[..., None], advance_experts: Callable[..., None]
 ) -> Pair:
     """Trains dense and with experts from the same weights, then folds the experts."""
     data = load_data(options.train_images, seed)
@@ -246,19 +227,14 @@ def run_pair(
     size = num_parameters(dense)
 
     start = time.perf_counter()
-    losses = train(dense, make_optimizer(dense), data, options, seed, advance_dense)
+    losses, _ = train(dense, data, options, seed, advance_dense)
     seconds = time.perf_counter() - start
     dense_result = Result(accuracy(predict(dense, data), data), size, size, seconds, losses)
 
     start = time.perf_counter()
     ewa.replace_ffn_(model, options.experts, init=options.init)
-    optimizer = make_optimizer(model)
     averager = ewa.ExpertAverager(model, share_rate=options.make_schedule())
-    meter = SpreadMeter(averager, options.num_steps)
-    optimizer.register_step_post_hook(meter.before)
-    averager.attach(optimizer)
-    optimizer.register_step_post_hook(meter.after)
-    losses = train(model, optimizer, data, options, seed, advance_experts)
+    losses, contractions = train(model, data, options, seed, advance_experts, averager)
     seconds = time.perf_counter() - start
     experts_logits = predict(model, data)
     size_experts = num_parameters(model)
@@ -274,7 +250,7 @@ def run_pair(
     untouched.load_state_dict(model.state_dict(), strict=True)
     check_equal("the folded ViT", folded_logits, "the ViT with experts in eval", experts_logits)
     check_equal("an untouched ViT with the folded weights", predict(untouched, data), "the folded ViT", folded_logits)
-    return Pair(dense_result, experts_result, folded_result, meter.contractions)
+    return Pair(dense_result, experts_result, folded_result, contractions)
 
 
 def check_equal(name: str, logits: Tensor, expected_name: str, expected: Tensor) -> None:

@@ -16,16 +16,10 @@ from ewa_kernels.train.averager import ExpertAverager
 from ewa_kernels.train.share_rate import as_schedule
 
 
-class Averaging:
+class AveragingCallback:
     """An averager that is given, or made when training begins, and attached while training lasts.
 
-    Args:
-        averager: or None, and `share_rate` instead.
-        share_rate: β, as `ewa_kernels.ExpertAverager` takes it.
-        fold_at_end: whether `end` folds the model.
-
-    Raises:
-        TypeError, ValueError: not exactly one of the first two is given, or an argument is not what it must be.
+    Arguments, and what they raise: see `lightning.EWACallback` and `transformers.EWACallback`.
     """
 
     def __init__(self, averager: ExpertAverager | None, share_rate: object, fold_at_end: bool):
@@ -41,24 +35,23 @@ class Averaging:
         self._attachment: Attachment | None = None
 
     @property
-    def is_ready(self) -> bool:
-        """Whether there is an averager."""
-        return self._averager is not None
-
-    @property
     def averager(self) -> ExpertAverager:
-        """Raises RuntimeError where it is yet to be made."""
+        """The one given, or made when training began.
+
+        Raises:
+            RuntimeError: it is yet to be made.
+        """
         if self._averager is None:
             raise RuntimeError("the averager is made when training begins")
         return self._averager
 
-    def begin(self, model: nn.Module) -> None:
+    def _begin(self, model: nn.Module) -> None:
         """Makes the averager, of this model, if none was given.
 
         Raises:
             ValueError: the model has no experts, or it is to be folded in the end but is sharded.
         """
-        self.detach()
+        self._detach()
         for module in shards.unsharded_modules(model):  # by a validation before training
             module.reshard()
         if self._fold_at_end and any(shards.is_sharded(p) for layer in _folding(model) for p in layer.parameters()):
@@ -69,7 +62,7 @@ class Averaging:
         if self._share_rate is not None:
             self._averager = ExpertAverager(model, self._share_rate)
 
-    def attach(self, optimizers: Sequence[object]) -> None:
+    def _attach(self, optimizers: Sequence[object]) -> None:
         """To the optimizer that has the experts; if the averager is attached already it stays where it is.
 
         Raises:
@@ -80,7 +73,8 @@ class Averaging:
         other = self.averager.attached_to
         if other is not None:
             if not any(other is optimizer for optimizer in plain):
-                raise ValueError(f"averager must be attached to the trainer's optimizer, is to another {_kind(other)}")
+                kind = type(other).__name__
+                raise ValueError(f"averager must be attached to the trainer's optimizer, is to another {kind}")
             return
         holding = [optimizer for optimizer in plain if self.averager.is_trained_by(optimizer)]
         if len(holding) != 1:
@@ -90,18 +84,18 @@ class Averaging:
             )
         self._attachment = self.averager.attach(holding[0])
 
-    def detach(self) -> None:
+    def _detach(self) -> None:
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
 
-    def end(self, model: nn.Module, *, is_trained: bool) -> None:
+    def _end(self, model: nn.Module, *, is_trained: bool) -> None:
         """Detaches, and folds the model, unless it made no step. Experts among which a router chooses stay."""
-        self.detach()
+        self._detach()
         if self._fold_at_end and is_trained and _folding(model):
             fold_(model)
 
-    def metrics(self) -> dict[str, float]:
+    def _metrics(self) -> dict[str, float]:
         """`share_rate`: β of the last step; `expert_spread`: mean over all tensors of `ExpertAverager.spread`."""
         spreads = list(self.averager.spread().values())
         last = max(self.averager.num_steps - 1, 0)
@@ -125,7 +119,3 @@ def plain_optimizer(optimizer: object) -> Optimizer:
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return hooked(optimizer)
-
-
-def _kind(optimizer: object) -> str:
-    return type(optimizer).__name__

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ewa_kernels.integrations.callbacks import Averaging
+from ewa_kernels.integrations.callbacks import AveragingCallback
 from ewa_kernels.train.averager import ExpertAverager
 
 __all__ = ["EWACallback"]
@@ -27,7 +27,7 @@ def _callback_class() -> Any:
     raise ImportError(f"ewa_kernels.integrations.lightning needs Lightning: pip install lightning ({reason})")
 
 
-class EWACallback(_callback_class()):  # type: ignore[misc]
+class EWACallback(AveragingCallback, _callback_class()):  # type: ignore[misc]
     """Averages after each real optimizer step, and folds the model when `fit` ends.
 
         class MyModule(LightningModule):
@@ -64,16 +64,11 @@ class EWACallback(_callback_class()):  # type: ignore[misc]
         share_rate: float | Callable[[int], float] | None = None,
         fold_at_end: bool = True,
     ):
-        self._averaging = Averaging(averager, share_rate, fold_at_end)
+        super().__init__(averager, share_rate, fold_at_end)
         self._loaded: dict[str, Any] | None = None
         self._restorable = False
         self._inside_epoch = False
         self._logged_step = 0
-
-    @property
-    def averager(self) -> ExpertAverager:
-        """The one given, or made when training began."""
-        return self._averaging.averager
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # The file has the generators of one process, and each must have its own.
@@ -83,12 +78,12 @@ class EWACallback(_callback_class()):  # type: ignore[misc]
             self._restore_generators()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._averaging.begin(pl_module)
+        self._begin(pl_module)
         if self._loaded is not None:
             self.averager.load_state_dict(self._loaded["averager"])
         self._inside_epoch = False
         self._logged_step = trainer.global_step
-        self._averaging.attach(trainer.optimizers)
+        self._attach(trainer.optimizers)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._restore_generators()
@@ -99,18 +94,18 @@ class EWACallback(_callback_class()):  # type: ignore[misc]
         every, step = trainer.log_every_n_steps, trainer.global_step
         if every > 0 and step // every > self._logged_step // every:
             self._logged_step = step
-            for name, value in self._averaging.metrics().items():
+            for name, value in self._metrics().items():
                 pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         # Not in on_train_end, after which a last checkpoint may be saved.
-        self._averaging.end(pl_module, is_trained=trainer.global_step > 0 and not trainer.fast_dev_run)
+        self._end(pl_module, is_trained=trainer.global_step > 0 and not trainer.fast_dev_run)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._averaging.detach()
+        self._detach()
 
     def state_dict(self) -> dict[str, Any]:
-        if not self._averaging.is_ready:
+        if self._averager is None:
             return {}
         return {
             "averager": self.averager.state_dict(),

@@ -13,14 +13,14 @@ from typing import Any
 from torch import nn
 
 try:
-    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(
         f"ewa_kernels.integrations.transformers needs transformers and accelerate: "
         f"pip install transformers accelerate ({error})"
     ) from error
 
-from ewa_kernels.integrations.callbacks import Averaging
+from ewa_kernels.integrations.callbacks import AveragingCallback
 from ewa_kernels.surgery.replaced import replaced_ffns
 from ewa_kernels.surgery.unfolded import load_unfolded_, save_unfolded
 from ewa_kernels.train.averager import ExpertAverager
@@ -29,10 +29,10 @@ __all__ = ["EWACallback"]
 
 EXPERTS_FILE = "ewa_experts.pt"
 AVERAGER_FILE = "ewa_averager.json"
-_RECORD = "ewa_kernels"  # in trainer_state.json
+_RECORD = "ewa_kernels"  # among the stateful_callbacks that the trainer saves in trainer_state.json
 
 
-class EWACallback(TrainerCallback):
+class EWACallback(AveragingCallback, TrainerCallback):
     """Averages after each real optimizer step of a `Trainer`, and folds the model when training ends.
 
         ewa.replace_ffn_(model)
@@ -67,17 +67,12 @@ class EWACallback(TrainerCallback):
         fold_at_end: bool = True,
         resume_from_checkpoint: str | os.PathLike[str] | None = None,
     ):
-        self._averaging = Averaging(averager, share_rate, fold_at_end)
+        super().__init__(averager, share_rate, fold_at_end)
         if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, (str, os.PathLike)):
             kind = type(resume_from_checkpoint).__name__
             raise TypeError(f"resume_from_checkpoint must be the checkpoint's folder or None, got {kind}")
         self.resume_from_checkpoint = resume_from_checkpoint
         self._run = ""
-
-    @property
-    def averager(self) -> ExpertAverager:
-        """The one given, or made when training began."""
-        return self._averaging.averager
 
     def add_to(self, trainer: Trainer) -> EWACallback:
         """Puts it before the trainer's other callbacks, so that loggers see `share_rate` and `expert_spread` too.
@@ -88,25 +83,23 @@ class EWACallback(TrainerCallback):
         callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
         return self
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        self._averaging.begin(model)
+        self._begin(model)
         if state.global_step > 0:
             self._resume(args, state, model)
         # Saved by the trainer, it tells which of all folders called checkpoint-5 is meant.
         self._run = uuid.uuid4().hex
-        _records(state)[_RECORD] = {"run": self._run}
-        self._averaging.attach([kwargs["optimizer"]])
+        state.stateful_callbacks[_RECORD] = {"run": self._run}
+        self._attach([kwargs["optimizer"]])
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:
-            metrics = self._averaging.metrics()
+            metrics = self._metrics()
             kwargs["logs"].update(metrics)
             state.log_history[-1].update(metrics)  # a copy of the logs, made before
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = _checkpoint(args, state)
         if args.should_save and not folder.is_dir():
             warnings.warn(f"no experts saved: the trainer's checkpoint is not in {folder}", stacklevel=2)
@@ -117,17 +110,15 @@ class EWACallback(TrainerCallback):
             record = {"run": self._run, "global_step": state.global_step, "averager": self.averager.state_dict()}
             (folder / AVERAGER_FILE).write_text(json.dumps(record))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model: nn.Module = kwargs["model"]
         if args.load_best_model_at_end and state.best_model_checkpoint is not None and replaced_ffns(model):
             # The trainer has loaded its own file, which has no experts.
             load_unfolded_(model, Path(state.best_model_checkpoint) / EXPERTS_FILE)
-        self._averaging.end(model, is_trained=state.global_step > 0)
+        self._end(model, is_trained=state.global_step > 0)
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-        record = _records(state).get(_RECORD)
+    def _resume(self, args: Any, state: Any, model: nn.Module) -> None:
+        record = state.stateful_callbacks.get(_RECORD)
         if not isinstance(record, dict):
             raise ValueError("the checkpoint has no experts: it was saved without EWACallback")
         given = (self.resume_from_checkpoint, args.resume_from_checkpoint)
@@ -147,10 +138,5 @@ class EWACallback(TrainerCallback):
         )
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-
-
-def _records(state: TrainerState) -> dict[str, Any]:
-    """What the trainer saves in trainer_state.json for callbacks; its annotation says what it is made from."""
-    return state.stateful_callbacks  # type: ignore[return-value]
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

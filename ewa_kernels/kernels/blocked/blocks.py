@@ -33,29 +33,12 @@ class Block(NamedTuple):
     saved: slice  # where pre_activation keeps them: in block order
     beta: int  # 0: the first block of its experts, which writes their gradients; 1: adds to them
 
-    @property
-    def numbers(self) -> range:
-        """Of the experts."""
-        return range(self.experts.start, self.experts.stop)
-
     def of(self, parameter: Tensor) -> Tensor:
         return parameter[self.experts]
 
 
-class _Piece(NamedTuple):
-    """Rows first … first + size − 1 of each of some experts' own rows."""
-
-    experts: slice
-    first: int
-    size: int
-
-
 def blocks(
-    permutation: Tensor,
-    expert_offsets: Tensor | None,
-    top_k: int,
-    num_experts: int,
-    block_rows: int | None,
+    permutation: Tensor, expert_offsets: Tensor | None, top_k: int, num_experts: int, block_rows: int | None
 ) -> list[Block]:
     """Each grouped row once. Experts of a block have equally many rows: all advance together as far as each of them has
     rows, and take turns with what is left. Given offsets are read on the host.
@@ -68,52 +51,40 @@ def blocks(
     counts = [end - start for start, end in itertools.pairwise(offsets)]
     pieces = _by_turns(counts, block_rows, lockstep=expert_offsets is None)
     result: list[Block] = []
-    done, seen = 0, set[int]()
-    for piece in pieces:
-        block_counts = [piece.size] * (piece.experts.stop - piece.experts.start)
-        if sum(block_counts) == num_rows:
+    done = 0
+    for experts, first, size in pieces:
+        if len(pieces) == 1:
             rows, choices = torch.arange(num_rows, device=device), permutation.long()
         else:
-            rows = _rows(piece, num_rows, num_experts, expert_offsets, device)
+            if expert_offsets is None:
+                # The offsets again, where they are needed: a copy from the host may not be captured in a CUDA graph.
+                first_row = torch.arange(num_experts, device=device) * num_rows // num_experts
+            else:
+                first_row = expert_offsets[:-1].long()
+            rows = (first_row[experts, None] + torch.arange(first, first + size, device=device)).flatten()
             choices = permutation[rows].long()
         tokens = choices // top_k if top_k > 1 else choices
         saved = slice(done, done := done + rows.shape[0])
-        beta = int(piece.experts.start in seen)
-        result.append(Block(piece.experts, block_counts, rows, tokens, choices, saved, beta))
-        seen.update(result[-1].numbers)
+        block_counts = [size] * (experts.stop - experts.start)
+        result.append(Block(experts, block_counts, rows, tokens, choices, saved, beta=int(first > 0)))
     return result
 
 
-def _rows(
-    piece: _Piece, num_rows: int, num_experts: int, expert_offsets: Tensor | None, device: torch.device
-) -> Tensor:
-    experts, first, size = piece
-    if expert_offsets is None:
-        # The offsets again, where they are needed: a copy from the host may not be captured in a CUDA graph.
-        first_row = torch.arange(num_experts, device=device) * num_rows // num_experts
-    else:
-        first_row = expert_offsets[:-1].long()
-    own_rows = torch.arange(first, first + size, device=device)
-    return (first_row[experts, None] + own_rows).flatten()
-
-
-def _by_turns(counts: list[int], block_rows: int | None, lockstep: bool) -> list[_Piece]:
+def _by_turns(counts: list[int], block_rows: int | None, lockstep: bool) -> list[tuple[slice, int, int]]:
+    """(experts, first, size) of each block: rows first … first + size − 1 of each of some experts' own rows."""
     num_experts, common = len(counts), min(counts)
     if not lockstep and (block_rows is None or common < max(LOCKSTEP_ROWS, max(counts) // 2)):
         common = 0  # too few rows to read all weights twice for them
-    size = common * num_experts if block_rows is None else block_rows
-    pieces = [_Piece(slice(0, num_experts), first, n) for first, n in _about(common, size // num_experts)]
+    if block_rows is None:
+        block_rows = sum(counts)
+    pieces = [(slice(0, num_experts), first, size) for first, size in _about(common, block_rows // num_experts)]
     for e, count in enumerate(counts):
-        alone = _about(count - common, count if block_rows is None else block_rows)
-        pieces += [_Piece(slice(e, e + 1), common + first, n) for first, n in alone]
+        pieces += [(slice(e, e + 1), common + first, size) for first, size in _about(count - common, block_rows)]
     return pieces
 
 
 def _about(total: int, size: int) -> list[tuple[int, int]]:
-    """(start, length) of pieces of about a size. No small one is left over: each reads all weights again."""
-    return _even(total, max(round(total / max(size, 1)), min(total, 1)))
-
-
-def _even(total: int, count: int) -> list[tuple[int, int]]:
+    """(start, length) of equal pieces of about a size. No small one is left over: each reads all weights again."""
+    count = max(round(total / max(size, 1)), min(total, 1))
     starts = [total * i // count for i in range(count)] + [total]
     return [(start, end - start) for start, end in itertools.pairwise(starts)]

@@ -23,12 +23,7 @@ if extension.WHY_NOT is None:
 
 
 def _pass(
-    problem: Problem,
-    dtype: torch.dtype,
-    block_rows: int,
-    parameters: Sequence[Tensor | None],
-    expert_offsets: Tensor | None,
-    backward: bool,
+    problem: Problem, dtype: torch.dtype, block_rows: int, inputs: Inputs, deal: Deal, backward: bool
 ) -> _C.LayerPass:
     """`dtype`: what products are made in. Where groups are equal it is kept."""
     key = (dtype, block_rows, backward, torch.get_num_threads())
@@ -46,10 +41,10 @@ def _pass(
         problem.dropout_p,
         dtype == torch.bfloat16,
         DTYPES[problem.dtype],
-        [0 if t is None else DTYPES[t.dtype] for t in parameters],
+        [0 if t is None else DTYPES[t.dtype] for t in inputs.parameters],
     )
-    made = _C.LayerPass(layer, address(expert_offsets), block_rows, backward)
-    if expert_offsets is None:
+    made = _C.LayerPass(layer, address(deal.expert_offsets), block_rows, backward)
+    if deal.expert_offsets is None:
         problem.kept[key] = made
     return made
 
@@ -64,14 +59,13 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y `[R, D]` by choice, pre_activation `[R, F or 2F]`, in block order or None, and the permutation."""
     x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
-    seed, permutation, expert_offsets = deal
+    permutation, is_dealt = deal.permutation, deal.permutation is None
     weights = _weights(routing_weights, dtype)
-    is_dealt = permutation is None
     if permutation is None:
         permutation = x.new_empty(problem.num_tokens, dtype=torch.int32)
     y = x.new_empty(problem.num_rows, problem.d_model)
     pre_activation = x.new_empty(problem.num_rows, problem.num_up) if problem.save else None
-    work = _pass(problem, dtype, block_rows, inputs.parameters, expert_offsets, backward=False)
+    work = _pass(problem, dtype, block_rows, inputs, deal, backward=False)
     scratch = Scratch(x.device, dtype)
     work.forward(
         x.data_ptr(),
@@ -80,7 +74,7 @@ def forward(
         down_weight.data_ptr(),
         address(down_bias),
         address(weights),
-        int(seed or 0),
+        int(deal.seed or 0),
         permutation.data_ptr(),
         is_dealt,
         y.data_ptr(),
@@ -103,10 +97,10 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of x `[R, D]` by choice, of the parameters and of the routing weights `[R]`; None if not needed."""
     x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
-    seed, permutation, expert_offsets = deal
+    permutation, expert_offsets = deal.permutation, deal.expert_offsets
     assert permutation is not None
     weights = _weights(routing_weights, dtype)
-    work = _pass(problem, dtype, block_rows, inputs.parameters, expert_offsets, backward=True)
+    work = _pass(problem, dtype, block_rows, inputs, deal, backward=True)
 
     def new(i: int, like: Tensor | None, at_once: bool) -> Tensor | None:
         """A weight's gradient is rounded to 16 bits as it is stored, if it is stored once; a bias's is not."""
@@ -136,7 +130,7 @@ def backward(
         address(up_bias),
         down_weight.data_ptr(),
         address(weights),
-        int(seed or 0),
+        int(deal.seed or 0),
         permutation.data_ptr(),
         address(pre_activation),
         address(grads[0]),

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ewa_kernels.kernels import extension
+from ewa_kernels.kernels.blocked.blocks import Block
 from ewa_kernels.kernels.blocked.torch_rows import Dropout, TorchRows
 from ewa_kernels.kernels.parameter_pass import DTYPES
-from ewa_kernels.kernels.scratch import Scratch
 
 if extension.WHY_NOT is None:
     import ewa_kernels._C as _C
@@ -24,34 +24,31 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
     There PyTorch's take some twenty times as long as in float32.
     """
-    return dtype if dtype == torch.float32 or _has_products(dtype) else torch.float32
-
-
-def _has_products(dtype: torch.dtype) -> bool:
-    if have_products(dtype):
-        return True
-    if not torch.backends.mkldnn.is_available():
-        return False
+    if dtype == torch.float32 or have_products(dtype):
+        return dtype
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
-    return bool(getattr(torch.ops.mkldnn, name)())
+    is_fast = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
+    return dtype if is_fast else torch.float32
 
 
 class CppRows(TorchRows):
     """In float32 biases are added where a block is read anyway, and not by the matrix product, which would take a pass
     for it. In 16 bits the product adds them, so that the sum is rounded once."""
 
-    def __init__(self, activation: str, gated: bool, dtype: torch.dtype, scratch: Scratch):
-        super().__init__(activation, gated, dtype, scratch)
-        self.cpp_activation = getattr(_C.Activation, activation)
+    @property
+    def cpp_activation(self) -> _C.Activation:
+        return getattr(_C.Activation, self.activation)
 
-    def gather(self, x: Tensor, tokens: Tensor, out: Tensor) -> None:
-        _C.gather_rows(matrix(x), tokens.data_ptr(), len(tokens), x.shape[1], matrix(out))
+    def look_up(self, block: Block, x: Tensor, name: str) -> Tensor:
+        out = self.new(block, name, x.shape[1])
+        _C.gather_rows(matrix(x), block.tokens.data_ptr(), len(block.tokens), x.shape[1], matrix(out))
+        return out
 
-    def multiply(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor | None:
+    def linear(self, block: Block, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor | None:
         if self.dtype != torch.float32:
-            return super().multiply(a, b, bias, out)
-        torch.bmm(a, b, out=out)
-        return bias
+            return super().linear(block, x, weight, bias, out)
+        torch.bmm(x, block.of(weight).mT, out=out)
+        return None if bias is None else block.of(bias)
 
     def scatter(self, block: Tensor, bias: Tensor | None, factor: Tensor | None, tokens: Tensor, out: Tensor) -> None:
         bias, factor = floats(bias), floats(factor)

@@ -53,7 +53,8 @@ def prepared(problem: Problem, inputs: Inputs) -> Inputs:
 
 
 def _blocks(problem: Problem, permutation: Tensor, expert_offsets: Tensor | None, rows: TorchRows) -> list[Block]:
-    block_rows = None if rows.sums_in_16_bits else rows_in_a_block(problem.num_up, rows.dtype)
+    # In 16 bits gradients would be rounded after each block that is added to them.
+    block_rows = None if rows.dtype.itemsize == 2 else rows_in_a_block(problem.num_up, rows.dtype)
     return blocks(permutation, expert_offsets, problem.top_k, problem.num_experts, block_rows)
 
 
@@ -76,10 +77,16 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
     y = x.new_empty(problem.num_rows, problem.d_model)
     pre_activation = x.new_empty(problem.num_rows, problem.num_up) if problem.save else None
     for block in _blocks(problem, permutation, deal.expert_offsets, rows):
-        pre = None if pre_activation is None else pre_activation[block.saved]
+        block_x = rows.look_up(block, x, "x")
+        pre = None if pre_activation is None else _saved(pre_activation, block)
+        product = pre if pre is not None and pre.dtype == dtype else rows.new(block, "pre", problem.num_up)
+        bias = rows.linear(block, block_x, up_weight, up_bias, product)
+        hidden = rows.new(block, "hidden", problem.d_ff)
+        rows.activate(product, bias, block.rows, dropout, pre, hidden)
+        product = rows.new(block, "y", problem.d_model)
+        bias = rows.linear(block, hidden, down_weight, down_bias, product)
         factor = None if weights is None else weights[block.choices].to(dtype)
-        hidden = rows.up(block, rows.look_up(block, x, "x"), up_weight, up_bias, dropout, pre)
-        rows.down(block, hidden, down_weight, down_bias, factor, y)
+        rows.scatter(product, bias, factor, block.choices, y)
     rows.scratch.leave()
     return sum_of_choices(y, problem.top_k), pre_activation, permutation
 
@@ -119,7 +126,7 @@ def _backward_by_blocks(
     need_pre = need_x or need_up_weight or need_up_bias or need_routing
     weights = None if routing_weights is None else routing_weights.flatten()
     all_blocks = _blocks(problem, permutation, expert_offsets, rows)
-    every_expert_has_rows = len({e for block in all_blocks for e in block.numbers}) == problem.num_experts
+    every_expert_has_rows = sum(len(b.counts) for b in all_blocks if b.beta == 0) == problem.num_experts
 
     def new(need: bool, like: Tensor | None) -> Tensor | None:
         if like is None or not need:
@@ -139,29 +146,54 @@ def _backward_by_blocks(
         if need_down_weight or need_pre:
             block_x = rows.look_up(block, x, "x")
             if pre_activation is not None:
-                pre = pre_activation[block.saved]
+                pre = _saved(pre_activation, block)
             else:
-                pre = rows.pre_activation(block, block_x, up_weight, up_bias)
+                pre = rows.new(block, "pre", problem.num_up)
+                bias = rows.linear(block, block_x, up_weight, up_bias, pre)
+                if bias is not None:
+                    pre += bias.unsqueeze(1)
+            hidden = rows.new(block, "hidden", problem.d_ff)
             if need_pre:
+                grad_hidden = rows.new(block, "grad_hidden", problem.d_ff)
+                torch.bmm(grad_out, block.of(down_weight), out=grad_hidden)
+                in_place = factor is None and not problem.gated
+                grad_pre = grad_hidden if in_place else rows.new(block, "grad_pre", problem.num_up)
                 grad_factor = None if grad_routing is None else grad_routing.new_empty(len(block.rows))
-                grad_pre, hidden = rows.down_backward(block, grad_out, down_weight, pre, dropout, factor, grad_factor)
+                rows.activate_backward(pre, grad_hidden, block.rows, dropout, factor, grad_pre, hidden, grad_factor)
                 if grad_routing is not None and grad_factor is not None:
                     if of_bias is not None:
                         grad_factor += of_bias[block.rows]
                     grad_routing[block.choices] = grad_factor
             else:
-                hidden = rows.hidden_again(block, pre, dropout)
+                rows.activate(pre, None, block.rows, dropout, None, hidden)
         if factor is not None:
-            grad_out = rows.scaled(block, grad_out, factor)
-        if need_down_weight or need_down_bias:
-            right = hidden if need_down_weight else None
-            rows.weight_gradient(block, grad_out, right, grad_down_weight, grad_down_bias)
-        if need_up_weight or need_up_bias:
-            rows.weight_gradient(block, grad_pre, block_x, grad_up_weight, grad_up_bias)
+            grad_out.mul_(factor.view(*grad_out.shape[:2], 1))
+        if grad_down_weight is not None:
+            block.of(grad_down_weight).baddbmm_(grad_out.mT, hidden, beta=block.beta)
+        if grad_down_bias is not None:
+            _add_sum(block, grad_out, grad_down_bias)
+        if grad_up_weight is not None:
+            block.of(grad_up_weight).baddbmm_(grad_pre.mT, block_x, beta=block.beta)
+        if grad_up_bias is not None:
+            _add_sum(block, grad_pre, grad_up_bias)
         if grad_x is not None:
-            rows.up_backward(block, grad_pre, up_weight, grad_x)
+            product = rows.new(block, "y", problem.d_model)  # of grad_out, which is done with
+            torch.bmm(grad_pre, block.of(up_weight), out=product)
+            rows.scatter(product, None, None, block.choices, grad_x)
     rows.scratch.leave()
     return [grad_x, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias, grad_routing]
+
+
+def _saved(pre_activation: Tensor, block: Block) -> Tensor:
+    return pre_activation[block.saved].unflatten(0, (len(block.counts), block.counts[0]))
+
+
+def _add_sum(block: Block, grad: Tensor, grad_bias: Tensor) -> None:
+    """grad_bias = beta · grad_bias + the sum of grad over rows."""
+    if block.beta == 0:
+        torch.sum(grad, 1, out=block.of(grad_bias))
+    else:
+        block.of(grad_bias).add_(grad.sum(1))
 
 
 def _permutation(problem: Problem, deal: Deal) -> Tensor:
