@@ -38,10 +38,6 @@ def places(name: str, tensor: Tensor) -> Iterator[Place]:
     if tensor.numel() == 0 or tensor.device.type == "meta" or torch.compiler.is_compiling():
         return
     device, start, size = str(tensor.device), tensor.data_ptr(), tensor.element_size()
-    if tensor.is_contiguous():
-        size *= tensor.numel()
-        yield Place(device, start, start + size, name, size, ())
-        return
     steps: list[tuple[int, int]] = []
     for stride, count in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         step = stride * tensor.element_size()
@@ -69,12 +65,11 @@ def overlaps(all_places: list[Place]) -> Iterator[tuple[Place, Place]]:
 
 def _overlap(first: Place, second: Place) -> bool:
     """Whether the difference of two pieces' addresses is less than their sizes for any two of them."""
-    counts: dict[int, tuple[int, int]] = {}
-    for step, count in first.steps:
-        counts[step] = (0, count - 1)
-    for step, count in second.steps:
-        counts[step] = (1 - count, counts.get(step, (0, 0))[1])
-    steps = [(step, *counts[step]) for step in sorted(counts, reverse=True)]
+    of_first, of_second = dict(first.steps), dict(second.steps)
+    steps = [
+        (step, 1 - of_second.get(step, 1), of_first.get(step, 1) - 1)
+        for step in sorted({*of_first, *of_second}, reverse=True)
+    ]
     return _reaches(first.start - second.start, steps, -first.size, second.size)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ewa_kernels as ewa
+from ewa_kernels.kernels import copies
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 average_experts_ = ewa.functional.average_experts_
@@ -54,7 +55,8 @@ def changed(optimizer):
     """All that a step may change."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = [optimizer.state[p][name] for p in params for name in ("exp_avg", "exp_avg_sq", "step")]
-    return [*params, *(p.grad for p in params), *states, *optimizer._copies.values()]
+    copied = [copies.find(p, torch.bfloat16) for p in params if p.dtype == torch.float32 and p.ndim == 3]
+    return [*params, *(p.grad for p in params), *states, *copied]
 
 
 def assert_equal(ours, theirs):
@@ -104,8 +106,10 @@ def test_what_is_not_aligned_goes_by_elements_and_nothing_else(which, dtype, num
         if which == "grad":
             p.grad = moved(p.grad)
         elif which == "copy":
-            result._copies = {p: moved(copy) for p, copy in result._copies.items()}
-            assert result._copies or dtype != torch.float32
+            copy = copies.find(p, torch.bfloat16)
+            assert (copy is not None) == (dtype == torch.float32)
+            if copy is not None:
+                copies.register(p, moved(copy))
         elif which is not None:
             result.state[p][which] = moved(result.state[p][which])
         return result

@@ -51,21 +51,39 @@ def groups_of(tensors: Sequence[Any], group_sizes: Sequence[int]) -> Iterator[li
         yield list(itertools.islice(remaining, size or 1))
 
 
-def _dense_strides(group: Sequence[Tensor], stacked: bool) -> tuple[int, ...] | None:
-    """The strides of the first expert if it can be read as it is; None if it is contiguous, or has to be made so."""
-    first = group[0]
-    # The bits of two bytes' rounding are numbered by indices, not by places in memory.
-    if first.is_contiguous() or first.element_size() == 2:
-        # An expert of a stacked tensor may be contiguous where the whole is not.
-        whole = first.is_contiguous() or not stacked or not first[0].is_contiguous()
-        return None if whole else tuple(first.stride()[1:])
-    shape, strides = (first.shape[1:], first.stride()[1:]) if stacked else (first.shape, first.stride())
-    expected = 1
-    for step, size in sorted(zip(strides, shape, strict=True)):
-        if size != 1 and step != expected:
-            return None
-        expected *= size
-    return tuple(strides)
+class Pass(NamedTuple):
+    """What a pass reads and writes: see `ewa_kernels.ops.adamw_`. What a parameter lacks is None.
+
+    The order of parameters numbers the experts, for their random bits.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+    exp_avgs: Sequence[Tensor | None]
+    exp_avg_sqs: Sequence[Tensor | None]
+    steps: Sequence[Tensor | None]
+    copies: Sequence[Tensor | None]
+    group_sizes: Sequence[int]
+    options_of: Sequence[int]
+
+    def columns(self) -> tuple[Sequence[Tensor | None], ...]:
+        """In the order in which the kernels take what belongs to a parameter."""
+        return self[:6]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them: parameters first, gradients last."""
+        params, grads, *others = self.columns()
+        return [t for column in (params, *others, grads) for t in column if t is not None]
+
+    def layout(self) -> tuple[list[bool], Sequence[int], Sequence[int]]:
+        """What tells, together with the list of `tensors`, which pass this is."""
+        return [t is None for column in (self.grads, self.copies) for t in column], self.group_sizes, self.options_of
+
+
+def averaging(tensors: Sequence[Tensor], group_sizes: Sequence[int]) -> Pass:
+    """The pass that averages experts and does nothing else."""
+    nothing = [None] * len(tensors)
+    return Pass(tensors, nothing, nothing, nothing, nothing, nothing, group_sizes, [0] * len(tensors))
 
 
 class Numbers(NamedTuple):
@@ -80,48 +98,39 @@ class Numbers(NamedTuple):
 
 
 class Plan:
-    """The pass over certain tensors, as often as it is made: their table on every device, and what they have to be.
-
-    It holds no tensor. A caller that keeps it calls `remember` first, and asks `addresses` before each `run`.
+    """How a pass is made, as often as it is: its table on every device, and what its tensors must be. Holds none.
 
     Args:
-        tensors: all that is read and written, in an order that stays.
-        fields: for each parameter the places among them of its param, grad, exp_avg, exp_avg_sq, step and copy; -1 for
-            none. In the order in which experts are numbered, for their random bits.
-        group_sizes: see `groups_of`.
-        options_of: for each parameter the row of its options.
-        num_grads: how many of the last tensors are gradients, which change only if they are unscaled.
+        kept: whether `run_again` is to be called.
     """
 
-    def __init__(
-        self,
-        tensors: Sequence[Tensor],
-        fields: Sequence[Sequence[int]],
-        group_sizes: Sequence[int],
-        options_of: Sequence[int],
-        num_grads: int = 0,
-    ):
-        self._guards: Any = None
-        self.low_precision: list[int] = []  # which are experts of 16 bits
-        self._num_changed = len(tensors) - num_grads
+    @torch.no_grad()
+    def __init__(self, work: Pass, *, kept: bool = False):
+        tensors = work.tensors()
+        place = {id(t): i for i, t in enumerate(tensors)}
+        self._layout = work.layout()
+        self._num_changed = len(tensors) - sum(grad is not None for grad in work.grads)
+        self._guards = private_torch.tensor_guards(tensors) if kept else None
+        # Gradients may be anywhere; parameters and experts might come to overlap where they move.
+        self._fixed = [*map(Tensor.data_ptr, work.params)]
         self._dense: dict[int, tuple[int, ...] | None] = {}  # the strides of copies that stand in for tensors
         tables: dict[torch.device, tuple[list[Any], list[Any]]] = {}
         number = 0
-        groups = zip(group_sizes, groups_of(fields, group_sizes), groups_of(options_of, group_sizes), strict=True)
-        for size, of_group, options in groups:
-            stacked, members = size == 0, [tensors[places[0]] for places in of_group]
-            first, num_experts = members[0], size or members[0].shape[0]
+        sizes, members = work.group_sizes, [*zip(*work.columns(), strict=True)]
+        groups = zip(sizes, groups_of(members, sizes), groups_of(work.options_of, sizes), strict=True)
+        for size, rows, options in groups:
+            first, stacked = rows[0][0], size == 0
+            num_experts = size or len(first)
             # An expert that has no fellow, no gradient and no copy is left alone, but counted.
-            if num_experts > 1 or any(place >= 0 for places in of_group for place in places[1:]):
-                strides = _dense_strides(members, stacked)
+            if num_experts > 1 or any(t is not None for row in rows for t in row[1:]):
                 numel = first.numel() // num_experts if stacked else first.numel()
-                native_groups, rows = tables.setdefault(first.device, ([], []))
+                native_groups, native_rows = tables.setdefault(first.device, ([], []))
                 native_groups.append((numel, num_experts, number, DTYPES[first.dtype], stacked))
-                for places, row in zip(of_group, options, strict=True):
+                strides = _dense_strides(first[0] if stacked else first)
+                for row, options_row in zip(rows, options, strict=True):
+                    places = [-1 if t is None else place[id(t)] for t in row]
                     bytes_apart = [0 if i < 0 else self._bytes_apart(tensors[i], i, strides, stacked) for i in places]
-                    rows.append((places, bytes_apart, row))
-            if num_experts > 1 and first.element_size() == 2:
-                self.low_precision += [places[0] for places in of_group]
+                    native_rows.append((places, bytes_apart, options_row))
             number += num_experts
         self._tables = {device: _C.Table(*table) for device, table in tables.items()}
         self._cuda_plans: dict[torch.device, Any] = {}
@@ -130,27 +139,32 @@ class Plan:
         """From one expert to the next; 0 if not stacked. Notes that a copy must stand in for the tensor, if so."""
         if tensor.numel() < 2:  # a number of steps too, which experts share
             return 0
-        mine = tensor.stride()[1:] if stacked else tensor.stride()
-        distance = tensor.stride(0) if stacked else 0
-        if not (tensor.is_contiguous() if strides is None else mine == strides):
-            distance = tensor[0].numel() if stacked else 0
+        expert = tensor[0] if stacked else tensor
+        distance = tensor.stride(0)
+        if not (expert.is_contiguous() if strides is None else expert.stride() == strides):
+            distance = expert.numel()
             self._dense[i] = (distance, *strides) if stacked and strides is not None else strides
-        return distance * tensor.element_size()
+        return distance * tensor.element_size() if stacked else 0
 
     @torch.no_grad()
-    def remember(self, tensors: Sequence[Tensor], num_fixed: int) -> None:
-        """What the tensors are, and where the first `num_fixed` of them."""
-        self._guards = private_torch.tensor_guards(tensors)
-        self._fixed = [*map(Tensor.data_ptr, tensors[:num_fixed])]
-
-    def addresses(self, tensors: Sequence[Any]) -> list[int] | None:
-        """Where they are now; None if they are not what is remembered. To be called without gradients."""
-        if self._guards is None or not self._guards.check(*tensors):
-            return None
+    def run_again(self, work: Pass, numbers: Numbers) -> bool:
+        """Runs if the pass is the one that the plan was made for; whether it did."""
+        if self._guards is None or self._layout != work.layout():
+            return False
+        tensors: list[Any] = work.tensors()
+        if not self._guards.check(*tensors):
+            return False
         addresses = [*map(Tensor.data_ptr, tensors)]
-        return addresses if addresses[: len(self._fixed)] == self._fixed else None
+        if addresses[: len(self._fixed)] != self._fixed:
+            return False
+        self._run(tensors, addresses, numbers)
+        return True
 
-    def run(self, tensors: Sequence[Tensor], addresses: list[int], numbers: Numbers) -> None:
+    def run(self, work: Pass, numbers: Numbers) -> None:
+        tensors = work.tensors()
+        self._run(tensors, [*map(Tensor.data_ptr, tensors)], numbers)
+
+    def _run(self, tensors: Sequence[Tensor], addresses: list[int], numbers: Numbers) -> None:
         dense = {i: _dense_copy(tensors[i], strides) for i, strides in self._dense.items()}
         for i, copy in dense.items():
             addresses[i] = copy.data_ptr()
@@ -183,6 +197,15 @@ class Plan:
                 tensors[i].copy_(copy)
         # Autograd is told, behind whose back it was.
         torch.autograd.graph.increment_version(tensors[:num_changed])
+
+
+def _dense_strides(expert: Tensor) -> tuple[int, ...] | None:
+    """In which an expert and all that belongs to it are read: its own if it is dense; None for contiguous."""
+    # The bits of two bytes' rounding are numbered by indices, not by places in memory.
+    if expert.is_contiguous() or expert.element_size() == 2:
+        return None
+    own = expert.stride()
+    return own if torch.empty_like(expert, device="meta").stride() == own else None
 
 
 def _dense_copy(tensor: Tensor, strides: tuple[int, ...] | None) -> Tensor:
@@ -222,12 +245,6 @@ class _Scalars:
         return value
 
 
-def average_plan(tensors: Sequence[Tensor], group_sizes: Sequence[int]) -> Plan:
-    """Of `average`."""
-    fields = [(i, -1, -1, -1, -1, -1) for i in range(len(tensors))]
-    return Plan(tensors, fields, group_sizes, [0] * len(tensors))
-
-
 def average(
     tensors: Sequence[Tensor],
     group_sizes: Sequence[int],
@@ -236,8 +253,8 @@ def average(
     seed: Tensor | None,
 ) -> None:
     """`ewa_kernels.reference.average_experts_`; `seed` None rounds to nearest."""
-    plan = average_plan(tensors, group_sizes)
-    plan.run(tensors, [*map(Tensor.data_ptr, tensors)], Numbers(share_rate, seed, None, found_inf))
+    work = averaging(tensors, group_sizes)
+    Plan(work).run(work, Numbers(share_rate, seed, None, found_inf))
 
 
 def adamw(
@@ -257,14 +274,11 @@ def adamw(
     seed: Tensor | None,
 ) -> None:
     """See `ewa_kernels.ops.adamw_`."""
-    columns = (params, exp_avgs, exp_avg_sqs, steps, copies, grads)
-    tensors = [t for column in columns for t in column]
-    # In the order of `Group.fields`.
-    fields = [
-        [c * len(params) + r if c == 0 or columns[c][r].numel() > 0 else -1 for c in (0, 5, 1, 2, 3, 4)]
-        for r in range(len(params))
-    ]
-    plan = Plan(tensors, fields, group_sizes, options_of, len(grads))
+    of_params = (_given(grads), _given(exp_avgs), _given(exp_avg_sqs), _given(steps), _given(copies))
+    work = Pass(params, *of_params, group_sizes, options_of)
     rows = list(zip(*[iter(options)] * NUM_OPTIONS, strict=True))
-    numbers = Numbers(share_rate, seed, grad_scale, found_inf, lrs, rows)
-    plan.run(tensors, [*map(Tensor.data_ptr, tensors)], numbers)
+    Plan(work).run(work, Numbers(share_rate, seed, grad_scale, found_inf, lrs, rows))
+
+
+def _given(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    return [t if t.numel() > 0 else None for t in tensors]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from itertools import chain
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,30 +15,24 @@ from torch.optim import adamw
 import ewa_kernels.backends as backends
 import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
+import ewa_kernels.ops as ops
 import ewa_kernels.private_torch as private_torch
 import ewa_kernels.train.shards as shards
 from ewa_kernels.kernels import copies, graphs
-from ewa_kernels.kernels.parameter_pass import MAX_EXPERTS, Numbers
+from ewa_kernels.kernels.parameter_pass import MAX_EXPERTS, Numbers, Pass, Plan
 from ewa_kernels.train.attachment import is_dry_run
 from ewa_kernels.train.averager import ExpertAverager
 from ewa_kernels.train.lookup import flattened
-from ewa_kernels.train.step_plan import State, StepPlan, device_of_numbers, local_states
 
 __all__ = ["AdamW"]
 
 _warned: set[str] = set()
 
 
-class _Now(NamedTuple):
-    """Of one step."""
-
-    share_rate: float
-    seed: int | None
-    found_inf: Tensor | None
-
-
-_grad_of = attrgetter("grad")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+# Of a parameter that has a gradient: grad, exp_avg, exp_avg_sq, step, and the index of its group.
+_State = tuple[Tensor, Tensor, Tensor, Tensor, int]
+_of_state = itemgetter("exp_avg", "exp_avg_sq", "step")
+_NO_STATE = (None, None, None, None, 0)
 
 
 class AdamW(torch.optim.AdamW):
@@ -67,7 +62,7 @@ class AdamW(torch.optim.AdamW):
             already; `bf16_copies` without an averager, or (at a step) of sharded parameters.
     """
 
-    _plan: StepPlan | None = None  # of the last step; in no copy and no pickle
+    _plan: Plan | None = None  # of the last step; in no copy and no pickle
 
     def __init__(
         self,
@@ -91,7 +86,6 @@ class AdamW(torch.optim.AdamW):
         if bf16_copies and averager is None:
             raise ValueError("bf16_copies needs an averager, whose experts it copies, got None")
         self.averager, self.bf16_copies = averager, bf16_copies
-        self._copies: dict[Tensor, Tensor] = {}
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable, fused=True
         )
@@ -104,7 +98,6 @@ class AdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_copies", {})
         for group in self.param_groups:
             # A state of torch's may say otherwise.
             group["fused"], group["foreach"] = True, None
@@ -116,7 +109,6 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, and one of the averager. Args and Returns: as in torch."""
         self._check_groups()
-        self._check_copies()
         _health_check(self)
         loss = None
         if closure is not None:
@@ -130,22 +122,22 @@ class AdamW(torch.optim.AdamW):
         # What can be wrong with the averager is found out before anything changes.
         averager = None if is_dry_run(self, had_state=len(self.state) > 0) else self.averager
         experts = [] if averager is None else averager.experts()
-        now = _Now(*((0.0, None) if averager is None else averager.next_step()), found_inf)
-        if not self._pass_again(params, experts, now):
+        numbers = self._numbers(*((0.0, None) if averager is None else averager.next_step()), found_inf)
+        if not self._pass_again(experts, numbers):
             self._plan = None
             held = shards.Experts(experts, exchange=False)
             flat, group_sizes = checks.experts(held.local)
             self._check_parameters(flat)
             states = self._states()
-            reason = self._why_not(states, experts, held)
+            reason = self._why_not(states, flat, held, experts)
             if reason is not None:
                 _warn_once_of_slowness(reason)
                 self._step_by_torch(states, found_inf)
                 if averager is not None:
                     averager.average(found_inf)
                 return loss
-            numbers = self._numbers(flat, now, held.keys[0] if held.keys else 0)
-            self._pass_anew(params, states, flat, group_sizes, numbers)
+            numbers = self._seeded(numbers, flat, held.keys[0] if held.keys else 0)
+            self._pass_anew(_local_states(states, found_inf), flat, group_sizes, numbers)
         if averager is not None:
             averager.num_steps += 1
         return loss
@@ -172,6 +164,11 @@ class AdamW(torch.optim.AdamW):
         parameters = set()
         for i, group in enumerate(self.param_groups):
             for j, p in enumerate(group["params"]):
+                if self.bf16_copies and shards.is_sharded(p):
+                    raise ValueError(
+                        "bf16_copies must be False for sharded parameters, got True: fully_shard with "
+                        "MixedPrecisionPolicy(param_dtype=torch.bfloat16) gathers them in bfloat16"
+                    )
                 if p.grad is not None:
                     checks.floating(f"param_groups[{i}]['params'][{j}]", p)
                     parameters.add(shards.local(p))
@@ -181,25 +178,17 @@ class AdamW(torch.optim.AdamW):
             named += [(f"a parameter of shape {list(p.shape)}", p) for p in parameters]
             checks.own_memory(named)
 
-    def _check_copies(self) -> None:
-        if self.bf16_copies and any(shards.is_sharded(p) for group in self.param_groups for p in group["params"]):
-            raise ValueError(
-                "bf16_copies must be False for sharded parameters, got True: fully_shard with "
-                "MixedPrecisionPolicy(param_dtype=torch.bfloat16) gathers them in bfloat16"
-            )
-
-    def _states(self) -> dict[Tensor, State]:
+    def _states(self) -> dict[Tensor, _State]:
         """Of every parameter with a gradient; a first step creates them."""
-        states: dict[Tensor, State] = {}
+        states: dict[Tensor, _State] = {}
         for i, group in enumerate(self.param_groups):
             lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
-            self._init_group(group, *lists)
+            self._init_group(group, *lists)  # a compiler follows what it puts into lists, not self.state
             params, grads, exp_avgs, exp_avg_sqs, _, steps = lists
             for p, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-                states[p] = State(grad, exp_avg, exp_avg_sq, step, i)
+                states[p] = (grad, exp_avg, exp_avg_sq, step, i)
         for p, state in states.items():
-            for name in ("grad", "exp_avg", "exp_avg_sq"):
-                tensor = getattr(state, name)
+            for name, tensor in zip(("grad", "exp_avg", "exp_avg_sq"), state[:3], strict=True):
                 if (tensor.shape, tensor.device) != (p.shape, p.device):
                     raise ValueError(
                         f"{name} must be {list(p.shape)} on {p.device} like its parameter, got {list(tensor.shape)} on "
@@ -207,135 +196,134 @@ class AdamW(torch.optim.AdamW):
                     )
         return states
 
-    def _why_not(self, states: dict[Tensor, State], experts: list[Any], held: shards.Experts) -> str | None:
+    def _known_states(self) -> dict[Tensor, _State]:
+        """The same; raises KeyError if a first step is yet to create one."""
+        return {
+            p: (grad, *_of_state(self.state.get(p, {})), i)
+            for i, group in enumerate(self.param_groups)
+            for p in group["params"]
+            if (grad := p.grad) is not None
+        }
+
+    def _why_not(
+        self, states: dict[Tensor, _State], flat: list[Tensor], held: shards.Experts, experts: list[Any]
+    ) -> str | None:
         """Why torch must make the step; None if the extension can, "" where `backends` has warned of that already.
 
-        `held`: of the experts, by this process.
+        `flat`, `held`: of the experts, by this process.
         """
         if len(held.local) < len(experts):
             return "processes hold a part of the experts only"
-        groups = [[group] if isinstance(group, Tensor) else group for group in held.local]
-        members = [t for group in groups for t in group]
-        if len(set(held.keys)) > 1 and self._rounds_stochastically(members):
+        if len(set(held.keys)) > 1 and self._rounds_stochastically(flat):
             return "random bits differ from shard to shard, but not those of what every process holds"
-        if not all(shards.is_alike(tensor, p) for p, state in states.items() for tensor in state[:3]):
+        if any(shards.sharding(t) != shards.sharding(p) for p, state in states.items() for t in state[:3]):
             return "gradients or moments are sharded in another way"
-        tensors = [*map(shards.local, states), *(shards.local(state.grad) for state in states.values()), *members]
+        tensors = [*map(shards.local, states), *(shards.local(grad) for grad, *_ in states.values()), *flat]
         for device in {t.device for t in tensors}:
             if backends.resolve("adamw", "auto", device) == "torch":
                 return ""
         if any(type(t) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) for t in tensors):
             return "subclasses of Tensor may keep their values elsewhere"
-        if any(p.dtype != state.grad.dtype or p.dtype != state.exp_avg.dtype for p, state in states.items()):
+        if any(not p.dtype == grad.dtype == exp_avg.dtype for p, (grad, exp_avg, *_) in states.items()):
             return "gradients or moments are of another dtype"
         if any(len(group) > MAX_EXPERTS for group in experts):
             return f"the extension averages at most {MAX_EXPERTS} experts"
         return None
 
-    def _pass_again(self, params: list[Tensor], experts: list[Any], now: _Now) -> bool:
+    def _pass_again(self, experts: list[Any], numbers: Numbers) -> bool:
         """By the plan of the last step, if it is one for these tensors: all that depends on them was checked then."""
         if self._plan is None or private_torch.is_watched():
             return False
-        grads: list[Any] = [*map(_grad_of, params)]
-        flat, sizes = flattened(experts)
-        if self._plan.signature != self._signature(params, grads, flat, sizes):
-            return False
-        if None in self._plan.signature[0]:
-            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
-            grads = [grad for grad in grads if grad is not None]
         try:
-            states: list[Any] = [*map(self.state.get, params)]
-            moments = [[*map(itemgetter(name), states)] for name in _MOMENTS]
-        except (KeyError, TypeError):
+            states = self._known_states()
+        except KeyError:
             return False
-        fresh = [self._copy_of(flat[i]) for i in self._plan.copied]
-        tensors = self._plan.listed(flat, params, moments, fresh, grads)
-        if not self._plan.run_again(tensors, self._numbers(flat, now)):
+        flat, group_sizes = flattened(experts)
+        work = self._pass(states, flat, group_sizes)
+        if not self._plan.run_again(work, self._seeded(numbers, flat)):
             return False
-        self._register([flat[i] for i in self._plan.copied])
+        self._register(work)
         return True
 
     def _pass_anew(
-        self,
-        params: list[Tensor],
-        states: dict[Tensor, State],
-        flat: list[Tensor],
-        group_sizes: list[int],
-        numbers: Numbers,
+        self, states: dict[Tensor, _State], flat: list[Tensor], group_sizes: list[int], numbers: Numbers
     ) -> None:
-        """`flat`, `group_sizes`: the experts, as `ewa_kernels.ops.average_experts_` takes them."""
-        held = local_states(states, numbers.found_inf)
-        copied = [i for i, t in enumerate(flat) if self.bf16_copies and _is_copied(t)]
-        plan = StepPlan(held, flat, group_sizes, copied)
-        grads = [state.grad for state in held.values()]
-        moments = [[name(state) for state in held.values()] for name in map(attrgetter, _MOMENTS)]
-        tensors = plan.listed(flat, held, moments, [self._copy_of(flat[i]) for i in copied], grads)
-        if private_torch.is_watched(tensors):
-            device = functional.device_of(tensors)
-            plan.dispatch(tensors, numbers, [_learning_rate(group, device) for group in self.param_groups])
+        work = self._pass(states, flat, group_sizes)
+        if private_torch.is_watched(work.tensors()):
+            self._dispatch(work, numbers)
         else:
-            plan.run(tensors, numbers)
-            if [*map(id, held)] == [*map(id, states)]:  # neither shards, nor empty ones
-                plan.signature = self._signature(params, [*map(_grad_of, params)], flat, group_sizes)
-                self._plan = plan
-        self._register([flat[i] for i in copied])
+            plan = Plan(work, kept=True)
+            plan.run(work, numbers)
+            self._plan = plan
+        self._register(work)
 
-    def _signature(self, params: list[Tensor], grads: list[Any], flat: list[Tensor], sizes: list[int]) -> list[Any]:
-        """Which tensors there are, by their ids, so that none is kept alive; what they are `Plan.addresses` tells."""
-        missing = [None if grad is None else True for grad in grads]
-        groups = [len(group["params"]) for group in self.param_groups]
-        return [missing, [*map(id, params)], groups, [*map(id, flat)], sizes, self.bf16_copies]
+    def _pass(self, states: dict[Tensor, _State], flat: list[Tensor], group_sizes: list[int]) -> Pass:
+        """`flat`, `group_sizes`: the experts, as `ewa_kernels.ops.average_experts_` takes them."""
+        experts = set(flat)
+        others = [p for p in states if p not in experts]
+        params = [*flat, *others]
+        of_states = zip(*(states.get(t, _NO_STATE) for t in params), strict=True) if params else ((),) * 5
+        grads, exp_avgs, exp_avg_sqs, steps, options_of = of_states
+        # A copy holds the parameter's values already, since the step may be skipped.
+        copied = [copies.in_dtype(t, torch.bfloat16) if self.bf16_copies and _is_copied(t) else None for t in flat]
+        copied += [None] * len(others)
+        sizes = [*group_sizes, *[1] * len(others)]
+        return Pass(params, grads, exp_avgs, exp_avg_sqs, steps, copied, sizes, options_of)
 
-    def _numbers(self, experts: list[Tensor], now: _Now, key: int = 0) -> Numbers:
-        """Options may have changed in any way. `key`: of the shard."""
+    def _dispatch(self, work: Pass, numbers: Numbers) -> None:
+        """As an operation, for who wants to see one."""
+        none = torch.empty(0)
+        device = functional.device_of(work.tensors())
+        ops.adamw_(
+            *([none if t is None else t for t in column] for column in work.columns()),
+            work.group_sizes,
+            work.options_of,
+            [_learning_rate(group, device) for group in self.param_groups],
+            [*chain.from_iterable(numbers.options)],
+            torch.tensor(numbers.share_rate, dtype=torch.float64, device=_device_of_numbers(device)),
+            numbers.grad_scale,
+            numbers.found_inf,
+            None if numbers.seed is None else checks.seed_tensor(numbers.seed, device),
+        )
+
+    def _numbers(self, share_rate: float, seed: int | None, found_inf: Tensor | None) -> Numbers:
+        """Options may have changed in any way."""
         lrs = [group["lr"] for group in self.param_groups]
-        numbers = [
-            (*group["betas"], group["eps"], group["weight_decay"], group["maximize"]) for group in self.param_groups
+        options = [
+            tuple(map(float, (*group["betas"], group["eps"], group["weight_decay"], group["maximize"])))
+            for group in self.param_groups
         ]
-        options = [tuple(map(float, row)) for row in numbers]
-        seed = self._seed(experts, now.seed, key)
-        return Numbers(now.share_rate, seed, getattr(self, "grad_scale", None), now.found_inf, lrs, options)
+        return Numbers(share_rate, seed, getattr(self, "grad_scale", None), found_inf, lrs, options)
+
+    def _seeded(self, numbers: Numbers, experts: list[Tensor], key: int = 0) -> Numbers:
+        """With the seed of stochastic rounding, if there is any. `key`: of the shard."""
+        seed: Any = numbers.seed
+        if not self._rounds_stochastically(experts):
+            return numbers._replace(seed=None)
+        if seed is None:  # a graph is captured
+            seed = functional.rounding_seed(next(t for t in experts if t.element_size() == 2))
+        return numbers._replace(seed=shards.seed_of(seed, key))
 
     def _rounds_stochastically(self, experts: list[Tensor]) -> bool:
         stochastic = self.averager is not None and self.averager.rounding == "stochastic"
         return stochastic and any(t.element_size() == 2 for t in experts)
 
-    def _seed(self, experts: list[Tensor], seed: int | None, key: int = 0) -> int | Tensor | None:
-        """Of stochastic rounding, if there is any."""
-        if not self._rounds_stochastically(experts):
-            return None
-        if seed is not None:
-            return shards.seed_of(seed, key)
-        return shards.seed_of(functional.rounding_seed(next(t for t in experts if t.element_size() == 2)), key)
-
-    def _register(self, copied: list[Tensor]) -> None:
-        for p in copied:
+    def _register(self, work: Pass) -> None:
+        for p, copy in zip(work.params, work.copies, strict=True):
             # What is captured is written by replays, which nobody counts.
-            if not graphs.is_capturing(p.device):
-                copies.register(p, self._copies[p])
+            if copy is not None and not graphs.is_capturing(p.device):
+                copies.register(p, copy)
 
-    def _copy_of(self, parameter: Tensor) -> Tensor:
-        """The copy to be written, which holds the parameter's values already: the step may be skipped."""
-        copy = self._copies.get(parameter)
-        if copy is None or copy.shape != parameter.shape or copy.device != parameter.device:
-            self._copies[parameter] = copy = torch.empty_like(parameter, dtype=torch.bfloat16)
-        if copies.find(parameter, torch.bfloat16) is not copy:
-            copy.copy_(parameter)
-        return copy
-
-    def _step_by_torch(self, states: dict[Tensor, State], found_inf: Tensor | None) -> None:
+    def _step_by_torch(self, states: dict[Tensor, _State], found_inf: Tensor | None) -> None:
         for i, group in enumerate(self.param_groups):
-            params = [p for p, state in states.items() if state.options == i]
-            columns = [list(column) for column in zip(*(states[p][:4] for p in params), strict=True)]
-            if not params:
+            of_group = [(p, *state) for p, state in states.items() if state[-1] == i]
+            if not of_group:
                 continue
-            grads, exp_avgs, exp_avg_sqs, steps = columns
-            beta1, beta2 = group["betas"]
+            params, grads, exp_avgs, exp_avg_sqs, steps, _ = map(list, zip(*of_group, strict=True))
             # torch's fused kernel takes it for granted that all lie in memory in the same order.
-            ordered = zip(params, grads, strict=True)
-            grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in ordered]
-            triples = zip(params, grads, exp_avgs, strict=True)
-            fused = all(p.stride() == g.stride() == m.stride() for p, g, m in triples)
+            for j, p in enumerate(params):
+                grads[j] = grads[j] if grads[j].stride() == p.stride() else torch.empty_like(p).copy_(grads[j])
+            fused = all(p.stride() == g.stride() == m.stride() for p, g, m in zip(params, grads, exp_avgs, strict=True))
             grad_scale = getattr(self, "grad_scale", None)
             if not fused:
                 if found_inf is not None and bool(found_inf):
@@ -354,13 +342,25 @@ class AdamW(torch.optim.AdamW):
                 grad_scale=grad_scale if fused else None,
                 found_inf=found_inf if fused else None,
                 amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=group["maximize"],
             )
+
+
+def _local_states(states: dict[Tensor, _State], found_inf: Tensor | None) -> dict[Tensor, _State]:
+    """What this process holds of them; of an empty shard only the number of steps, which is counted here."""
+    held: dict[Tensor, _State] = {}
+    local = shards.local
+    for p, (grad, exp_avg, exp_avg_sq, step, i) in states.items():
+        if local(p).numel() == 0:
+            local(step).add_(1 if found_inf is None else found_inf.reshape(()) == 0)
+        else:
+            held[local(p)] = (local(grad), local(exp_avg), local(exp_avg_sq), local(step), i)
+    return held
 
 
 def _is_copied(expert: Tensor) -> bool:
@@ -377,8 +377,13 @@ def _learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
     # A schedule leaves its first rate there; without one, a number stays as it is.
     may_change = isinstance(lr, Tensor) or "initial_lr" in group
     if not isinstance(lr, Tensor):
-        lr = torch.tensor(lr, dtype=torch.float64, device=device_of_numbers(device))
+        lr = torch.tensor(lr, dtype=torch.float64, device=_device_of_numbers(device))
     return graphs.replayable("lr", lr, device) if may_change else lr
+
+
+def _device_of_numbers(device: torch.device) -> torch.device:
+    """Where numbers go that change from step to step: a compiler may make a CUDA graph, which keeps the host's."""
+    return device if torch.compiler.is_compiling() else torch.device("cpu")
 
 
 def _warn_once_of_slowness(reason: str) -> None:

@@ -13,10 +13,6 @@ from torch.utils.hooks import RemovableHandle
 import ewa_kernels.train.shards as shards
 
 
-def _nothing() -> None:
-    """What a reference to an optimizer that is gone gives."""
-
-
 class Attachment:
     """That something runs after an optimizer's real steps, until `remove()`, or until the optimizer is gone.
 
@@ -27,13 +23,13 @@ class Attachment:
 
     def __init__(self, check: Callable[[], None], run: Callable[[Any], None], optimizer: Optimizer):
         self._check, self._run = check, run
-        self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
+        self._optimizer: weakref.ref[Optimizer] | None = weakref.ref(optimizer)
         self._had_state = False
         self._handles: list[RemovableHandle] = []
 
     @property
     def optimizer(self) -> Optimizer | None:
-        return self._optimizer()
+        return None if self._optimizer is None else self._optimizer()
 
     def hook(self, optimizer: Optimizer) -> None:
         self._handles = [
@@ -44,15 +40,15 @@ class Attachment:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._optimizer = _nothing
+        self._optimizer = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_optimizer": self._optimizer(), "_handles": bool(self._handles)}
+        return {**self.__dict__, "_optimizer": self.optimizer, "_handles": bool(self._handles)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """torch copies an optimizer without its hooks, so that they are registered with the copy here."""
         optimizer, hooked = state.pop("_optimizer"), state.pop("_handles")
-        self.__dict__.update(state, _optimizer=_nothing if optimizer is None else weakref.ref(optimizer), _handles=[])
+        self.__dict__.update(state, _optimizer=None if optimizer is None else weakref.ref(optimizer), _handles=[])
         if optimizer is not None and hooked:
             self.hook(optimizer)
 
@@ -86,12 +82,9 @@ def hooked(optimizer: object) -> Optimizer:
 
 def holds(optimizer: Optimizer, tensors: Iterable[Tensor]) -> bool:
     """Whether any of them is a parameter of the optimizer, or lies in the memory of one."""
-
-    def memory(tensor: Tensor) -> int:
-        return shards.local(tensor).untyped_storage()._cdata
-
-    held = {memory(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return any(memory(tensor) in held for tensor in tensors)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    memory, held = ({shards.local(t).untyped_storage()._cdata for t in each} for each in (tensors, parameters))
+    return not memory.isdisjoint(held)
 
 
 def is_dry_run(optimizer: Optimizer, had_state: bool) -> bool:

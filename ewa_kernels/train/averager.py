@@ -19,7 +19,7 @@ import ewa_kernels.functional as functional
 import ewa_kernels.private_torch as private_torch
 import ewa_kernels.train.shards as shards
 from ewa_kernels.backends import resolve
-from ewa_kernels.kernels.parameter_pass import Numbers, Plan, average_plan
+from ewa_kernels.kernels.parameter_pass import Numbers, Plan, averaging
 from ewa_kernels.modules import RandomPartitionMoE, StackedExperts, expert_tensors
 from ewa_kernels.moe.adapters import Paths
 from ewa_kernels.moe.experts import find_experts, resolved
@@ -74,7 +74,7 @@ class ExpertAverager:
         self._attachment: Attachment | None = None
         # From step to step, as long as they are true.
         self._lookup = Lookup()
-        self._plan: tuple[Plan, list[int]] | None = None
+        self._plan: Plan | None = None
         self._model: nn.Module | None = None
         self._given: Mapping[str, Experts] = {}
         self._paths: Paths = {}
@@ -188,33 +188,19 @@ class ExpertAverager:
         experts = self.experts()
         if not self._average_again(experts, beta, seed, found_inf):
             functional.average_experts_(experts, beta, rounding=self.rounding, seed=seed, found_inf=found_inf)
-            self._keep_plan(experts)
+            flat, group_sizes = flattened(experts)
+            by_extension = all(resolve("average_experts_", "auto", t.device) in ("cpp", "cuda") for t in flat)
+            is_planned = by_extension and not private_torch.is_watched(flat)
+            self._plan = Plan(averaging(flat, group_sizes), kept=True) if is_planned else None
         self.num_steps += 1
 
     @torch.no_grad()
     def _average_again(self, experts: list[Experts], beta: float, seed: int | None, found_inf: Tensor | None) -> bool:
         """By the plan of the last step, if it is one for these tensors: they were checked then."""
-        if self._plan is None or private_torch.is_watched() or _is_capturing():
+        if self._plan is None or seed is None or private_torch.is_watched():  # no seed: a graph is captured
             return False
-        flat, sizes = flattened(experts)
-        plan, planned_sizes = self._plan
-        addresses = plan.addresses(flat) if sizes == planned_sizes else None
-        if addresses is None:
-            return False
-        random = self.rounding == "stochastic" and plan.low_precision
-        plan.run(flat, addresses, Numbers(beta, seed if random else None, None, found_inf))
-        return True
-
-    def _keep_plan(self, experts: list[Experts]) -> None:
-        self._plan = None
-        flat, sizes = flattened(experts)
-        if private_torch.is_watched(flat) or _is_capturing():
-            return
-        devices = {t.device for t in flat}
-        if all(resolve("average_experts_", "auto", device) in ("cpp", "cuda") for device in devices):
-            plan = average_plan(flat, sizes)
-            plan.remember(flat, len(flat))
-            self._plan = plan, sizes
+        numbers = Numbers(beta, seed if self.rounding == "stochastic" else None, None, found_inf)
+        return self._plan.run_again(averaging(*flattened(experts)), numbers)
 
     def check(self) -> None:
         """Raises what `average` would, except for what its tensors are: before an optimizer's step, not after it."""
@@ -376,11 +362,11 @@ def _check_not_flattened(experts: Mapping[str, Experts], ndims: Mapping[str, int
 def _rms_distance(experts: Experts) -> float:
     if isinstance(experts, Tensor):
         whole = shards.whole_experts(experts)
-        stacked, numel = shards.local(whole), experts.numel()
+        wide = shards.local(whole).to(torch.float64)
     else:
         whole = experts[0]
-        stacked, numel = torch.stack([shards.local(expert) for expert in experts]), len(experts) * whole.numel()
-    wide = stacked.to(torch.float64)
+        wide = torch.stack([shards.local(expert) for expert in experts]).to(torch.float64)
+    numel = sum(tensor.numel() for tensor in members_of(experts))
     total = (wide - wide.mean(dim=0)).square().sum()
     if shards.is_sharded(whole):
         total = shards.sum_over_shards(total, whole)

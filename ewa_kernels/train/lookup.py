@@ -35,13 +35,15 @@ class Lookup:
             }
         found = find(model)
         place = {id(p): i for i, p in enumerate(parameters)}
-        # A module's own methods may give something else than its parameters.
-        known = all(id(p) in place for p in flattened(found.values())[0])
-        self._tree = tree if known else []
-        self._places = {
-            name: place[id(group)] if isinstance(group, Tensor) else [place[id(p)] for p in group]
-            for name, group in (found.items() if known else ())
-        }
+        self._tree = []
+        try:
+            self._places = {
+                name: place[id(group)] if isinstance(group, Tensor) else [place[id(p)] for p in group]
+                for name, group in found.items()
+            }
+        except KeyError:  # a module's own methods may give something else than its parameters
+            return found
+        self._tree = tree
         return found
 
 

@@ -7,7 +7,6 @@ places.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
@@ -42,11 +41,9 @@ def local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
-def is_alike(tensor: Tensor, other: Tensor) -> bool:
-    """Whether both are sharded in the same way, or both are not."""
-    if is_sharded(tensor) and is_sharded(other):
-        return (tensor.device_mesh, tensor.placements) == (other.device_mesh, other.placements)
-    return not is_sharded(tensor) and not is_sharded(other)
+def sharding(tensor: Any) -> Any:
+    """Shape, placements and mesh of a DTensor; None of any other tensor."""
+    return (tuple(tensor.shape), tensor.placements, tensor.device_mesh) if is_sharded(tensor) else None
 
 
 def unsharded_modules(model: nn.Module) -> list[Any]:
@@ -134,21 +131,20 @@ class Experts:
         for i, group in enumerate(groups):
             if isinstance(group, (list, tuple)):
                 _check_alike(f"tensors[{i}]", group)
-                self._append([local(expert) for expert in group], group[0] if group else None)
-            elif not is_sharded(group):
-                self._append(group, group)
-            else:
+                self.local.append([local(expert) for expert in group])
+                self.keys.append(_key(group[0]) if group else 0)
+                continue
+            whole = group
+            if is_sharded(group):
                 checks.stacked(f"tensors[{i}]", group)
                 _check_placements(f"tensors[{i}]", group, is_stacked=True)
-                if not exchange and splits_experts(group):
+            if splits_experts(group):
+                if not exchange:
                     continue
-                if splits_experts(group):
-                    self._exchanged.append((group, group := _exchange(group)))
-                self._append(local(group), group)
-
-    def _append(self, group: Any, whole: Any) -> None:
-        self.local.append(group)
-        self.keys.append(_key(whole) if is_sharded(whole) else 0)
+                whole = _exchange(group)
+                self._exchanged.append((group, whole))
+            self.local.append(local(whole))
+            self.keys.append(_key(whole))
 
     def write_back(self) -> None:
         """Gives every process its part of what was exchanged. Collective if there is any."""
@@ -181,34 +177,29 @@ def any_process(flag: bool, tensors: Iterable[Tensor]) -> bool:
     return flag
 
 
-def _key(tensor: DTensor) -> int:
+def _key(tensor: Any) -> int:
+    """See `Experts.keys`."""
+    if not is_sharded(tensor):
+        return 0
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None, "this process is not in the mesh"
-    sizes = [
-        (tensor.device_mesh.size(i), coordinate[i])
-        for i, placement in enumerate(tensor.placements)
-        if not placement.is_replicate()
-    ]
-    number = 0
-    for size, place in sizes:
-        number = number * size + place
-    return 0 if math.prod(size for size, _ in sizes) == 1 else 1 + number
+    number, num_shards = 0, 1
+    for i, placement in enumerate(tensor.placements):
+        if not placement.is_replicate():
+            size = tensor.device_mesh.size(i)
+            number, num_shards = number * size + coordinate[i], num_shards * size
+    return 0 if num_shards == 1 else 1 + number
 
 
 def _check_alike(name: str, group: Sequence[Any]) -> None:
-    if not any(is_sharded(expert) for expert in group):
-        return
-
-    def sharding(expert: Any) -> Any:
-        return (tuple(expert.shape), expert.placements, expert.device_mesh) if is_sharded(expert) else None
-
     for e, expert in enumerate(group):
         if sharding(expert) != sharding(group[0]):
             raise ValueError(
                 f"{name}[{e}] must have the shape and the sharding of {name}[0], {sharding(group[0])}, "
                 f"got {sharding(expert)}"
             )
-    _check_placements(f"{name}[0]", group[0], is_stacked=False)
+    if group and is_sharded(group[0]):
+        _check_placements(f"{name}[0]", group[0], is_stacked=False)
 
 
 def _check_placements(name: str, tensor: DTensor, is_stacked: bool) -> None:

@@ -25,16 +25,19 @@ class ShareRate:
     stop_step: int | None = None
 
     def __post_init__(self) -> None:
-        checks.integer("start_step", self.start_step, minimum=0)
+        self._integer("start_step", minimum=0)
         if self.stop_step is not None:
-            checks.integer("stop_step", self.stop_step, minimum=self.start_step)
-            self._store(int, "stop_step")
-        self._store(int, "start_step")
+            self._integer("stop_step", minimum=self.start_step)
 
-    def _store(self, kind: type[int] | type[float], *names: str) -> None:
-        """As Python's own numbers, so that schedules which are equal have equal words."""
-        for name in names:
-            object.__setattr__(self, name, kind(getattr(self, name)))
+    # Numbers are stored as Python's own, so that schedules which are equal have equal words.
+
+    def _integer(self, name: str, minimum: int) -> None:
+        checks.integer(name, getattr(self, name), minimum=minimum)
+        object.__setattr__(self, name, int(getattr(self, name)))
+
+    def _probability(self, name: str) -> None:
+        checks.probability(name, getattr(self, name))
+        object.__setattr__(self, name, float(getattr(self, name)))
 
     def __call__(self, step: int) -> float:
         if step < self.start_step or (self.stop_step is not None and step >= self.stop_step):
@@ -58,8 +61,7 @@ class ConstantShareRate(ShareRate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.probability("value", self.value)
-        self._store(float, "value")
+        self._probability("value")
 
     def _inside(self, step: int) -> float:
         return self.value
@@ -73,11 +75,9 @@ class _Ramp(ShareRate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.probability("end", self.end)
-        checks.probability("start", self.start)
-        checks.integer("num_steps", self.num_steps, minimum=1)
-        self._store(float, "end", "start")
-        self._store(int, "num_steps")
+        self._probability("end")
+        self._probability("start")
+        self._integer("num_steps", minimum=1)
 
     def _inside(self, step: int) -> float:
         if step >= self.num_steps:

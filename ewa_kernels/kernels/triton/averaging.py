@@ -135,9 +135,6 @@ def average(
                 num_warps=TILE.num_warps,
                 **ASSERTS,
             )
-        if isinstance(group, Tensor):
-            if dense is not group:
-                group.copy_(dense)
-        else:
+        if dense is not group:
             for expert, value in zip(group, dense, strict=True):
                 expert.copy_(value)
