@@ -86,6 +86,17 @@ class TestLookup:
         with pytest.raises(ValueError, match="must have 3 dimensions"):
             averager.step()
 
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    def test_beside_a_scripted_module(self):
+        """Whose parameters are in no dict."""
+        model = nn.Sequential(torch.jit.script(nn.Linear(8, 8)), ewa.RandomPartitionMoE(8, 16, 2))
+        averager = ewa.ExpertAverager(model, 0.3)
+        for _ in range(2):
+            expected = model[1].up.weight.detach().clone()
+            ewa.reference.average_experts_([expected], 0.3)
+            averager.step()
+            torch.testing.assert_close(model[1].up.weight.detach(), expected)
+
     def test_modules_in_a_circle(self):
         model = self.model()
         model["a"].register_module("around", nn.Module())

@@ -77,6 +77,15 @@ class TestBfloat16Copies:
         self.step(layer, optimizer)
         assert torch.equal(copies.find(layer.up.weight, torch.bfloat16), layer.up.weight.to(torch.bfloat16))
 
+    def test_of_an_optimizer_that_is_gone(self):
+        """torch's fused ones change parameters without a count of it."""
+        layer, optimizer = self.layer(bf16_copies=True)
+        self.step(layer, optimizer)
+        assert copies.find(layer.up.weight, torch.bfloat16) is not None
+        del optimizer
+        gc.collect()
+        assert copies.find(layer.up.weight, torch.bfloat16) is None
+
     def test_of_a_model_that_is_gone(self):
         layer, optimizer = self.layer(bf16_copies=True)
         gc.collect()

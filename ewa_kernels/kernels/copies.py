@@ -1,13 +1,15 @@
 """bfloat16 copies of parameters, which the optimizer writes in its own pass and autocast needs: who may use them when.
 
-A copy counts as long as its parameter is where it was and unchanged since, by autograd's count of changes. What is
-done behind autograd's back, as `parameter.data.copy_(…)` does it, is not seen.
+A copy counts as long as its parameter is where it was and unchanged since, by autograd's count of changes, and the
+optimizer that writes it is alive. What is done behind autograd's back is not seen: `parameter.data.copy_(…)`, and steps
+of torch's own fused optimizers.
 """
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from ewa_kernels.kernels import graphs
 @dataclass(frozen=True)
 class _Copy:
     parameter: weakref.ref[Tensor]
+    owner: weakref.ref[object]
     version: int
     values: Tensor
 
@@ -26,15 +29,15 @@ class _Copy:
 _copies: dict[tuple[torch.device, int], _Copy] = {}
 
 
-def register(parameter: Tensor, values: Tensor) -> None:
-    """From now on, until it changes, `values` are the parameter's, in another dtype."""
+def register(parameter: Tensor, values: Tensor, owner: object) -> None:
+    """From now on, until it changes or its optimizer is gone, `values` are the parameter's, in another dtype."""
     key = (parameter.device, parameter.data_ptr())
 
-    def forget(dead: weakref.ref[Tensor]) -> None:
-        if key in _copies and _copies[key].parameter is dead:
+    def forget(dead: weakref.ref[Any]) -> None:
+        if key in _copies and dead in (_copies[key].parameter, _copies[key].owner):
             del _copies[key]
 
-    _copies[key] = _Copy(weakref.ref(parameter, forget), parameter._version, values)
+    _copies[key] = _Copy(weakref.ref(parameter, forget), weakref.ref(owner, forget), parameter._version, values)
 
 
 def find(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:

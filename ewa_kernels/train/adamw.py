@@ -52,8 +52,8 @@ class AdamW(torch.optim.AdamW):
             shards of DTensors.
         bf16_copies: write a bfloat16 copy of every float32 weight of `RandomPartitionMoE` that the averager has, in
             the same pass: under bfloat16 autocast the layer then casts no weights, for 2 bytes more per element. Not
-            for models whose parameters are changed through `.data`, or by replays of a CUDA graph, which nobody can
-            notice.
+            for models whose parameters are changed through `.data`, by replays of a CUDA graph, or by one of torch's
+            fused optimizers as well, which nobody can notice.
         amsgrad: must be False.
         foreach, fused: accepted so that calls are interchangeable, and ignored.
 
@@ -312,7 +312,7 @@ class AdamW(torch.optim.AdamW):
         for p, copy in zip(work.params, work.copies, strict=True):
             # What is captured is written by replays, which nobody counts.
             if copy is not None and not graphs.is_capturing(p.device):
-                copies.register(p, copy)
+                copies.register(p, copy, self)
 
     def _step_by_torch(self, states: dict[Tensor, _State], found_inf: Tensor | None) -> None:
         for i, group in enumerate(self.param_groups):

@@ -55,17 +55,17 @@ def _tree(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
     modules, seen = [model], {model}
     children: list[Any] = []
     for module in modules:
-        if module._modules:
-            children += module._modules
+        if len(module._modules) > 0:
+            children += module._modules.keys()
             for child in module._modules.values():
                 children.append(id(child))
                 if child is not None and child not in seen:
                     seen.add(child)
                     modules.append(child)
     of_modules = [*map(_parameters_of, modules)]
-    slots = [*chain.from_iterable(map(dict.values, of_modules))]
+    slots = [*chain.from_iterable(parameters.values() for parameters in of_modules)]
     parameters = [p for p in slots if p is not None]
-    names = [*map(len, of_modules), *chain.from_iterable(of_modules)]
+    names = [*map(len, of_modules), *chain.from_iterable(parameters.keys() for parameters in of_modules)]
     return [children, [*map(type, modules)], names, [*map(id, slots)], [*map(_kind, parameters)]], parameters
 
 
