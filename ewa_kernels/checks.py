@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ewa_kernels.memory as memory
 import ewa_kernels.private_torch as private_torch
-from ewa_kernels.reference import ACTIVATIONS
+from ewa_kernels.activations import ACTIVATIONS
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOATING_NAMES = "float16, bfloat16, float32 or float64"

@@ -73,7 +73,7 @@ def expert_offsets(num_tokens: int, num_experts: int) -> list[int]:
     """
     checks.integer("num_tokens", num_tokens, minimum=0)
     checks.integer("num_experts", num_experts, minimum=1)
-    return reference.expert_offsets(num_tokens, num_experts)
+    return [e * num_tokens // num_experts for e in range(num_experts + 1)]
 
 
 def moe_ffn(
@@ -185,7 +185,12 @@ def route(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Ten
         raise ValueError(f"logits must be [T, E] with E ≥ 1, got {list(logits.shape)}")
     checks.integer("top_k", top_k, minimum=1, below=logits.shape[1] + 1)
     checks.boolean("renormalize", renormalize)
-    return reference.route(logits, top_k, renormalize=renormalize)
+    # Sorted, because topk says nothing of the order of equal logits.
+    choices = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    routing_weights = logits.softmax(dim=-1).gather(1, choices)
+    if renormalize:
+        routing_weights = routing_weights / routing_weights.sum(dim=-1, keepdim=True)
+    return routing_weights, choices
 
 
 def partition_by_expert(choices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -204,7 +209,9 @@ def partition_by_expert(choices: Tensor, num_experts: int) -> tuple[Tensor, Tens
     """
     checks.integer("num_experts", num_experts, minimum=1)
     checks.choices(choices, num_experts)
-    return reference.partition_by_expert(choices, num_experts)
+    expert, permutation = choices.flatten().sort(stable=True)
+    numbers = torch.arange(num_experts + 1, dtype=expert.dtype, device=expert.device)
+    return permutation.to(torch.int32), torch.searchsorted(expert, numbers, out_int32=True)
 
 
 def average_experts_(

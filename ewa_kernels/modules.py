@@ -14,8 +14,8 @@ import ewa_kernels.backends as backends
 import ewa_kernels.calls as calls
 import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
-import ewa_kernels.reference as reference
 import ewa_kernels.train.shards as shards
+from ewa_kernels.activations import ACTIVATIONS, activate
 
 # Living ones, by which a function that is given a parameter alone can tell that it holds experts.
 _expert_linears: weakref.WeakSet[ExpertLinear] = weakref.WeakSet()
@@ -79,7 +79,7 @@ def _check_options(activation: str, gated: bool, dropout: float, **sizes: int) -
     checks.boolean("gated", gated)
     for name, size in sizes.items():
         checks.size(name, size)
-    checks.choice("activation", activation, reference.ACTIVATIONS)
+    checks.choice("activation", activation, ACTIVATIONS)
     checks.probability("dropout", dropout)
 
 
@@ -109,7 +109,7 @@ class FFN(nn.Module):
         self.down = nn.Linear(d_ff, d_model, bias, **kind)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = reference.activate(self.up(x), self.activation, self.gated)
+        hidden = activate(self.up(x), self.activation, self.gated)
         return self.down(F.dropout(hidden, self.dropout, self.training))
 
     def extra_repr(self) -> str:
@@ -123,7 +123,7 @@ def forward_mean(x: Tensor, experts: Experts, activation: str, gated: bool) -> T
     """What the mean of experts computes: up_weight, up_bias, down_weight and down_bias, stacked; no dropout."""
     # Contiguous, even of experts that are stored transposed, so that a folded layer computes with the same bits.
     up, up_bias, down, down_bias = (None if t is None else functional.merge_experts(t).contiguous() for t in experts)
-    hidden = reference.activate(F.linear(x, up, up_bias), activation, gated)  # type: ignore[arg-type]
+    hidden = activate(F.linear(x, up, up_bias), activation, gated)  # type: ignore[arg-type]
     return F.linear(hidden, down, down_bias)  # type: ignore[arg-type]
 
 

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "ewa_kernels"
 # What each part may import from this package, besides `version` and itself.
 LAYERS = {
     "version": set(),
+    "activations": set(),
     "reference": set(),
     "private_torch": set(),
     "problem": set(),
@@ -24,7 +25,7 @@ LAYERS = {
     "backends": {"checks", "kernels"},
     "routed": {"checks", "functional", "modules"},
     "memory": set(),
-    "checks": {"memory", "private_torch", "reference"},
+    "checks": {"activations", "memory", "private_torch"},
     "train/shards": {"checks"},
     "flops": set(),
     "seeds": {"kernels", "private_torch"},
@@ -42,12 +43,12 @@ LAYERS = {
         "seeds",
         "train/shards",
     },
-    "modules": {"backends", "calls", "checks", "functional", "reference", "train/shards"},
+    "modules": {"activations", "backends", "calls", "checks", "functional", "train/shards"},
     "train/__init__": set(),
     "train/share_rate": {"checks"},
     "train/attachment": {"train/shards"},
-    "surgery": {"backends", "checks", "functional", "modules", "reference", "train/shards"},
-    "moe": {"backends", "checks", "functional", "modules", "reference", "surgery", "train/shards"},
+    "surgery": {"activations", "backends", "checks", "functional", "modules", "train/shards"},
+    "moe": {"activations", "backends", "checks", "functional", "modules", "surgery", "train/shards"},
     "train/lookup": set(),
     "train/averager": {
         "backends",
@@ -130,6 +131,17 @@ class TestFiles:
 def test_reference_imports_only_torch():
     tops = {top for top, _ in imports_of(PACKAGE / "reference.py")} - set(sys.stdlib_module_names)
     assert tops == {"torch"}
+
+
+def test_the_specification_is_no_production_path():
+    """But for the backend "reference", and for the mask of dropout in backend "torch"."""
+    importing = {
+        path.relative_to(PACKAGE).with_suffix("").as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if "reference" in {imported for _, imported in imports_of(path)}
+    }
+    of_backend = {"calls", "ops", "functional", "kernels/permutation"}
+    assert importing == {"__init__", *of_backend, "kernels/blocked/torch_rows", "kernels/triton/permutation"}
 
 
 def test_every_public_name_exists_and_is_documented():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import ewa_kernels.functional as functional
-import ewa_kernels.reference as reference
+from ewa_kernels.activations import ACTIVATIONS, activate
 from ewa_kernels.modules import forward_mean
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_is_expert_parallel")
@@ -169,10 +169,10 @@ def _find_formula(module: Any) -> Formula:
             hidden = module._apply_gate(pre_activation.clone()) if gated else module.act_fn(pre_activation.clone())
         except Exception as error:  # of foreign code
             return formula(reason=f"cannot be examined: {type(error).__name__}: {error}")
-        for activation in reference.ACTIVATIONS:
-            expected = reference.activate(pre_activation, activation, gated)
+        for activation in ACTIVATIONS:
+            expected = activate(pre_activation, activation, gated)
             same_shape = isinstance(hidden, Tensor) and hidden.shape == expected.shape
             if same_shape and torch.allclose(hidden.double(), expected, rtol=_TOLERANCE, atol=_TOLERANCE):
                 return formula(activation)
     hidden_is = "act(gate) * value" if gated else "act(up(x))"
-    return formula(reason=f"does not compute {hidden_is} with act any of {', '.join(reference.ACTIVATIONS)}")
+    return formula(reason=f"does not compute {hidden_is} with act any of {', '.join(ACTIVATIONS)}")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ewa_kernels.reference as reference
+from ewa_kernels.activations import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class FFNLayout:
             return F.linear(x, dense[f"{name}.weight"], dense.get(f"{name}.bias"))
 
         pre = [project(name, x) for name in self.up]
-        act = reference.ACTIVATIONS[self.activation]
+        act = ACTIVATIONS[self.activation]
         if self.gated:
             first, last = pre if len(pre) == 2 else pre[0].chunk(2, dim=-1)
             hidden = act(last) * first if self.gate_last else act(first) * last

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-import ewa_kernels.reference as reference
+from ewa_kernels.activations import ACTIVATIONS
 from ewa_kernels.surgery.layout import FFNLayout, copy_with_parameters
 
 # Relative. Rounding is 1e-15 of float64, the two kinds of GELU are 1e-4 apart.
@@ -131,12 +131,12 @@ def _find_formula(twin: _Twin) -> FFNLayout:
     x = twin.tokens(2, 3)
     y = _run(twin.module, x)
     gate_places = (False, True) if twin.gated else (False,)
-    for activation, gate_last in itertools.product(reference.ACTIVATIONS, gate_places):
+    for activation, gate_last in itertools.product(ACTIVATIONS, gate_places):
         layout = FFNLayout(twin.up, twin.down, twin.gated, gate_last, activation)
         if close(layout.forward(twin.parameters, x, training=False), y):
             return layout
     formula = "down(act(gate) * value)" if twin.gated else "down(act(up(x)))"
-    raise NotReplaceableError(f"its output is not {formula} with act any of {', '.join(reference.ACTIVATIONS)}")
+    raise NotReplaceableError(f"its output is not {formula} with act any of {', '.join(ACTIVATIONS)}")
 
 
 def _check_input(twin: _Twin, shape: tuple[int, ...], scale: float, layout: FFNLayout) -> None:

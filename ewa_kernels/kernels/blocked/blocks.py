@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ewa_kernels.reference import expert_offsets as equal_offsets
-
 # Of pre-activation in a block: enough for the products to run at full speed and for the host's work to be little, few
 # enough for the scratch memory to stay small.
 BLOCK_BYTES = 2**25
@@ -47,7 +45,10 @@ def blocks(
         block_rows: of all experts together, about; None: as few blocks as possible.
     """
     num_rows, device = permutation.shape[0], permutation.device
-    offsets = equal_offsets(num_rows, num_experts) if expert_offsets is None else expert_offsets.tolist()
+    if expert_offsets is None:
+        offsets = [e * num_rows // num_experts for e in range(num_experts + 1)]
+    else:
+        offsets = expert_offsets.tolist()
     counts = [end - start for start, end in itertools.pairwise(offsets)]
     pieces = _by_turns(counts, block_rows, lockstep=expert_offsets is None)
     result: list[Block] = []
