@@ -84,15 +84,8 @@ class _Plan(NamedTuple):
     launches: list[Launch]
 
 
-def _plan(
-    layer: Layer,
-    need_x: bool,
-    need_up_weight: bool,
-    need_up_bias: bool,
-    need_down_weight: bool,
-    need_down_bias: bool,
-    need_routing: bool,
-) -> _Plan:
+def _plan(layer: Layer, *needed: bool) -> _Plan:
+    need_x, need_up_weight, need_up_bias, need_down_weight, need_down_bias, need_routing = needed
     problem = layer.problem
     _, _, form = problem.backend.partition("-")
     single = form == "single" or (form != "split" and not split_is_faster(problem))

@@ -16,13 +16,10 @@ from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.permutation import load_seed, tokens_of_rows
 from ewa_kernels.kernels.triton.queue import FIRST_COUNTER, draw_ticket, leave_clean, signal, wait_until
-from ewa_kernels.kernels.triton.tiles import load_choices, multiple_of_eight, multiply, rows_of_block
+from ewa_kernels.kernels.triton.tiles import NUMBERS, load_choices, multiply_rows, rows_of_block, widths
 
 
-@triton.jit(do_not_specialize=[
-    "num_rows", "num_experts", "num_blocks", "group", "num_counters", "radix_a", "radix_b", "rounds",
-    "seed_low", "seed_high", "threshold", "scale",
-])  # fmt: skip
+@triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
     x,  # [T, D]
     up_weight,  # [E, F or 2F, D]
@@ -59,10 +56,8 @@ def forward_kernel(
 
     Grid: any number of programs; as many as run at once is best.
     """
-    if ALIGNED:
-        d_model, d_ff = multiple_of_eight(d_model), multiple_of_eight(d_ff)
+    d_model, d_ff, num_up = widths(d_model, d_ff, ALIGNED, GATED)
     up_columns: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # hidden columns of an up tile
-    num_up = d_ff * 2 if GATED else d_ff
     up_tiles = tl.cdiv(d_ff, up_columns)
     down_tiles = tl.cdiv(d_model, BLOCK_N)
     num_groups = tl.cdiv(num_blocks, group)
@@ -128,9 +123,6 @@ def forward_kernel(
                 )
             else:
                 b_row = tl.minimum(column_tile * BLOCK_N + n, size_n - 1)
-            k = tl.arange(0, BLOCK_K)
-            a_ptrs = a + a_row.to(tl.int64)[:, None] * size_k + k[None, :]
-            b_ptrs = b + (expert.to(tl.int64) * size_n + b_row)[:, None] * size_k + k[None, :]
             # Loaded before the products, so that nobody waits for them after.
             bias = tl.zeros((BLOCK_N,), tl.float32)
             bias_index = expert.to(tl.int64) * size_n + b_row
@@ -138,18 +130,7 @@ def forward_kernel(
                 bias += tl.load(up_bias + bias_index, mask=tl.where(is_up, n, -1) >= 0, other=0.0).to(tl.float32)
             if down_bias is not None and FORM != "up":
                 bias += tl.load(down_bias + bias_index, mask=tl.where(is_up, -1, n) >= 0, other=0.0).to(tl.float32)
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for first_k in range(0, size_k, BLOCK_K):
-                if EVEN_K:
-                    a_tile = tl.load(a_ptrs)
-                    b_tile = tl.load(b_ptrs)
-                else:
-                    inside = (k < size_k - first_k)[None, :]
-                    a_tile = tl.load(a_ptrs, mask=inside, other=0.0)
-                    b_tile = tl.load(b_ptrs, mask=inside, other=0.0)
-                acc = multiply(a_tile, b_tile.T, acc, PRECISION)
-                a_ptrs += BLOCK_K
-                b_ptrs += BLOCK_K
+            acc = multiply_rows(a, b, a_row, b_row, expert, size_k, size_n, True, EVEN_K, PRECISION, BLOCK_K)
 
             if is_up:
                 store_up(

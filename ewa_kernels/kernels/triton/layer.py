@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ewa_kernels.kernels import multiprocessors
 from ewa_kernels.kernels.triton import configs
-from ewa_kernels.kernels.triton.configs import Table, Tile, aligned, ceil_div
+from ewa_kernels.kernels.triton.configs import Tile, aligned, ceil_div
 from ewa_kernels.kernels.triton.groups import tabulate
 from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.permutation import int32_bits, radices, seed_arguments
@@ -58,13 +58,11 @@ class Layer:
 
     def _tiles_of(self, kernel: str) -> tuple[Tile, ...]:
         problem, tiles = self.problem, self.problem.kept.get("table")
-        if tiles is None:
-            tiles = configs.INTERPRETER if INTERPRETED else self._table
+        if tiles is None and INTERPRETED:
+            tiles = configs.INTERPRETER
+        elif tiles is None:
+            tiles = configs.table(_capability(problem.device), problem.dtype, self._precision)
         return configs.tiles_of(tiles, kernel, problem.d_model, problem.d_ff, self.is_tight)
-
-    @property
-    def _table(self) -> Table:
-        return configs.table(_capability(self.problem.device), self.problem.dtype, self._precision)
 
     def tile(self, kernel: str) -> Tile:
         """The tile for "forward", "backward" or one of its phases."""

@@ -11,7 +11,7 @@ from ewa_kernels.kernels.triton.epilogues import store_rows
 from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.permutation import load_seed, tokens_of_rows
-from ewa_kernels.kernels.triton.tiles import load_choices, multiple_of_eight, multiply, rows_of_block
+from ewa_kernels.kernels.triton.tiles import NUMBERS, load_choices, multiply, rows_of_block, widths
 
 
 @triton.jit
@@ -36,10 +36,7 @@ def _up(
     return pre
 
 
-@triton.jit(do_not_specialize=[
-    "num_rows", "num_experts", "num_blocks", "radix_a", "radix_b", "rounds", "seed_low", "seed_high", "threshold",
-    "scale",
-])  # fmt: skip
+@triton.jit(do_not_specialize=NUMBERS)
 def onchip_kernel(
     x,  # [T, D]
     up_weight,  # [E, F or 2F, D]
@@ -71,9 +68,7 @@ def onchip_kernel(
 
     Grid: any number of programs; as many as run at once is best.
     """
-    if ALIGNED:
-        d_model, d_ff = multiple_of_eight(d_model), multiple_of_eight(d_ff)
-    num_up = d_ff * 2 if GATED else d_ff
+    d_model, d_ff, num_up = widths(d_model, d_ff, ALIGNED, GATED)
     key = load_seed(seed, seed_low, seed_high) if DEAL or DROPOUT else 0
     d = tl.arange(0, BLOCK_K)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
