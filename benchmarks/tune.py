@@ -34,7 +34,7 @@ from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.onchip import launch_onchip
-from ewa_kernels.problem import Deal, Inputs, Problem
+from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
 KERNELS = ("forward", "backward", *BACKWARD_PHASES, "onchip")  # a phase: in the whole backward in three launches
 ROUNDS = 15
@@ -74,26 +74,13 @@ class Operands:
         self.y, self.grad_x = torch.empty_like(self.x), torch.empty_like(self.x)
         self.pre_activation, self.hidden = random(t, up), random(t, f)
         self.grads = [torch.empty_like(p) for p in self.parameters]
-        self._problem = Problem(
-            num_tokens=t,
-            top_k=1,
-            num_experts=e,
-            d_model=d,
-            d_ff=f,
-            activation="silu" if shape.gated else "gelu",
-            gated=shape.gated,
-            dropout_p=0.0,
-            is_given=False,
-            dtype=dtype,
-            device=self.x.device,
-            input_dtypes=(dtype,) * 6,
-            save=True,
-            backend="triton",
-        )
+        self._inputs = Inputs(self.x, *self.parameters, None)
 
     def _layer(self, deal: Deal, backend: str = "triton", **kept: Any) -> Layer:
-        problem = replace(self._problem, backend=backend, kept=kept)
-        return Layer(problem, Inputs(self.x, *self.parameters, None), deal)
+        gated = self.shape.gated
+        options = Options("silu" if gated else "gelu", gated, 0.0, backend, False)
+        problem = replace(Problem.of(self._inputs, False, options, save=True), kept=kept)
+        return Layer(problem, self._inputs, deal)
 
     def shipped(self, kernel: str) -> Tile | None:
         """What `configs` picks; None where there is none."""

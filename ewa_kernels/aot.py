@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.kernels.triton import averaging, backward, forward, groups, moe_ffn, onchip
 from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile, table, tiles_of
-from ewa_kernels.problem import Deal, Inputs, Problem
+from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
@@ -239,11 +239,13 @@ def compile_all(chosen: list[Case]) -> Iterator[Report]:
 
 def _compile(case: Case) -> tuple[Any, str]:
     """The compiled kernel, and what ptxas said."""
+    # For the rest of the process: nothing is launched in it.
     triton.runtime.driver.set_active(_Driver(case.capability))
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
-    with contextlib.redirect_stdout(log), _float32(case.dtype), contextlib.ExitStack() as stack:
+    with contextlib.redirect_stdout(log), contextlib.ExitStack() as stack:
         noted = {
             name: stack.enter_context(mock.patch.object(module, attribute, _Noted(getattr(module, attribute))))
             for name, (module, attribute) in KERNELS.items()
@@ -255,14 +257,13 @@ def _compile(case: Case) -> tuple[Any, str]:
 
 def _launch(case: Case) -> None:
     """Launches what a call does that has the case's kernel, on tensors without memory."""
-    dtype, device = _torch_dtype(case.dtype), torch.device("meta")
-    onchip_size = case.tile.block_k if case.kernel == "onchip" else 0
-    kernel, _, form = case.kernel.partition(" ")
-    num_experts, d_model, d_ff = 4, onchip_size or case.d_model, 4 * onchip_size or case.d_ff
-    num_tokens, top_k, num_up = *((25216, 2) if case.routed else (50432, 1)), 2 * d_ff if case.gated else d_ff
+    dtype, width = _torch_dtype(case.dtype), case.tile.block_k if case.kernel == "onchip" else 0
+    (num_tokens, top_k), num_experts = ((25216, 2) if case.routed else (50432, 1)), 4
+    d_model, d_ff = width or case.d_model, 4 * width or case.d_ff
+    num_up = 2 * d_ff if case.gated else d_ff
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     routing_weights = new(num_tokens, top_k, dtype=torch.float32) if case.routed else None
     up_bias, down_bias = (None, None) if case.gated else (new(num_experts, num_up), new(num_experts, d_model))
@@ -270,18 +271,12 @@ def _launch(case: Case) -> None:
     inputs = Inputs(new(num_tokens, d_model), up_weight, up_bias, down_weight, down_bias, routing_weights)
     given = [new(num_tokens * top_k, dtype=torch.int32), new(num_experts + 1, dtype=torch.int32)]
     deal = Deal(0, *given) if case.routed else Deal(0)
-    problem = Problem(
-        *(num_tokens, top_k, num_experts, d_model, d_ff, "silu" if case.gated else "gelu", case.gated),
-        dropout_p=0.1 if case.dropout else 0.0,
-        is_given=case.routed,
-        dtype=dtype,
-        device=device,
-        input_dtypes=tuple(None if t is None else t.dtype for t in inputs),
-        save=True,
-        backend="triton-onchip" if onchip_size else "triton-split" if form else "triton-single",
-        kept={"table": dict.fromkeys(("forward", "backward", *BACKWARD_PHASES, "onchip"), (case.tile,))},
-    )
-    problem.kept["num_programs"] = 132
+    kernel, _, form = case.kernel.partition(" ")
+    backend = "triton-onchip" if kernel == "onchip" else "triton-split" if form else "triton-single"
+    options = Options("silu" if case.gated else "gelu", case.gated, 0.1 if case.dropout else 0.0, backend, False)
+    tiles = dict.fromkeys(("forward", "backward", *BACKWARD_PHASES, "onchip"), (case.tile,))
+    kept = {"table": tiles, "num_programs": 132}
+    problem = replace(Problem.of(inputs, case.routed, options, save=True), kept=kept)
     if kernel == "groups":
         groups.tabulate(given[1], num_tokens, num_tokens // 128, 128)
     elif kernel == "average":
@@ -324,16 +319,6 @@ class _Noted:
             self.compile = functools.partial(self._kernel.warmup, *args, grid=grid, **kwargs)
 
         return launch
-
-
-@contextlib.contextmanager
-def _float32(dtype: str) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _torch_dtype(dtype: str) -> torch.dtype:

@@ -324,9 +324,10 @@ class TestWorkspace:
             raise KeyboardInterrupt
 
         x, weights = tokens(70, 16), parameters(3, 16, 24)
-        y = ewa.functional.moe_ffn(x.requires_grad_(), *weights, seed=1, backend="triton-single")
+        options = {"seed": 1, "backend": "triton-single"}
+        y = ewa.functional.moe_ffn(x.requires_grad_(), *weights, **options)
         monkeypatch.setattr(Launch, "__call__", fail)
-        for run in (lambda: y.sum().backward(), lambda: ewa.functional.moe_ffn(x, *weights, backend="triton-single")):
+        for run in (lambda: y.sum().backward(), lambda: ewa.functional.moe_ffn(x, *weights, **options)):
             with pytest.raises(KeyboardInterrupt):
                 run()
             assert not any(counters.any() for counters in counters._counters.values())
