@@ -319,8 +319,8 @@ class TestWorkspace:
         assert not any(counters.any() for counters in counters._counters.values())
 
     def test_not_used_again_after_an_error(self, monkeypatch):
-        def fail(launch, tensors):
-            tensors["counters"].fill_(7)
+        def fail(launch, tensors, counters, **others):
+            counters.fill_(7)
             raise KeyboardInterrupt
 
         x, weights = tokens(70, 16), parameters(3, 16, 24)

@@ -59,11 +59,9 @@ def launch_backward(
         "grad_up_bias": _first_of(grad_up_bias, up_weight),
         "grad_down_weight": _first_of(grad_down_weight, grad_up_weight, up_weight),
         "grad_down_bias": _first_of(grad_down_bias, up_weight),
-        "counters": counters,
     }
     for launch in plan.launches:
-        tensors["groups"] = layer.groups(launch.rows)
-        launch(tensors)
+        launch(tensors, groups=layer.groups(launch.rows), counters=counters)
     give_back(counters, whose)
     return scratch["partial_routing"][: plan.num_pieces * num_rows].view(-1, num_rows) if need_routing else None
 

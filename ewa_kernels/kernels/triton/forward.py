@@ -164,8 +164,8 @@ def launch_forward(
     """
     num_counters, launch = layer.kept(_plan, form, y is not None, pre_activation is not None, hidden is not None)
     counters, whose = zeroed_counters(num_counters, layer.problem.device)
-    outputs = {"y": y, "pre_activation": pre_activation, "hidden": hidden}
-    launch({**layer.tensors, **outputs, "groups": layer.groups(launch.rows), "counters": counters})
+    groups = layer.groups(launch.rows)
+    launch(layer.tensors, y=y, pre_activation=pre_activation, hidden=hidden, groups=groups, counters=counters)
     give_back(counters, whose)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from ewa_kernels.kernels.triton.configs import Tile
@@ -27,16 +28,17 @@ class Launch:
         names, options = list(kernel.arg_names), {**options, **tile.launch_options()}
         arguments = {**arguments, **options}
         self.rows = rows
-        self._first = [name for name in names if name not in arguments]
-        assert names[: len(self._first)] == self._first, f"after {self._first} all arguments are fixed"
-        self._others = tuple(arguments[name] for name in names[len(self._first) :])
+        first = [name for name in names if name not in arguments]
+        assert names[: len(first)] == first, f"after {first} all arguments are fixed"
+        self._pick = operator.itemgetter(*first)
+        self._others = tuple(arguments[name] for name in names[len(first) :])
         self._options = {name: value for name, value in options.items() if name not in names}
-        self._kernel, self._num_programs = kernel, num_programs
+        self._kernel, self._grid = kernel, (num_programs, 1, 1)
         self._compiled: Any = None
 
-    def __call__(self, first: dict[str, Any]) -> None:
-        """`first`: the first arguments, by name; and perhaps some that the kernel has not."""
-        arguments = [first[name] for name in self._first]
+    def __call__(self, tensors: dict[str, Any], **others: Any) -> None:
+        """The first arguments, by name; `tensors` may have some that the kernel has not."""
+        arguments = self._pick(tensors | others)
         if self._compiled is not None:
-            return self._compiled[(self._num_programs, 1, 1)](*arguments, *self._others)
-        self._compiled = self._kernel[(self._num_programs,)](*arguments, *self._others, **self._options)
+            return self._compiled[self._grid](*arguments, *self._others)
+        self._compiled = self._kernel[self._grid[:1]](*arguments, *self._others, **self._options)

@@ -44,7 +44,7 @@ class Layer:
             permutation = aligned(deal.permutation)
         seed, low, high = seed_arguments(deal.seed)
         self.tensors: dict[str, Any] = inputs._asdict()
-        self.tensors |= {"permutation": permutation, "seed": seed, "seed_low": low, "seed_high": high}
+        self.tensors.update(permutation=permutation, seed=seed, seed_low=low, seed_high=high)
         # What a launch depends on beside the problem.
         self._kind = (self.is_dealt, seed is None, self._left_free, self._precision)
 
@@ -93,10 +93,12 @@ class Layer:
 
     def groups(self, block_m: int) -> Tensor | None:
         """The table of the groups that are given, see `groups.py`; None: equal groups."""
-        if self._expert_offsets is not None and block_m not in self._groups:
+        if self._expert_offsets is None:
+            return None
+        if block_m not in self._groups:
             num_rows, num_blocks = self.problem.num_rows, self.num_blocks(block_m)
             self._groups[block_m] = tabulate(self._expert_offsets, num_rows, num_blocks, block_m)
-        return self._groups.get(block_m)
+        return self._groups[block_m]
 
     def programs(self, tile: Tile) -> int:
         """As many as run at once on the whole device."""

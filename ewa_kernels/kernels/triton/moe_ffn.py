@@ -37,16 +37,16 @@ def prepared(problem: Problem, inputs: Inputs) -> Inputs:
 
 def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `kernels/moe_ffn.py`; pre_activation is by grouped row."""
-    x, layer = inputs.x, Layer(problem, inputs, deal)
+    x, num_rows, layer = inputs.x, problem.num_rows, Layer(problem, inputs, deal)
     form = layer.kept(_form)
     with on_device(x):
-        y = x.new_empty(problem.num_rows, problem.d_model)
-        pre_activation = x.new_empty(problem.num_rows, problem.num_up) if problem.save else None
-        if problem.num_rows > 0:
+        y = x.new_empty(num_rows, problem.d_model)
+        pre_activation = x.new_empty(num_rows, problem.num_up) if problem.save else None
+        if num_rows > 0:
             if form == "onchip":
                 launch_onchip(layer, y, pre_activation)
             else:
-                hidden = x.new_empty(problem.num_rows, problem.d_ff)
+                hidden = x.new_empty(num_rows, problem.d_ff)
                 for step in ("up", "down") if form == "split" else ("single",):
                     launch_forward(layer, step, y, pre_activation, hidden)
     return sum_of_choices(y, problem.top_k), pre_activation, layer.tensors["permutation"]

@@ -122,8 +122,7 @@ def onchip_kernel(
 def launch_onchip(layer: Layer, y: Tensor, pre_activation: Tensor | None) -> None:
     """Fills y, by choice, pre_activation unless it is None, and a permutation that is not given."""
     launch = layer.kept(_plan, pre_activation is not None)
-    outputs = {"y": y, "pre_activation": pre_activation, "groups": layer.groups(launch.rows)}
-    launch({**layer.tensors, **outputs})
+    launch(layer.tensors, y=y, pre_activation=pre_activation, groups=layer.groups(launch.rows))
 
 
 def _plan(layer: Layer, *is_there: bool) -> Launch:
