@@ -34,7 +34,7 @@ from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.onchip import launch_onchip
-from ewa_kernels.problem import Problem
+from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
 KERNELS = ("forward", "backward", *BACKWARD_PHASES, "onchip")  # a phase: in the whole backward in three launches
 ROUNDS = 15
@@ -74,44 +74,34 @@ class Operands:
         self.y, self.grad_x = torch.empty_like(self.x), torch.empty_like(self.x)
         self.pre_activation, self.hidden = random(t, up), random(t, f)
         self.grads = [torch.empty_like(p) for p in self.parameters]
-        self._problem = Problem(
-            num_tokens=t,
-            top_k=1,
-            num_experts=e,
-            d_model=d,
-            d_ff=f,
-            activation="silu" if shape.gated else "gelu",
-            gated=shape.gated,
-            dropout_p=0.0,
-            is_given=False,
-            dtype=dtype,
-            device=self.x.device,
-            input_dtypes=(dtype,) * 6,
-            save=True,
-            backend="triton",
-        )
+        self._inputs = Inputs(self.x, *self.parameters, None)
+
+    def _layer(self, deal: Deal, backend: str = "triton", **kept: Any) -> Layer:
+        gated = self.shape.gated
+        options = Options("silu" if gated else "gelu", gated, 0.0, backend, False)
+        problem = replace(Problem.of(self._inputs, False, options, save=True), kept=kept)
+        return Layer(problem, self._inputs, deal)
 
     def shipped(self, kernel: str) -> Tile | None:
         """What `configs` picks; None where there is none."""
-        layer = Layer(self._problem)
+        layer = self._layer(Deal(1))
         return layer.onchip_tile() if kernel == "onchip" else layer.tile(kernel)
 
     def run(self, kernel: str, tile: Tile) -> list[Tensor]:
         """Launches it, and returns what it wrote."""
-        shipped = Layer(self._problem)
-        others = {phase: (shipped.tile(phase),) for phase in BACKWARD_PHASES}
-        layer = Layer(self._problem, seed=1, table={**others, kernel: (tile,)})
-        operands = (self.x, *self.parameters)
-        if kernel == "forward":
-            outputs = (self.y, self.pre_activation, self.hidden, self.permutation)
-            launch_forward(layer, *operands, *outputs, form="single", deal=True)
+        shipped = self._layer(Deal(1))
+        table = {**{phase: (shipped.tile(phase),) for phase in BACKWARD_PHASES}, kernel: (tile,)}
+        if kernel in ("forward", "onchip"):
+            layer = self._layer(Deal(1), table=table)
+            self.permutation = layer.tensors["permutation"]
+            if kernel == "forward":
+                launch_forward(layer, "single", self.y, self.pre_activation, self.hidden)
+            else:
+                launch_onchip(layer, self.y, self.pre_activation)
             return [self.y, self.pre_activation]
-        if kernel == "onchip":
-            launch_onchip(layer, *operands, self.y, self.pre_activation, self.permutation, deal=True)
-            return [self.y, self.pre_activation]
-        saved = (self.x, self.parameters[0], self.parameters[2], self.pre_activation, self.permutation)
-        single = kernel == "backward"
-        launch_backward(layer, self.grad_y, *saved, self.grad_x, *self.grads, need_routing=False, single=single)
+        backend = "triton-single" if kernel == "backward" else "triton-split"
+        layer = self._layer(Deal(1, self.permutation), backend, table=table)
+        launch_backward(layer, self.grad_y, self.pre_activation, [self.grad_x, *self.grads], need_routing=False)
         return [self.grad_x, *self.grads]
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -17,25 +17,36 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
 from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.kernels.triton import averaging, backward, forward, groups, onchip
-from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile, table
-from ewa_kernels.kernels.triton.layer import Layer
-from ewa_kernels.problem import Problem
+from ewa_kernels.kernels.triton import averaging, backward, forward, groups, moe_ffn, onchip
+from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile, table, tiles_of
+from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 # What a block may have, in bytes (CUDA programming guide, technical specifications).
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# What is launched by which name.
+KERNELS = {
+    "forward": (forward, "forward_kernel"),
+    "backward": (backward, "backward_kernel"),
+    "backward pre": (backward, "pre_kernel"),
+    "backward weights": (backward, "weights_kernel"),
+    "backward x": (backward, "grad_x_kernel"),
+    "onchip": (onchip, "onchip_kernel"),
+    "average": (averaging, "average_kernel"),
+    "groups": (groups, "groups_kernel"),
+}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -43,7 +54,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Case:
     """One kernel in one configuration, and what it is compiled for."""
 
-    kernel: str  # forward, forward up, forward down, backward, those of BACKWARD_PHASES, onchip, average or groups
+    kernel: str  # of KERNELS, or "forward up" or "forward down"
     tile: Tile
     architecture: str
     dtype: str
@@ -119,36 +130,39 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
     capability = int(architecture.removeprefix("sm_"))
     for dtype in dtypes:
         tiles = table(capability, _torch_dtype(dtype), "tf32" if dtype == "tf32" else "ieee")
+        of_forward = Case("forward", tiles["forward"][0], architecture, dtype)
         for kernel in ("forward", "backward", *BACKWARD_PHASES, "onchip"):
-            for tile, gated in itertools.product(tiles[kernel], _gates(kernel)):
-                yield Case(kernel, tile, architecture, dtype, gated=gated)
-            for tile, gated in itertools.product(tiles.get(f"{kernel} tight", tiles[kernel]), _gates(kernel)):
-                if kernel not in BACKWARD_PHASES[1:]:  # to which dropout makes no difference
-                    yield Case(kernel, tile, architecture, dtype, gated=gated, dropout=True)
-                yield Case(kernel, tile, architecture, dtype, gated=gated, routed=True)
+            for variant in _variants(kernel):
+                case = replace(of_forward, kernel=kernel, **variant)
+                of_variant = tiles_of(tiles, kernel, case.d_model, case.d_ff, case.dropout or case.routed)
+                # Other sizes are compiled with the first alone.
+                for tile in of_variant[:1] if "d_model" in variant else of_variant:
+                    yield replace(case, tile=tile)
         for kernel in ("forward up", "forward down"):
-            yield Case(kernel, tiles["forward"][0], architecture, dtype)
-        for kernel in ("forward", "backward", *BACKWARD_PHASES):  # sizes that 64 does not divide, nor 16, nor 8
-            ragged = tiles.get("forward tight", tiles[kernel]) if kernel == "forward" else tiles[kernel]
-            plain = Case(kernel, ragged[0], architecture, dtype, d_model=1000, d_ff=4000)
-            yield plain
-            if kernel == "forward":  # whose tile is one for few registers already
-                yield from (replace(plain, dropout=True), replace(plain, routed=True))
-            for tile in tiles.get(f"{kernel} unaligned", tiles[kernel])[:1]:
-                plain = Case(kernel, tile, architecture, dtype, d_model=770, d_ff=3075)
-                yield from (replace(plain, gated=gated) for gated in _gates(kernel))
+            yield replace(of_forward, kernel=kernel)
         if dtype == dtypes[0]:  # indices alone
-            yield Case("groups", tiles["forward"][0], architecture, dtype)
+            yield replace(of_forward, kernel="groups")
         if dtype != "tf32":
-            plain = Case("average", averaging.TILE, architecture, dtype)
-            yield from (plain, replace(plain, odd_address=True))
+            average = replace(of_forward, kernel="average", tile=averaging.TILE)
+            yield from (average, replace(average, odd_address=True))
             if dtype != "float32":
-                yield replace(plain, stochastic=True)
+                yield replace(average, stochastic=True)
 
 
-def _gates(kernel: str) -> tuple[bool, ...]:
-    """Both, unless a gate makes no difference."""
-    return (False,) if kernel == "backward x" else (False, True)
+def _variants(kernel: str) -> Iterator[dict[str, Any]]:
+    """What makes a difference to a kernel."""
+    ragged, unaligned = {"d_model": 1000, "d_ff": 4000}, {"d_model": 770, "d_ff": 3075}  # by 64 and 16, and by 8
+    for gated in (False,) if kernel == "backward x" else (False, True):
+        yield {"gated": gated}
+        yield {"gated": gated, "routed": True}
+        if kernel not in BACKWARD_PHASES[1:]:
+            yield {"gated": gated, "dropout": True}
+        if kernel != "onchip":
+            yield {"gated": gated, **unaligned}
+    if kernel != "onchip":
+        yield ragged
+    if kernel == "forward":  # whose tile is one for few registers already
+        yield from ({**ragged, "dropout": True}, {**ragged, "routed": True})
 
 
 def compile_case(case: Case) -> Report:
@@ -225,87 +239,57 @@ def compile_all(chosen: list[Case]) -> Iterator[Report]:
 
 def _compile(case: Case) -> tuple[Any, str]:
     """The compiled kernel, and what ptxas said."""
-    onchip_size = case.tile.block_k if case.kernel == "onchip" else 0
-    dtype = _torch_dtype(case.dtype)
-    problem = Problem(
-        num_tokens=25216 if case.routed else 50432,
-        top_k=2 if case.routed else 1,
-        num_experts=4,
-        d_model=onchip_size or case.d_model,
-        d_ff=4 * onchip_size or case.d_ff,
-        activation="silu" if case.gated else "gelu",
-        gated=case.gated,
-        dropout_p=0.1 if case.dropout else 0.0,
-        is_given=case.routed,
-        dtype=dtype,
-        device=torch.device("meta"),
-        input_dtypes=(dtype,) * 6,
-        save=True,
-        backend="triton",
-    )
-    layer = Layer(
-        problem,
-        seed=0,
-        expert_offsets=torch.empty(5, dtype=torch.int32, device="meta") if case.routed else None,
-        routing_weights=torch.empty(25216, 2, device="meta") if case.routed else None,
-        table=dict.fromkeys(("forward", "backward", *BACKWARD_PHASES, "onchip"), (case.tile,)),
-        num_programs=132,
-    )
+    # For the rest of the process: nothing is launched in it.
     triton.runtime.driver.set_active(_Driver(case.capability))
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
-    with contextlib.redirect_stdout(log), _float32(case.dtype):
-        kernel = _launch(case, layer)
+    with contextlib.redirect_stdout(log), contextlib.ExitStack() as stack:
+        noted = {
+            name: stack.enter_context(mock.patch.object(module, attribute, _Noted(getattr(module, attribute))))
+            for name, (module, attribute) in KERNELS.items()
+        }
+        _launch(case)
+        kernel = noted[case.kernel.removesuffix(" up").removesuffix(" down")].compile()
     return kernel, log.getvalue()
 
 
-def _launch(case: Case, layer: Layer) -> Any:
-    num_rows, num_experts, d_model, d_ff = layer.num_rows, layer.num_experts, layer.d_model, layer.d_ff
+def _launch(case: Case) -> None:
+    """Launches what a call does that has the case's kernel, on tensors without memory."""
+    dtype, width = _torch_dtype(case.dtype), case.tile.block_k if case.kernel == "onchip" else 0
+    (num_tokens, top_k), num_experts = ((25216, 2) if case.routed else (50432, 1)), 4
+    d_model, d_ff = width or case.d_model, 4 * width or case.d_ff
     num_up = 2 * d_ff if case.gated else d_ff
 
-    def new(*shape: int, dtype: torch.dtype = layer.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=layer.device)
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, y, permutation = new(num_rows, d_model), new(num_rows, d_model), new(num_rows, dtype=torch.int32)
-    up_weight, down_weight = new(num_experts, num_up, d_model), new(num_experts, d_model, d_ff)
+    routing_weights = new(num_tokens, top_k, dtype=torch.float32) if case.routed else None
     up_bias, down_bias = (None, None) if case.gated else (new(num_experts, num_up), new(num_experts, d_model))
-    pre_activation, hidden = new(num_rows, num_up), new(num_rows, d_ff)
-    operands = (x, up_weight, up_bias, down_weight, down_bias)
-    if case.routed:
-        layer._groups[case.tile.block_m] = new(1, dtype=torch.int32)
+    up_weight, down_weight = new(num_experts, num_up, d_model), new(num_experts, d_model, d_ff)
+    inputs = Inputs(new(num_tokens, d_model), up_weight, up_bias, down_weight, down_bias, routing_weights)
+    given = [new(num_tokens * top_k, dtype=torch.int32), new(num_experts + 1, dtype=torch.int32)]
+    deal = Deal(0, *given) if case.routed else Deal(0)
     kernel, _, form = case.kernel.partition(" ")
-    if kernel == "forward":
-        with _instead(forward, "forward_kernel") as compiled:
-            # "up" as it is when pre_activation is computed again.
-            outputs = (
-                (None, pre_activation, None, permutation) if form == "up" else (y, pre_activation, hidden, permutation)
-            )
-            forward.launch_forward(layer, *operands, *outputs, form=form or "single", deal=not case.routed)
-    elif kernel == "groups":
-        with _instead(groups, "groups_kernel") as compiled:
-            groups.tabulate(new(num_experts + 1, dtype=torch.int32), num_rows, layer.num_blocks(128), 128)
+    backend = "triton-onchip" if kernel == "onchip" else "triton-split" if form else "triton-single"
+    options = Options("silu" if case.gated else "gelu", case.gated, 0.1 if case.dropout else 0.0, backend, False)
+    tiles = dict.fromkeys(("forward", "backward", *BACKWARD_PHASES, "onchip"), (case.tile,))
+    kept = {"table": tiles, "num_programs": 132}
+    problem = replace(Problem.of(inputs, case.routed, options, save=True), kept=kept)
+    if kernel == "groups":
+        groups.tabulate(given[1], num_tokens, num_tokens // 128, 128)
     elif kernel == "average":
-        if case.odd_address:  # which memory has that exists
-            experts = torch.empty(4 * 64 + 1, dtype=layer.dtype)[1:].view(4, 64)
-        else:
-            experts = up_weight
+        # With an odd address is only memory that exists.
+        experts = torch.empty(4 * 64 + 1, dtype=dtype)[1:].view(4, 64) if case.odd_address else up_weight
         share_rate = torch.empty(1, dtype=torch.float64, device=experts.device)
         seed = torch.empty(1, dtype=torch.int64, device=experts.device) if case.stochastic else None
-        with _instead(averaging, "average_kernel") as compiled:
-            averaging.average([experts], share_rate, None, seed)
-    elif kernel == "onchip":
-        with _instead(onchip, "onchip_kernel") as compiled:
-            onchip.launch_onchip(layer, *operands, y, pre_activation, permutation, deal=not case.routed)
+        averaging.average([experts], share_rate, None, seed)
+    elif kernel == "backward" or form == "up":  # "up" as it is when pre_activation is computed again
+        pre_activation = new(num_tokens * top_k, num_up) if kernel == "backward" else None
+        moe_ffn.backward(problem, inputs.x, inputs, deal, pre_activation, [t is not None for t in inputs])
     else:
-        saved = (x, up_weight, down_weight, pre_activation, permutation)
-        # What is launched beside the kernel is left out.
-        names = {"": "backward_kernel", "pre": "pre_kernel", "weights": "weights_kernel", "x": "grad_x_kernel"}
-        with contextlib.ExitStack() as stack:
-            noted = {name: stack.enter_context(_instead(backward, names[name], name == form)) for name in names}
-            backward.launch_backward(layer, y, *saved, *operands, need_routing=case.routed, single=not form)
-        compiled = noted[form]
-    return compiled[0]
+        moe_ffn.forward(problem, inputs, deal)
 
 
 class _Driver:
@@ -324,36 +308,17 @@ class _Driver:
         return 0
 
 
-@contextlib.contextmanager
-def _instead(module: Any, name: str, wanted: bool = True) -> Iterator[list[Any]]:
-    """Launches of a module's kernel compile it instead, if it is `wanted`, and add the result to the list."""
-    real, compiled = getattr(module, name), []
+class _Noted:
+    """Stands in for a kernel: launches nothing, and notes what the last launch would compile."""
 
-    class Compiler:
-        arg_names = real.arg_names
+    def __init__(self, kernel: Any):
+        self._kernel, self.arg_names = kernel, kernel.arg_names
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(*args: Any, **kwargs: Any) -> None:
-                if wanted:
-                    compiled.append(real.warmup(*args, grid=grid, **kwargs))
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.compile = functools.partial(self._kernel.warmup, *args, grid=grid, **kwargs)
 
-            return launch
-
-    setattr(module, name, Compiler())
-    try:
-        yield compiled
-    finally:
-        setattr(module, name, real)
-
-
-@contextlib.contextmanager
-def _float32(dtype: str) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        return launch
 
 
 def _torch_dtype(dtype: str) -> torch.dtype:

@@ -14,7 +14,7 @@ from ewa_kernels.kernels.triton.backward import launch_backward
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.onchip import launch_onchip
-from ewa_kernels.problem import Problem
+from ewa_kernels.problem import Deal, Inputs, Problem
 
 WIDTH, ROWS = 32, 64
 BASE = 2**31 // WIDTH
@@ -31,16 +31,15 @@ class LastRows(Layer):
         return ROWS // block_m
 
     def groups(self, block_m):
-        first_row = self.num_rows - ROWS
-        return torch.tensor([first_row, self.num_rows, 0, *(0 for _ in range(self.num_blocks(block_m)))]).int()
+        first_row = self.problem.num_rows - ROWS
+        return torch.tensor([first_row, self.problem.num_rows, 0, *(0 for _ in range(self.num_blocks(block_m)))]).int()
 
 
-def layer(first_row):
-    sizes, offsets = (first_row + ROWS, 1, 1, WIDTH, WIDTH), torch.zeros(2, dtype=torch.int32)
-    kind = (torch.float16, torch.device("cpu"), (torch.float16,) * 6)
-    problem = Problem(*sizes, "silu", False, 0.0, True, *kind, save=True, backend="triton")
-    # One program, so that no sum is split.
-    return LastRows(problem, expert_offsets=offsets, num_programs=1)
+def layer(x, permutation):
+    kind = (torch.float16, torch.device("cpu"), (torch.float16,) * 5 + (None,))
+    problem = Problem(len(x), 1, 1, WIDTH, WIDTH, "silu", False, 0.0, True, *kind, save=True, backend="triton-single")
+    problem.kept["num_programs"] = 1  # so that no sum is split
+    return LastRows(problem, Inputs(x, *OPERANDS, None), Deal(None, permutation, torch.zeros(2, dtype=torch.int32)))
 
 
 def run(first_row, last_rows):
@@ -54,25 +53,13 @@ def run(first_row, last_rows):
     permutation = torch.empty(num_rows, dtype=torch.int32)
     permutation[first_row:] = torch.arange(first_row, num_rows).flip(0)
     x[first_row:], grad_y[first_row:] = last_rows
-    kwargs = {"deal": False}
-    launch_forward(layer(first_row), x, *OPERANDS, y, pre_activation, hidden, permutation, form="single", **kwargs)
+    launch_forward(layer(x, permutation), "single", y, pre_activation, hidden)
     results = [y[first_row:].clone(), pre_activation[first_row:].clone()]
     y[first_row:] = torch.nan
-    launch_onchip(layer(first_row), x, *OPERANDS, y, pre_activation, permutation, **kwargs)
+    launch_onchip(layer(x, permutation), y, pre_activation)
     results.append(y[first_row:].clone())
     grads = [grad_x, *(torch.empty_like(t) for t in OPERANDS)]
-    launch_backward(
-        layer(first_row),
-        grad_y,
-        x,
-        up_weight,
-        down_weight,
-        pre_activation,
-        permutation,
-        *grads,
-        need_routing=False,
-        single=True,
-    )
+    launch_backward(layer(x, permutation), grad_y, pre_activation, grads, need_routing=False)
     return [*results, grads[0][first_row:].clone(), *grads[1:]]
 
 

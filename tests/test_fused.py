@@ -16,6 +16,7 @@ from ewa_kernels import ops, seeds
 from ewa_kernels.kernels import counters, multiprocessors
 from ewa_kernels.kernels.triton import permutation
 from ewa_kernels.kernels.triton.activations import activate, activate_with_slope
+from ewa_kernels.kernels.triton.launch import Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ["triton-single", "triton-split", "triton-onchip"]
@@ -317,26 +318,35 @@ class TestWorkspace:
         assert counters._counters
         assert not any(counters.any() for counters in counters._counters.values())
 
-    def test_not_used_again_after_an_error(self):
-        def launch():
-            with counters.zeroed_counters(10, torch.device(DEVICE, 0)) as zeros:
-                zeros.fill_(7)
-                raise KeyboardInterrupt
+    def test_not_used_again_after_an_error(self, monkeypatch):
+        def fail(launch, tensors, counters, **others):
+            counters.fill_(7)
+            raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
-            launch()
-        with counters.zeroed_counters(10, torch.device(DEVICE, 0)) as zeros:
+        x, weights = tokens(70, 16), parameters(3, 16, 24)
+        options = {"seed": 1, "backend": "triton-single"}
+        y = ewa.functional.moe_ffn(x.requires_grad_(), *weights, **options)
+        monkeypatch.setattr(Launch, "__call__", fail)
+        for run in (lambda: y.sum().backward(), lambda: ewa.functional.moe_ffn(x, *weights, **options)):
+            with pytest.raises(KeyboardInterrupt):
+                run()
+            assert not any(counters.any() for counters in counters._counters.values())
+            zeros, _ = counters.zeroed_counters(10, x.device)
             assert not zeros.any()
 
     def test_grows(self):
-        with counters.zeroed_counters(5000, torch.device(DEVICE, 0)) as zeros:
-            assert len(zeros) >= 5000
-            assert not zeros.any()
+        zeros, whose = counters.zeroed_counters(5000, torch.device(DEVICE, 0))
+        assert len(zeros) >= 5000
+        assert not zeros.any()
+        counters.give_back(zeros, whose)
 
     def test_two_at_once_are_two(self):
         device = torch.device(DEVICE, 0)
-        with counters.zeroed_counters(10, device) as first, counters.zeroed_counters(10, device) as second:
-            assert first.data_ptr() != second.data_ptr()
+        first, whose = counters.zeroed_counters(10, device)
+        second, whose_second = counters.zeroed_counters(10, device)
+        assert first.data_ptr() != second.data_ptr()
+        counters.give_back(second, whose_second)
+        counters.give_back(first, whose)
 
 
 def test_module_uses_the_backend_and_compiles():

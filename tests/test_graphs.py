@@ -187,7 +187,8 @@ def test_a_foreign_stream_leaves_no_counters_behind(stream, is_kept, monkeypatch
     zeros = torch.zeros
     monkeypatch.setattr(counters, "_new_counters", lambda count, device: zeros(count, dtype=torch.int32))
     monkeypatch.setattr(torch, "zeros", lambda *shape, device, **options: zeros(*shape, **options))
-    with counters.zeroed_counters(10, torch.device("cuda", 0)) as first:
-        first.fill_(1)  # still at work
-    with counters.zeroed_counters(10, torch.device("cuda", 0)) as second:
-        assert (second.data_ptr() == first.data_ptr()) == is_kept
+    first, whose = counters.zeroed_counters(10, torch.device("cuda", 0))
+    first.fill_(1)  # still at work
+    counters.give_back(first, whose)
+    second, _ = counters.zeroed_counters(10, torch.device("cuda", 0))
+    assert (second.data_ptr() == first.data_ptr()) == is_kept

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ewa_kernels.kernels import graphs
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_Key = tuple[torch.device, int]
+_counters: dict[_Key, Tensor] = {}
 
 
-@contextmanager
-def zeroed_counters(count: int, device: torch.device) -> Iterator[Tensor]:
-    """At least `count` int32 zeros, for launches on the current stream within the context, which leave them zero.
+def zeroed_counters(count: int, device: torch.device) -> tuple[Tensor, _Key | None]:
+    """At least `count` int32 zeros, for launches on the current stream, which leave them zero, and whose they are.
 
-    One tensor for each stream, because launches on a stream follow one another. If the context is left by an
-    error, what the launch did is not known, and the tensor is not used again. A graph that is being captured gets
-    counters of its own, zeroed in each replay, because it may be replayed on any stream; so does each launch on a
-    stream that is not torch's: it may be destroyed, and its handle given to another one while it is still at work.
+    Nobody else has them until they are given back, after the launches: if an error comes between, what the launches did
+    is not known, and the tensor is not used again. There is one for each stream, because launches on a stream follow
+    one another. A graph that is being captured gets counters of its own, zeroed in each replay, because it may be
+    replayed on any stream; so does each launch on a stream that is not torch's: it may be destroyed, and its handle
+    given to another one while it is still at work.
     """
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     if graphs.is_capturing(device) or (stream is not None and _is_external(stream)):
-        yield torch.zeros(count, dtype=torch.int32, device=device)
-        return
-    key = (device, 0 if stream is None else stream.cuda_stream)
-    counters = _counters.pop(key, None)
+        return torch.zeros(count, dtype=torch.int32, device=device), None
+    whose = (device, 0 if stream is None else stream.cuda_stream)
+    counters = _counters.pop(whose, None)
     if counters is None or counters.shape[0] < count:
         counters = _new_counters(max(1024, 1 << (count - 1).bit_length()), device)
-    yield counters
-    _counters[key] = counters
+    return counters, whose
+
+
+def give_back(counters: Tensor, whose: _Key | None) -> None:
+    """What `zeroed_counters` returned, when everything that was to use it is launched."""
+    if whose is not None:
+        _counters[whose] = counters
 
 
 def _is_external(stream: torch.cuda.Stream) -> bool:

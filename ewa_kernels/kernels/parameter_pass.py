@@ -187,10 +187,12 @@ class Plan:
             if device not in self._cuda_plans:
                 self._cuda_plans[device] = _C.CudaPlan(table)
             plan = self._cuda_plans[device]
-            with torch.cuda.device(device), counters.zeroed_counters(1, device) as counter:
+            with torch.cuda.device(device):
+                counter, whose = counters.zeroed_counters(1, device)
                 stream = torch.cuda.current_stream(device).cuda_stream
                 memory = torch.empty(plan.memory_bytes, dtype=torch.uint8, device=device)
                 _C.parameter_pass_cuda(plan, native, memory.data_ptr(), counter.data_ptr(), device.index, stream)
+                counters.give_back(counter, whose)
         num_changed = len(tensors) if numbers.grad_scale is not None else self._num_changed
         for i, copy in dense.items():
             if i < num_changed:

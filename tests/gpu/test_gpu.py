@@ -15,6 +15,7 @@ import ewa_kernels as ewa
 from ewa_kernels.kernels import counters
 from ewa_kernels.kernels.triton.backward import backward_kernel, grad_x_kernel, pre_kernel, weights_kernel
 from ewa_kernels.kernels.triton.forward import forward_kernel
+from ewa_kernels.kernels.triton.launch import Launch
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -209,20 +210,21 @@ def test_streams_do_not_disturb_one_another():
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_after_a_launch_that_failed():
+def test_after_a_launch_that_failed(monkeypatch):
     """Its counters are in an unknown state, and nobody gets them again."""
     weights = [t.requires_grad_() for t in parameters(4, 384, 1536)]
     x, grad_y = tokens(9001, 384).requires_grad_(), tokens(9001, 384)
     expected = step(x, weights, grad_y, 1, "triton-single")
 
-    def fail():
-        with counters.zeroed_counters(10, torch.device("cuda", torch.cuda.current_device())) as zeros:
-            zeros.fill_(7)
-            raise KeyboardInterrupt
+    def fail(launch, tensors, counters, **others):
+        counters.fill_(7)
+        raise KeyboardInterrupt
 
     for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            fail()
+        with monkeypatch.context() as patched:
+            patched.setattr(Launch, "__call__", fail)
+            with pytest.raises(KeyboardInterrupt):
+                step(x, weights, grad_y, 1, "triton-single")
         again = step(x, weights, grad_y, 1, "triton-single")
         assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
 

@@ -38,26 +38,9 @@ def _normal_tail(v):
 
 @triton.jit
 def activate(v, ACTIVATION: tl.constexpr):
-    """act(v)."""
-    if ACTIVATION == "gelu":
-        return v * (0.5 + 0.5 * tl.erf(v * _SQRT_HALF))
-    elif ACTIVATION == "gelu_16bit":
-        tail, m = _normal_tail(v)
-        return tl.where(v < 0, 0.0, v) - m * tail
-    elif ACTIVATION == "gelu_tanh":
-        # ½(1 + tanh u) is the sigmoid of 2u, and tanh is no instruction that every target has.
-        return v * tl.sigmoid(v * _TANH_SCALE * (v * v * _TANH_CUBE + 1))
-    elif ACTIVATION == "quick_gelu" or ACTIVATION == "silu":
-        k: tl.constexpr = _QUICK if ACTIVATION == "quick_gelu" else 1.0
-        return v * tl.sigmoid(v * k)
-    elif ACTIVATION == "relu":
-        return tl.where(v < 0, 0.0, v)  # a NaN stays one
-    elif ACTIVATION == "relu2":
-        positive = tl.where(v < 0, 0.0, v)
-        return positive * positive
-    else:
-        tl.static_assert(ACTIVATION == "identity")
-        return v
+    """act(v). The compiler leaves out what only the slope takes."""
+    value, _ = activate_with_slope(v, ACTIVATION)
+    return value
 
 
 @triton.jit
@@ -71,6 +54,7 @@ def activate_with_slope(v, ACTIVATION: tl.constexpr):
         density = _GAUSS * tl.exp2(-0.7213475204444817 * v * v)
         return tl.where(v < 0, 0.0, v) - m * tail, tl.where(v < 0, tail, 1 - tail) + v * density
     elif ACTIVATION == "gelu_tanh":
+        # ½(1 + tanh u) is the sigmoid of 2u, and tanh is no instruction that every target has.
         sigmoid = tl.sigmoid(v * _TANH_SCALE * (v * v * _TANH_CUBE + 1))
         inner = (v * v * (3 * _TANH_CUBE) + 1) * _TANH_SCALE
         return v * sigmoid, sigmoid + v * sigmoid * (1 - sigmoid) * inner
@@ -79,6 +63,7 @@ def activate_with_slope(v, ACTIVATION: tl.constexpr):
         sigmoid = tl.sigmoid(v * k)
         return v * sigmoid, sigmoid * (1 + v * (1 - sigmoid) * k)
     elif ACTIVATION == "relu":
+        # A NaN stays one.
         return tl.where(v < 0, 0.0, v), tl.where(v > 0, 1.0, tl.where(v == v, 0.0, v))
     elif ACTIVATION == "relu2":
         positive = tl.where(v < 0, 0.0, v)

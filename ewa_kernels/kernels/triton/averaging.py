@@ -52,15 +52,13 @@ def _round_bfloat16(value, random):
 @triton.jit
 def average_kernel(
     experts,  # [E, numel], contiguous; bfloat16 as int16
-    numel,
-    num_experts,
+    numel, num_experts,
     first_expert,  # its number among all experts of the call
     share_rate,  # [1] float64
     found_inf,  # [1] or None
     seed,  # [1] int64 or None
-    BF16: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    BF16: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Averages BLOCK columns. Grid: blocks of columns."""
     pull = tl.load(share_rate) * num_experts / (num_experts - 1)
     if found_inf is not None:
@@ -105,10 +103,7 @@ def _on(device: torch.device, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def average(
-    groups: Sequence[Tensor | list[Tensor]],
-    share_rate: Tensor,
-    found_inf: Tensor | None,
-    seed: Tensor | None,
+    groups: Sequence[Tensor | list[Tensor]], share_rate: Tensor, found_inf: Tensor | None, seed: Tensor | None
 ) -> None:
     """`ewa_kernels.reference.average_experts_`; `seed` None rounds to nearest."""
     number = 0

@@ -9,39 +9,14 @@ from ewa_kernels.kernels.triton.epilogues import load_pre, store_grad_pre, store
 from ewa_kernels.kernels.triton.permutation import load_seed
 from ewa_kernels.kernels.triton.queue import FIRST_COUNTER, signal
 from ewa_kernels.kernels.triton.tiles import (
+    NUMBERS,
     block_of_tile,
     clamp_columns,
     load_choices,
-    multiple_of_eight,
-    multiply,
+    multiply_rows,
     rows_of_block,
+    widths,
 )
-
-
-@triton.jit
-def multiply_rows(
-    a, b, a_row, expert, column_tile, size_k, size_n,
-    EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """a[a_row] @ b[expert], the columns of a tile: float32 `[BLOCK_M, BLOCK_N]`."""
-    n = clamp_columns(column_tile * BLOCK_N + tl.arange(0, BLOCK_N), size_n, ALIGNED)
-    k = tl.arange(0, BLOCK_K)
-    a_ptrs = a + a_row.to(tl.int64)[:, None] * size_k + k[None, :]
-    b_ptrs = b + (expert.to(tl.int64) * size_k + k)[:, None] * size_n + n[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first_k in range(0, size_k, BLOCK_K):
-        if EVEN_K:
-            a_tile = tl.load(a_ptrs)
-            b_tile = tl.load(b_ptrs)
-        else:
-            inside = k < size_k - first_k
-            a_tile = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
-            b_tile = tl.load(b_ptrs, mask=inside[:, None], other=0.0)
-        acc = multiply(a_tile, b_tile, acc, PRECISION)
-        a_ptrs += BLOCK_K
-        b_ptrs += BLOCK_K * size_n
-    return acc
 
 
 @triton.jit
@@ -101,9 +76,7 @@ def group_tile(
             signal(counters + FIRST_COUNTER + expert)
 
 
-@triton.jit(do_not_specialize=[
-    "seed_low", "seed_high", "threshold", "scale", "num_rows", "num_experts", "num_blocks", "end_pre", "end_group",
-])  # fmt: skip
+@triton.jit(do_not_specialize=NUMBERS)
 def pre_kernel(
     grad_y,  # [T, D]
     x,  # [T, D]
@@ -132,8 +105,7 @@ def pre_kernel(
 
     Grid: any number of programs; as many as run at once is best.
     """
-    if ALIGNED:
-        d_model, d_ff = multiple_of_eight(d_model), multiple_of_eight(d_ff)
+    d_model, d_ff, _ = widths(d_model, d_ff, ALIGNED, GATED)
     key = load_seed(seed, seed_low, seed_high) if DROPOUT else 0
     for tile in range(tl.program_id(0), end_group, tl.num_programs(0)):
         if tile < end_pre:
@@ -142,10 +114,10 @@ def pre_kernel(
             if first_row < end:
                 row = first_row + tl.arange(0, BLOCK_M)
                 choice = load_choices(permutation, tl.minimum(row, end - 1), groups, num_rows)
+                n = clamp_columns(column_tile * BLOCK_N + tl.arange(0, BLOCK_N), d_ff, ALIGNED)
                 acc = multiply_rows(
-                    grad_y, down_weight, choice // TOP_K, expert, column_tile, d_model, d_ff, EVEN_K, ALIGNED,
-                    PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
+                    grad_y, down_weight, choice // TOP_K, n, expert, d_model, d_ff, False, EVEN_K, PRECISION, BLOCK_K
+                )
                 store_pre(
                     acc, row, end, choice, block, column_tile, pre_activation, routing_weights, grad_pre, hidden,
                     partial_routing, partial_up, key, threshold, scale, num_rows, d_ff, ACTIVATION, GATED, DROPOUT,
@@ -158,7 +130,7 @@ def pre_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts", "num_blocks"])
+@triton.jit(do_not_specialize=NUMBERS)
 def grad_x_kernel(
     up_weight,  # [E, F or 2F, D]
     permutation,  # int32 [R]
@@ -173,9 +145,7 @@ def grad_x_kernel(
 
     Grid: any number of programs; as many as run at once is best.
     """
-    if ALIGNED:
-        d_model, d_ff = multiple_of_eight(d_model), multiple_of_eight(d_ff)
-    num_up = d_ff * 2 if GATED else d_ff
+    d_model, d_ff, num_up = widths(d_model, d_ff, ALIGNED, GATED)
     tiles = tl.cdiv(d_model, BLOCK_N)
     for tile in range(tl.program_id(0), num_blocks * tiles, tl.num_programs(0)):
         block, column_tile = block_of_tile(tile, tiles, num_blocks)
@@ -184,10 +154,10 @@ def grad_x_kernel(
             row = first_row + tl.arange(0, BLOCK_M)
             source = tl.minimum(row, end - 1)  # past the end, work on the last row again
             choice = load_choices(permutation, source, groups, num_rows)
+            n = clamp_columns(column_tile * BLOCK_N + tl.arange(0, BLOCK_N), d_model, ALIGNED)
             acc = multiply_rows(
-                grad_pre, up_weight, source, expert, column_tile, num_up, d_model, EVEN_K, ALIGNED, PRECISION,
-                BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
+                grad_pre, up_weight, source, n, expert, num_up, d_model, False, EVEN_K, PRECISION, BLOCK_K
+            )
             store_rows(
                 acc, None, row, end, choice, column_tile * BLOCK_N, None, grad_x, d_model, BLOCK_M, BLOCK_N, PARTS
             )

@@ -8,18 +8,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ewa_kernels.kernels.triton.backward_rows import group_tile, multiply_rows, store_pre
+from ewa_kernels.kernels.triton.backward_rows import group_tile, store_pre
 from ewa_kernels.kernels.triton.backward_weights import bias_tile, weight_tile
 from ewa_kernels.kernels.triton.epilogues import store_rows
 from ewa_kernels.kernels.triton.permutation import load_seed
 from ewa_kernels.kernels.triton.queue import FIRST_COUNTER, draw_ticket, leave_clean, signal, wait_for_expert
-from ewa_kernels.kernels.triton.tiles import block_of_tile, load_choices, multiple_of_eight, rows_of_block
+from ewa_kernels.kernels.triton.tiles import (
+    NUMBERS,
+    block_of_tile,
+    clamp_columns,
+    load_choices,
+    multiply_rows,
+    rows_of_block,
+    widths,
+)
 
 
-@triton.jit(do_not_specialize=[
-    "seed_low", "seed_high", "threshold", "scale", "num_rows", "num_experts", "num_blocks", "num_splits", "end_pre",
-    "end_group", "end_biases", "end_down", "end_up", "end_x",
-])  # fmt: skip
+@triton.jit(do_not_specialize=NUMBERS)
 def backward_kernel(
     grad_y, x, up_weight, down_weight, pre_activation, permutation, groups, routing_weights,
     grad_pre, hidden, grouped_grad_y, grouped_x, partial_routing, partial_up, partial_down, partial_weight,
@@ -34,9 +39,7 @@ def backward_kernel(
 
     Grid: any number of programs; as many as run at once is best.
     """
-    if ALIGNED:
-        d_model, d_ff = multiple_of_eight(d_model), multiple_of_eight(d_ff)
-    num_up = d_ff * 2 if GATED else d_ff
+    d_model, d_ff, num_up = widths(d_model, d_ff, ALIGNED, GATED)
     key = load_seed(seed, seed_low, seed_high) if DROPOUT else 0
     tiles_before = end_group // num_blocks
     ticket = draw_ticket(counters)
@@ -55,10 +58,11 @@ def backward_kernel(
                 choice = load_choices(permutation, source, groups, num_rows)
                 if not is_pre:
                     wait_for_expert(expert, groups, num_rows, num_experts, tiles_before, counters, BLOCK_M)
+                n = clamp_columns(column_tile * BLOCK_N + tl.arange(0, BLOCK_N), size_n, ALIGNED)
                 acc = multiply_rows(
                     tl.where(is_pre, grad_y, grad_pre), tl.where(is_pre, down_weight, up_weight),
-                    tl.where(is_pre, choice // TOP_K, source), expert, column_tile, size_k, size_n, EVEN_K, ALIGNED,
-                    PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                    tl.where(is_pre, choice // TOP_K, source), n, expert, size_k, size_n, False, EVEN_K, PRECISION,
+                    BLOCK_K,
                 )  # fmt: skip
                 if is_pre:
                     store_pre(

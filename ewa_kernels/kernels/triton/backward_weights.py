@@ -8,12 +8,12 @@ import triton.language as tl
 from ewa_kernels.kernels.triton.epilogues import store_rows
 from ewa_kernels.kernels.triton.queue import FIRST_COUNTER, leave_clean, signal, wait_for_expert
 from ewa_kernels.kernels.triton.tiles import (
+    NUMBERS,
     clamp_columns,
     first_block_of_expert,
-    halves,
-    multiple_of_eight,
     multiply,
     rows_of_expert,
+    widths,
 )
 
 _SUM_BLOCKS = tl.constexpr(32)  # row blocks at a time in sums over them
@@ -115,26 +115,12 @@ def weight_tile(
     else:
         first_split = ticket - split
         partial = partial_weight + first_split.to(tl.int64) * (BLOCK_M * BLOCK_N)
-        _store_split(acc, partial + split * (BLOCK_M * BLOCK_N), 0, BLOCK_M, BLOCK_N, BLOCK_N, PARTS)
+        own, i = partial + split * (BLOCK_M * BLOCK_N), tl.arange(0, BLOCK_M)
+        store_rows(acc, None, i, BLOCK_M, i, 0, None, own, BLOCK_N, BLOCK_M, BLOCK_N, PARTS)
         if signal(counters + FIRST_COUNTER + num_experts + first_split // num_splits) == num_splits - 1:
             _sum_splits(
                 partial, num_splits, m, tile_n * BLOCK_N, size_m, size_n, out, BLOCK_M, BLOCK_N, BLOCK_N // PARTS
             )
-
-
-@triton.jit
-def _store_split(
-    acc, partial, first_column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
-):
-    """partial = acc, both `[BLOCK_M, BLOCK_N]`."""
-    if PARTS > 1:
-        left, right = halves(acc, BLOCK_M, WIDTH)
-        half: tl.constexpr = WIDTH // 2
-        _store_split(left, partial, first_column, BLOCK_M, BLOCK_N, half, PARTS // 2)
-        _store_split(right, partial, first_column + half, BLOCK_M, BLOCK_N, half, PARTS // 2)
-    else:
-        index = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + (first_column + tl.arange(0, WIDTH))[None, :]
-        tl.store(partial + index, acc)
 
 
 @triton.jit
@@ -153,9 +139,7 @@ def _sum_splits(
         tl.store(out + m.to(tl.int64)[:, None] * size_n + column[None, :], total, mask=inside)
 
 
-@triton.jit(do_not_specialize=[
-    "num_rows", "num_experts", "num_splits", "end_biases", "end_down", "end_up",
-])  # fmt: skip
+@triton.jit(do_not_specialize=NUMBERS)
 def weights_kernel(
     groups,  # table of given groups for blocks of ROWS rows, see groups.py, or None: equal groups
     grad_pre,  # [R, F or 2F], by grouped row
@@ -165,12 +149,8 @@ def weights_kernel(
     partial_up,  # float32 [row blocks, F or 2F], or None without grad_up_bias
     partial_down,  # float32 [row blocks, D], or None without grad_down_bias
     partial_weight,  # float32 scratch, a tile for each ticket for a weight, or None if num_splits = 1
-    grad_up_weight,
-    grad_up_bias,
-    grad_down_weight,
-    grad_down_bias,  # gradients that no tile asks for are never touched
-    counters,
-    num_rows, num_experts,
+    grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias,  # those that no tile asks for are never touched
+    counters, num_rows, num_experts,
     num_splits,  # parts of an expert's rows that different tickets add up for a weight
     end_biases, end_down, end_up, d_model, d_ff,
     ROWS: tl.constexpr,  # of the row blocks in partial_up and partial_down
@@ -183,9 +163,7 @@ def weights_kernel(
 
     Grid: any number of programs; as many as run at once is best.
     """
-    if ALIGNED:
-        d_model, d_ff = multiple_of_eight(d_model), multiple_of_eight(d_ff)
-    num_up = d_ff * 2 if GATED else d_ff
+    d_model, d_ff, num_up = widths(d_model, d_ff, ALIGNED, GATED)
     for tile in range(tl.program_id(0), end_up, tl.num_programs(0)):
         if tile < end_biases:
             bias_tile(

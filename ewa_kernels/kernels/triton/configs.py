@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from dataclasses import dataclass, replace
 
@@ -138,7 +137,14 @@ def table(capability: int, dtype: torch.dtype, precision: str) -> Table:
     return {9: _HOPPER, 10: _BLACKWELL, 12: _BLACKWELL_120}.get(capability // 10, _AMPERE)
 
 
-@functools.lru_cache(maxsize=4096)
+def tiles_of(tiles: Table, kernel: str, d_model: int, d_ff: int, is_tight: bool) -> tuple[Tile, ...]:
+    """A kernel's, best first. `is_tight`: with dropout or routing weights."""
+    # A masked loop takes registers too, of which the forward has the fewest left.
+    is_tight = is_tight or (kernel == "forward" and (d_model % 64 != 0 or d_ff % 64 != 0))
+    variant = "unaligned" if d_model % 8 != 0 or d_ff % 8 != 0 else "tight" if is_tight else ""
+    return tiles.get(f"{kernel} {variant}", tiles[kernel])
+
+
 def choose(tiles: tuple[Tile, ...], num_tokens: int, num_experts: int, widths: tuple[int, ...]) -> Tile:
     """The tile with the least work, empty cells included; `widths`: the columns of the products. Ties to the first."""
 

@@ -9,21 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels import multiprocessors
-from ewa_kernels.kernels.counters import zeroed_counters
+from ewa_kernels.kernels.counters import give_back, zeroed_counters
 from ewa_kernels.kernels.triton.configs import ceil_div
 from ewa_kernels.kernels.triton.epilogues import store_rows, store_up
 from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer
-from ewa_kernels.kernels.triton.permutation import load_seed, radices, seed_arguments, tokens_of_rows
+from ewa_kernels.kernels.triton.permutation import load_seed, tokens_of_rows
 from ewa_kernels.kernels.triton.queue import FIRST_COUNTER, draw_ticket, leave_clean, signal, wait_until
-from ewa_kernels.kernels.triton.tiles import load_choices, multiple_of_eight, multiply, rows_of_block
+from ewa_kernels.kernels.triton.tiles import NUMBERS, load_choices, multiply_rows, rows_of_block, widths
 
 
-@triton.jit(do_not_specialize=[
-    "num_rows", "num_experts", "num_blocks", "group", "num_counters", "radix_a", "radix_b", "rounds",
-    "seed_low", "seed_high", "threshold", "scale",
-])  # fmt: skip
+@triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
     x,  # [T, D]
     up_weight,  # [E, F or 2F, D]
@@ -38,34 +34,20 @@ def forward_kernel(
     routing_weights,  # [R], by choice, or None
     counters,
     seed,  # int64 [1] or None: the halves
-    seed_low,
-    seed_high,
-    radix_a,
-    radix_b,
-    rounds,
+    seed_low, seed_high, radix_a, radix_b, rounds,
     threshold,  # uint32 bits: dropped below it
-    scale,
-    num_rows,
-    num_experts,
-    num_blocks,
+    scale, num_rows, num_experts, num_blocks,
     group,  # row blocks whose down tiles follow the up tiles of the next as many
-    num_counters,
-    d_model,
-    d_ff,
+    num_counters, d_model, d_ff,
     FORM: tl.constexpr,  # "single"; "up" and "down": half of it each, without waiting
     DEAL: tl.constexpr,
     TOP_K: tl.constexpr,  # R = T · TOP_K
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
     ALIGNED: tl.constexpr,  # 8 divides D and F
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Tiles of up (rows × hidden columns) and of down (rows × D), as the tickets come.
 
     R grouped rows, one for each of a token's TOP_K choices; y is by choice.
@@ -74,32 +56,27 @@ def forward_kernel(
 
     Grid: any number of programs; as many as run at once is best.
     """
-    if ALIGNED:
-        d_model, d_ff = multiple_of_eight(d_model), multiple_of_eight(d_ff)
+    d_model, d_ff, num_up = widths(d_model, d_ff, ALIGNED, GATED)
     up_columns: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # hidden columns of an up tile
-    num_up = d_ff * 2 if GATED else d_ff
     up_tiles = tl.cdiv(d_ff, up_columns)
     down_tiles = tl.cdiv(d_model, BLOCK_N)
     num_groups = tl.cdiv(num_blocks, group)
     key = load_seed(seed, seed_low, seed_high) if DEAL or DROPOUT else 0
 
     if FORM == "single":
-        num_tickets = num_groups * group * (up_tiles + down_tiles)
+        tiles = up_tiles + down_tiles  # of a row block
         ticket = draw_ticket(counters)
-    elif FORM == "up":
-        num_tickets = num_groups * group * up_tiles
-        ticket = tl.program_id(0)
     else:
-        num_tickets = num_groups * group * down_tiles
+        tiles = up_tiles if FORM == "up" else down_tiles
         ticket = tl.program_id(0)
 
-    while ticket < num_tickets:
+    while ticket < num_groups * group * tiles:
         # Which tile: neighbours in a group share the weights' columns.
         if FORM == "single":
             lead = group * up_tiles
             later = tl.maximum(ticket - lead, 0)
-            step = later // (group * (up_tiles + down_tiles))
-            rest = later - step * (group * (up_tiles + down_tiles))
+            step = later // (group * tiles)
+            rest = later - step * (group * tiles)
             last = step == num_groups - 1  # no up tiles are left
             is_up = (ticket < lead) | ((rest < lead) & (step < num_groups - 1))
             which_group = tl.where(ticket < lead, 0, tl.where(is_up, step + 1, step))
@@ -107,8 +84,8 @@ def forward_kernel(
         else:
             # Known here: the other half is not compiled, and what belongs to it may be None.
             is_up: tl.constexpr = FORM == "up"  # type: ignore[no-redef]
-            which_group = ticket // (group * (up_tiles if FORM == "up" else down_tiles))
-            rest = ticket - which_group * group * (up_tiles if FORM == "up" else down_tiles)
+            which_group = ticket // (group * tiles)
+            rest = ticket - which_group * group * tiles
         column_tile = rest // group
         block = which_group * group + rest - column_tile * group
         expert, first_row, end = rows_of_block(block, groups, num_rows, num_experts, num_blocks, BLOCK_M)
@@ -146,9 +123,6 @@ def forward_kernel(
                 )
             else:
                 b_row = tl.minimum(column_tile * BLOCK_N + n, size_n - 1)
-            k = tl.arange(0, BLOCK_K)
-            a_ptrs = a + a_row.to(tl.int64)[:, None] * size_k + k[None, :]
-            b_ptrs = b + (expert.to(tl.int64) * size_n + b_row)[:, None] * size_k + k[None, :]
             # Loaded before the products, so that nobody waits for them after.
             bias = tl.zeros((BLOCK_N,), tl.float32)
             bias_index = expert.to(tl.int64) * size_n + b_row
@@ -156,18 +130,7 @@ def forward_kernel(
                 bias += tl.load(up_bias + bias_index, mask=tl.where(is_up, n, -1) >= 0, other=0.0).to(tl.float32)
             if down_bias is not None and FORM != "up":
                 bias += tl.load(down_bias + bias_index, mask=tl.where(is_up, -1, n) >= 0, other=0.0).to(tl.float32)
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for first_k in range(0, size_k, BLOCK_K):
-                if EVEN_K:
-                    a_tile = tl.load(a_ptrs)
-                    b_tile = tl.load(b_ptrs)
-                else:
-                    inside = (k < size_k - first_k)[None, :]
-                    a_tile = tl.load(a_ptrs, mask=inside, other=0.0)
-                    b_tile = tl.load(b_ptrs, mask=inside, other=0.0)
-                acc = multiply(a_tile, b_tile.T, acc, PRECISION)
-                a_ptrs += BLOCK_K
-                b_ptrs += BLOCK_K
+            acc = multiply_rows(a, b, a_row, b_row, expert, size_k, size_n, True, EVEN_K, PRECISION, BLOCK_K)
 
             if is_up:
                 store_up(
@@ -193,67 +156,28 @@ def forward_kernel(
 
 
 def launch_forward(
-    layer: Layer,
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    y: Tensor | None,
-    pre_activation: Tensor | None,
-    hidden: Tensor | None,
-    permutation: Tensor,
-    *,
-    form: str,
-    deal: bool,
+    layer: Layer, form: str, y: Tensor | None, pre_activation: Tensor | None, hidden: Tensor | None
 ) -> None:
-    """Fills y, by choice, pre_activation, hidden and, if `deal`, the permutation; see `forward_kernel`."""
-    left_free = multiprocessors.left_free(layer.device)
-    is_there = (y is not None, pre_activation is not None, hidden is not None, isinstance(layer.seed, Tensor))
-    key = ("forward", form, deal, left_free, layer.precision, is_there)
-    num_programs, num_counters, launch = layer.kept(key, lambda: _launch(layer, form, deal))
-    groups = layer.groups(layer.tile("forward").block_m)
-    with zeroed_counters(num_counters, x.device) as counters:
-        launch(
-            num_programs,
-            x,
-            up_weight,
-            up_bias,
-            down_weight,
-            down_bias,
-            y,
-            pre_activation,
-            hidden,
-            permutation,
-            groups,
-            layer.routing_weights,
-            counters,
-            *seed_arguments(layer.seed),
-        )
+    """Fills those of y, by choice, pre_activation and hidden that are not None, and a permutation that is not given.
+
+    `form`: as `forward_kernel` has it.
+    """
+    num_counters, launch = layer.kept(_plan, form, y is not None, pre_activation is not None, hidden is not None)
+    counters, whose = zeroed_counters(num_counters, layer.problem.device)
+    groups = layer.groups(launch.rows)
+    launch(layer.tensors, y=y, pre_activation=pre_activation, hidden=hidden, groups=groups, counters=counters)
+    give_back(counters, whose)
 
 
-def _launch(layer: Layer, form: str, deal: bool) -> tuple[int, int, Launch]:
-    """How many programs and counters it takes, and the launch."""
-    tile = layer.tile("forward")
+def _plan(layer: Layer, form: str, *is_there: bool) -> tuple[int, Launch]:
+    """How many counters it takes, and the launch; another one where other outputs are asked for."""
+    problem, tile = layer.problem, layer.tile("forward")
     num_blocks = layer.num_blocks(tile.block_m)
-    up_tiles = ceil_div(layer.d_ff, tile.block_n // 2 if layer.gated else tile.block_n)
-    down_tiles = ceil_div(layer.d_model, tile.block_n)
-    tiles = {"single": up_tiles + down_tiles, "up": up_tiles, "down": down_tiles}[form]
-    (num_programs,) = layer.grid(num_blocks * tiles, tile)
+    up_tiles = ceil_div(problem.d_ff, tile.block_n // 2 if problem.gated else tile.block_n)
+    down_tiles = ceil_div(problem.d_model, tile.block_n)
+    num_tiles = num_blocks * {"single": up_tiles + down_tiles, "up": up_tiles, "down": down_tiles}[form]
     num_counters = FIRST_COUNTER.value + num_blocks
-    radix_a, radix_b, rounds = radices(layer.num_rows)
-    arguments = {
-        "radix_a": radix_a,
-        "radix_b": radix_b,
-        "rounds": rounds,
-        "num_blocks": num_blocks,
-        # Enough up tiles in a group to keep all programs busy: its down tiles find hidden ready then.
-        "group": min(num_blocks, ceil_div(num_programs, up_tiles)),
-        "num_counters": num_counters,
-        "FORM": form,
-        "DEAL": deal,
-        "ALIGNED": layer.aligned,
-        "EVEN_K": layer.d_model % tile.block_k == 0 and layer.d_ff % tile.block_k == 0,
-        **layer.constants,
-    }
-    return num_programs, num_counters, Launch(forward_kernel, arguments, tile)
+    # Enough up tiles in a group to keep all programs busy: its down tiles find hidden ready then.
+    group = min(num_blocks, ceil_div(layer.grid(num_tiles, tile), up_tiles))
+    arguments = {"group": group, "num_counters": num_counters, "FORM": form}
+    return num_counters, layer.launch(forward_kernel, num_tiles, tile, tile.block_m, arguments)

@@ -13,21 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ewa_kernels.kernels.triton.configs import ASSERTS, aligned, ceil_div
+from ewa_kernels.kernels.triton.tiles import NUMBERS
 
 BLOCKS, EXPERTS = 64, 128
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts", "num_blocks"])
+@triton.jit(do_not_specialize=NUMBERS)
 def groups_kernel(
     expert_offsets,  # int32 [E + 1]
     groups,  # int32 [2E + 1 + row blocks]
-    num_rows,
-    num_experts,
-    num_blocks,
-    BLOCK_M: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
+    num_rows, num_experts, num_blocks, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
     """Writes the experts of BLOCKS row blocks; the first program, all experts' rows and first blocks too.
 
     Grid: ⌈row blocks / BLOCKS⌉.
@@ -69,15 +65,6 @@ def tabulate(expert_offsets: Tensor, num_rows: int, num_blocks: int, block_m: in
     """`groups` for given offsets, int32 `[E + 1]`, and R ≥ 1 rows."""
     num_experts = len(expert_offsets) - 1
     groups = torch.empty(2 * num_experts + 1 + num_blocks, dtype=torch.int32, device=expert_offsets.device)
-    groups_kernel[(ceil_div(num_blocks, BLOCKS),)](
-        aligned(expert_offsets),
-        groups,
-        num_rows,
-        num_experts,
-        num_blocks,
-        BLOCK_M=block_m,
-        BLOCKS=BLOCKS,
-        EXPERTS=EXPERTS,
-        **ASSERTS,
-    )
+    arguments = (aligned(expert_offsets), groups, num_rows, num_experts, num_blocks, block_m, BLOCKS, EXPERTS)
+    groups_kernel[(ceil_div(num_blocks, BLOCKS),)](*arguments, **ASSERTS)
     return groups

@@ -10,128 +10,140 @@ import torch
 from torch import Tensor
 
 from ewa_kernels.kernels import multiprocessors
-from ewa_kernels.kernels.triton.configs import INTERPRETER, Table, Tile, aligned, ceil_div, choose, choose_onchip, table
+from ewa_kernels.kernels.triton import configs
+from ewa_kernels.kernels.triton.configs import Tile, aligned, ceil_div
 from ewa_kernels.kernels.triton.groups import tabulate
-from ewa_kernels.kernels.triton.permutation import int32_bits
+from ewa_kernels.kernels.triton.launch import Launch
+from ewa_kernels.kernels.triton.permutation import int32_bits, radices, seed_arguments
 from ewa_kernels.kernels.triton.tiles import INTERPRETED
-from ewa_kernels.problem import Problem
+from ewa_kernels.problem import Deal, Inputs, Problem
 
 _MAX_ROWS = 2**31 - 1024  # so that a row past the end of a tile is an int32
 _MAX_EXPERTS = 2**15  # so that the product of two experts' numbers is one
 
 
 class Layer:
-    """A `Problem`, and the partition, seed and routing weights of one call.
+    """One call: its `Problem`, and what all launches for it take.
+
+    Whoever tries tiles puts a `Table` into `problem.kept["table"]`, in place of that for the device, and into
+    `problem.kept["num_programs"]` how many programs work on a launch, in place of as many as run at once.
 
     Attributes:
-        seed: an int, int64 with one element on the CPU or on the device, or None where nothing is random.
-        expert_offsets: int32 `[E + 1]` on the device, or None: equal groups.
-        routing_weights: `[T, k]`, contiguous, on the device, or None: k = 1.
-        table: the tiles to choose from; None: those for the device.
-        num_programs: how many programs work on a launch; None: as many as run at once.
+        is_dealt: whether the permutation is not given: the forward fills it.
+        tensors: inputs, permutation and seed, by the names of the kernels' arguments.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        seed: int | Tensor | None = None,
-        expert_offsets: Tensor | None = None,
-        routing_weights: Tensor | None = None,
-        table: Table | None = None,
-        num_programs: int | None = None,
-    ):
-        self.problem, self.seed, self.expert_offsets = problem, seed, expert_offsets
-        self.routing_weights = None if routing_weights is None else aligned(routing_weights.contiguous())
-        self.table, self.num_programs = table, num_programs
-        self.num_rows, self.num_experts, self.top_k = problem.num_rows, problem.num_experts, problem.top_k
-        self.d_model, self.d_ff, self.gated = problem.d_model, problem.d_ff, problem.gated
-        self.dtype, self.device = problem.dtype, problem.device
+    def __init__(self, problem: Problem, inputs: Inputs, deal: Deal):
+        self.problem, self._expert_offsets = problem, deal.expert_offsets
         self._groups: dict[int, Tensor] = {}
+        self._left_free = multiprocessors.left_free(problem.device)
+        self.is_dealt = deal.permutation is None
+        if deal.permutation is None:
+            permutation = inputs.x.new_empty(problem.num_rows, dtype=torch.int32)
+        else:
+            permutation = aligned(deal.permutation)
+        seed, low, high = seed_arguments(deal.seed)
+        self.tensors: dict[str, Any] = inputs._asdict()
+        self.tensors.update(permutation=permutation, seed=seed, seed_low=low, seed_high=high)
+        # What a launch depends on beside the problem.
+        self._kind = (self.is_dealt, seed is None, self._left_free, self._precision)
 
-    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` made of the problem alone the first time, by a key."""
-        if self.table is not None or self.num_programs is not None:  # others than the device's
-            return make()
+    def kept(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """make(layer, *arguments), made once for all calls of the kind: nothing of it may be a tensor."""
+        key = (make, arguments, self._kind)
         found = self.problem.kept.get(key)
         if found is None:
-            found = self.problem.kept[key] = make()
+            found = self.problem.kept[key] = make(self, *arguments)
         return found
 
     def _tiles_of(self, kernel: str) -> tuple[Tile, ...]:
-        tiles = self.table
-        if tiles is None:
-            tiles = INTERPRETER if INTERPRETED else table(_capability(self.device), self.dtype, precision())
-        if not self.aligned:
-            return tiles.get(f"{kernel} unaligned", tiles[kernel])
-        # A masked loop takes registers too, of which the forward has the fewest left.
-        is_ragged = self.d_model % 64 != 0 or self.d_ff % 64 != 0
-        is_tight = self.tight or (kernel == "forward" and is_ragged)
-        return tiles.get(f"{kernel} tight", tiles[kernel]) if is_tight else tiles[kernel]
+        problem, tiles = self.problem, self.problem.kept.get("table")
+        if tiles is None and INTERPRETED:
+            tiles = configs.INTERPRETER
+        elif tiles is None:
+            tiles = configs.table(_capability(problem.device), problem.dtype, self._precision)
+        return configs.tiles_of(tiles, kernel, problem.d_model, problem.d_ff, self.is_tight)
 
     def tile(self, kernel: str) -> Tile:
-        """The tile for "forward" or "backward"."""
-        widths = (self.d_ff, self.d_model)
-        key = (kernel, "tile", self.precision)
-        return self.kept(key, lambda: choose(self._tiles_of(kernel), self.num_rows, self.num_experts, widths))
+        """The tile for "forward", "backward" or one of its phases."""
+        problem = self.problem
+        widths = (problem.d_ff, problem.d_model)
+        return configs.choose(self._tiles_of(kernel), problem.num_rows, problem.num_experts, widths)
 
     def onchip_tile(self) -> Tile | None:
         """The tile for "onchip", or None if D is too large."""
-        return self.kept("onchip tile", lambda: (choose_onchip(self._tiles_of("onchip"), self.d_model),))[0]
+        return configs.choose_onchip(self._tiles_of("onchip"), self.problem.d_model)
 
     @property
-    def tight(self) -> bool:
+    def is_tight(self) -> bool:
         """Whether registers are scarce."""
-        return self.problem.dropout_p > 0 or self.routing_weights is not None
+        return self.problem.dropout_p > 0 or self.tensors["routing_weights"] is not None
 
     @property
-    def aligned(self) -> bool:
+    def is_aligned(self) -> bool:
         """Whether rows can be loaded 16 bytes at a time."""
-        return self.d_model % 8 == 0 and self.d_ff % 8 == 0
+        return self.problem.d_model % 8 == 0 and self.problem.d_ff % 8 == 0
 
     def num_blocks(self, block_m: int) -> int:
         """Row blocks, empty ones included: how the rows are dealt may be known on the device only."""
-        if self.expert_offsets is not None:
-            return self.num_rows // block_m + self.num_experts
-        return self.num_experts * ceil_div(ceil_div(self.num_rows, self.num_experts), block_m)
+        num_rows, num_experts = self.problem.num_rows, self.problem.num_experts
+        if self.problem.is_given:
+            return num_rows // block_m + num_experts
+        return num_experts * ceil_div(ceil_div(num_rows, num_experts), block_m)
 
     def groups(self, block_m: int) -> Tensor | None:
         """The table of the groups that are given, see `groups.py`; None: equal groups."""
-        if self.expert_offsets is not None and block_m not in self._groups:
-            num_blocks = self.num_blocks(block_m)
-            self._groups[block_m] = tabulate(self.expert_offsets, self.num_rows, num_blocks, block_m)
-        return self._groups.get(block_m)
+        if self._expert_offsets is None:
+            return None
+        if block_m not in self._groups:
+            num_rows, num_blocks = self.problem.num_rows, self.num_blocks(block_m)
+            self._groups[block_m] = tabulate(self._expert_offsets, num_rows, num_blocks, block_m)
+        return self._groups[block_m]
 
     def programs(self, tile: Tile) -> int:
         """As many as run at once on the whole device."""
-        return self.num_programs or multiprocessors.count(self.device) * tile.per_multiprocessor
+        count = self.problem.kept.get("num_programs")
+        return count or multiprocessors.count(self.problem.device) * tile.per_multiprocessor
 
-    def grid(self, num_tickets: int, tile: Tile) -> tuple[int]:
-        """Of a persistent launch."""
-        left_free = 0 if self.num_programs else multiprocessors.left_free(self.device) * tile.per_multiprocessor
-        return (max(1, min(num_tickets, self.programs(tile) - left_free)),)
+    def grid(self, num_tiles: int, tile: Tile) -> int:
+        """The number of programs of a persistent launch."""
+        return max(1, min(num_tiles, self.programs(tile) - self._left_free * tile.per_multiprocessor))
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        """Arguments that the kernels have in common, and that calls of one problem do too."""
-        problem, itemsize = self.problem, self.dtype.itemsize
-        return {
+    def launch(
+        self, kernel: Any, num_tiles: int, tile: Tile, rows: int, arguments: dict[str, Any], **options: int
+    ) -> Launch:
+        """`arguments`: those that not all kernels have in common, and calls of one kind do. For others see `Launch`."""
+        problem = self.problem
+        gelu = "gelu_16bit" if problem.dtype.itemsize == 2 else "gelu"
+        radix_a, radix_b, rounds = radices(problem.num_rows)
+        common = {
+            "radix_a": radix_a,
+            "radix_b": radix_b,
+            "rounds": rounds,
             "threshold": int32_bits(min(round(problem.dropout_p * 2**32), 2**32 - 1)),
             "scale": 1 / (1 - problem.dropout_p) if problem.dropout_p < 1 else 0.0,
-            "num_rows": self.num_rows,
-            "num_experts": self.num_experts,
-            "d_model": self.d_model,
-            "d_ff": self.d_ff,
-            "ACTIVATION": "gelu_16bit" if problem.activation == "gelu" and itemsize == 2 else problem.activation,
-            "TOP_K": self.top_k,
-            "GATED": self.gated,
+            "num_rows": problem.num_rows,
+            "num_experts": problem.num_experts,
+            "num_blocks": self.num_blocks(rows),
+            "d_model": problem.d_model,
+            "d_ff": problem.d_ff,
+            "DEAL": self.is_dealt,
+            "TOP_K": problem.top_k,
+            "ACTIVATION": gelu if problem.activation == "gelu" else problem.activation,
+            "GATED": problem.gated,
             "DROPOUT": problem.dropout_p > 0,
-            "PRECISION": self.precision,
+            "EVEN_K": problem.d_model % tile.block_k == 0 and problem.d_ff % tile.block_k == 0,
+            "ALIGNED": self.is_aligned,
+            "PRECISION": self._precision,
+            "ROWS": rows,
         }
+        return Launch(kernel, self.grid(num_tiles, tile), {**common, **arguments}, tile, rows, **options)
 
     @property
-    def precision(self) -> str:
-        """How float32 matrix products are computed; others can be in one way only."""
-        return precision() if self.dtype == torch.float32 else "ieee"
+    def _precision(self) -> str:
+        """How float32 matrix products are computed, as PyTorch's are; others can be in one way only."""
+        is_tf32 = self.problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return "tf32" if is_tf32 else "ieee"
 
 
 def check_sizes(problem: Problem) -> None:
@@ -144,11 +156,6 @@ def check_sizes(problem: Problem) -> None:
         raise ValueError(
             f"up_weight must hold at most {_MAX_EXPERTS} experts for this backend, got {problem.num_experts}"
         )
-
-
-def precision() -> str:
-    """How float32 matrix products are computed: as PyTorch's are."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @functools.cache

@@ -6,13 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels import multiprocessors
 from ewa_kernels.kernels.triton.activations import activate, dropout_scale
 from ewa_kernels.kernels.triton.epilogues import store_rows
 from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer
-from ewa_kernels.kernels.triton.permutation import load_seed, radices, seed_arguments, tokens_of_rows
-from ewa_kernels.kernels.triton.tiles import load_choices, multiple_of_eight, multiply, rows_of_block
+from ewa_kernels.kernels.triton.permutation import load_seed, tokens_of_rows
+from ewa_kernels.kernels.triton.tiles import NUMBERS, load_choices, multiply, rows_of_block, widths
 
 
 @triton.jit
@@ -37,10 +36,7 @@ def _up(
     return pre
 
 
-@triton.jit(do_not_specialize=[
-    "num_rows", "num_experts", "num_blocks", "radix_a", "radix_b", "rounds", "seed_low", "seed_high", "threshold",
-    "scale",
-])  # fmt: skip
+@triton.jit(do_not_specialize=NUMBERS)
 def onchip_kernel(
     x,  # [T, D]
     up_weight,  # [E, F or 2F, D]
@@ -53,23 +49,12 @@ def onchip_kernel(
     groups,  # table of given groups, see groups.py, or None: equal groups
     routing_weights,  # [R], by choice, or None
     seed,  # int64 [1] or None: the halves
-    seed_low,
-    seed_high,
-    radix_a,
-    radix_b,
-    rounds,
+    seed_low, seed_high, radix_a, radix_b, rounds,
     threshold,  # uint32 bits: dropped below it
-    scale,
-    num_rows,
-    num_experts,
-    num_blocks,
-    d_model,
-    d_ff,
+    scale, num_rows, num_experts, num_blocks, d_model, d_ff,
     DEAL: tl.constexpr,
     TOP_K: tl.constexpr,  # R = T · TOP_K
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_D: tl.constexpr,  # BLOCK_K = D
     ALIGNED: tl.constexpr,  # 8 divides D and F
     EVEN_F: tl.constexpr,  # BLOCK_N divides F
@@ -78,14 +63,12 @@ def onchip_kernel(
     BLOCK_N: tl.constexpr,  # columns of hidden at a time
     BLOCK_K: tl.constexpr,  # power of two ≥ D
     PARTS: tl.constexpr,
-):
+):  # fmt: skip
     """y of a row block: for each BLOCK_N columns of hidden, up projection, activation, and a piece of the down one.
 
     Grid: any number of programs; as many as run at once is best.
     """
-    if ALIGNED:
-        d_model, d_ff = multiple_of_eight(d_model), multiple_of_eight(d_ff)
-    num_up = d_ff * 2 if GATED else d_ff
+    d_model, d_ff, num_up = widths(d_model, d_ff, ALIGNED, GATED)
     key = load_seed(seed, seed_low, seed_high) if DEAL or DROPOUT else 0
     d = tl.arange(0, BLOCK_K)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
@@ -136,43 +119,16 @@ def onchip_kernel(
             store_rows(acc, None, row, end, choice, 0, factor, y, d_model, BLOCK_M, BLOCK_K, PARTS)
 
 
-def launch_onchip(
-    layer: Layer,
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    y: Tensor,
-    pre_activation: Tensor | None,
-    permutation: Tensor,
-    *,
-    deal: bool,
-) -> None:
-    """Fills y, by choice, pre_activation and, if `deal`, the permutation; see `onchip_kernel`."""
-    is_there = (pre_activation is not None, isinstance(layer.seed, Tensor))
-    key = ("onchip", deal, multiprocessors.left_free(layer.device), layer.precision, is_there)
-    num_programs, block_m, launch = layer.kept(key, lambda: _launch(layer, deal))
-    operands = (x, up_weight, up_bias, down_weight, down_bias, y, pre_activation, permutation)
-    launch(num_programs, *operands, layer.groups(block_m), layer.routing_weights, *seed_arguments(layer.seed))
+def launch_onchip(layer: Layer, y: Tensor, pre_activation: Tensor | None) -> None:
+    """Fills y, by choice, pre_activation unless it is None, and a permutation that is not given."""
+    launch = layer.kept(_plan, pre_activation is not None)
+    launch(layer.tensors, y=y, pre_activation=pre_activation, groups=layer.groups(launch.rows))
 
 
-def _launch(layer: Layer, deal: bool) -> tuple[int, int, Launch]:
-    """How many programs it takes, rows of a block, and the launch."""
+def _plan(layer: Layer, *is_there: bool) -> Launch:
+    """Another one where other outputs are asked for."""
     tile = layer.onchip_tile()
     assert tile is not None
-    num_blocks = layer.num_blocks(tile.block_m)
-    radix_a, radix_b, rounds = radices(layer.num_rows)
-    arguments = {
-        "radix_a": radix_a,
-        "radix_b": radix_b,
-        "rounds": rounds,
-        "num_blocks": num_blocks,
-        "DEAL": deal,
-        "ALIGNED": layer.aligned,
-        "EVEN_D": layer.d_model == tile.block_k,
-        "EVEN_F": layer.d_ff % tile.block_n == 0,
-        **layer.constants,
-    }
-    (num_programs,) = layer.grid(num_blocks, tile)
-    return num_programs, tile.block_m, Launch(onchip_kernel, arguments, tile)
+    problem = layer.problem
+    arguments = {"EVEN_D": problem.d_model == tile.block_k, "EVEN_F": problem.d_ff % tile.block_n == 0}
+    return layer.launch(onchip_kernel, layer.num_blocks(tile.block_m), tile, tile.block_m, arguments)

@@ -6,6 +6,12 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Numbers that kernels are not specialised on: all but D and F, which say how well rows are aligned.
+NUMBERS = [
+    *("num_rows", "num_experts", "num_blocks", "num_counters", "num_splits", "group", "radix_a", "radix_b", "rounds"),
+    *("seed_low", "seed_high", "threshold", "scale"),
+    *("end_pre", "end_group", "end_biases", "end_down", "end_up", "end_x"),
+]
 
 # --- experts and row blocks ---
 
@@ -67,9 +73,12 @@ def block_of_tile(tile, tiles, num_blocks):
 
 
 @triton.jit
-def multiple_of_eight(size):
-    """The same number, in a form that shows the compiler what it is, and so which rows begin at 16 bytes."""
-    return size // 8 * 8
+def widths(d_model, d_ff, ALIGNED: tl.constexpr, GATED: tl.constexpr):
+    """D, F and the columns of pre_activation."""
+    if ALIGNED:
+        # In a form that shows the compiler that 8 divides them, and so which rows begin at 16 bytes.
+        d_model, d_ff = d_model // 8 * 8, d_ff // 8 * 8
+    return d_model, d_ff, d_ff * 2 if GATED else d_ff
 
 
 @triton.jit
@@ -88,6 +97,33 @@ def multiply(a, b, acc, PRECISION: tl.constexpr):
         # The interpreter would multiply the bit patterns of bfloat16.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def multiply_rows(
+    a, b, a_row, n, expert, size_k, size_n,
+    TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Columns `n` of a[a_row] @ b[expert], or of a[a_row] @ b[expert]ᵀ: float32 `[BLOCK_M, BLOCK_N]`."""
+    k = tl.arange(0, BLOCK_K)
+    a_ptrs = a + a_row.to(tl.int64)[:, None] * size_k + k[None, :]
+    if TRANSPOSED:
+        b_ptrs = b + (expert.to(tl.int64) * size_n + n)[:, None] * size_k + k[None, :]
+    else:
+        b_ptrs = b + (expert.to(tl.int64) * size_k + k)[:, None] * size_n + n[None, :]
+    acc = tl.zeros((a_row.shape[0], n.shape[0]), tl.float32)
+    for first_k in range(0, size_k, BLOCK_K):
+        if EVEN_K:
+            a_tile = tl.load(a_ptrs)
+            b_tile = tl.load(b_ptrs)
+        else:
+            inside = k < size_k - first_k
+            a_tile = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
+            b_tile = tl.load(b_ptrs, mask=inside[None, :] if TRANSPOSED else inside[:, None], other=0.0)
+        acc = multiply(a_tile, b_tile.T if TRANSPOSED else b_tile, acc, PRECISION)
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K if TRANSPOSED else BLOCK_K * size_n
+    return acc
 
 
 @triton.jit
