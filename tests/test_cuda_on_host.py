@@ -109,7 +109,7 @@ def test_what_is_not_aligned_goes_by_elements_and_nothing_else(which, dtype, num
             copy = copies.find(p, torch.bfloat16)
             assert (copy is not None) == (dtype == torch.float32)
             if copy is not None:
-                copies.register(p, moved(copy))
+                copies.register(p, moved(copy), result)
         elif which is not None:
             result.state[p][which] = moved(result.state[p][which])
         return result

@@ -147,7 +147,7 @@ class TestCompiledForCuda:
 def test_a_graph_casts_in_each_replay(monkeypatch):
     parameter = torch.nn.Parameter(torch.ones(2, 3, 4))
     copy = torch.full((2, 3, 4), 7.0, dtype=torch.bfloat16)
-    copies.register(parameter, copy)
+    copies.register(parameter, copy, parameter)
     assert copies.in_dtype(parameter, torch.bfloat16) is copy
     monkeypatch.setattr(graphs, "is_capturing", lambda device: True)
     assert torch.equal(copies.in_dtype(parameter, torch.bfloat16), parameter.bfloat16())
