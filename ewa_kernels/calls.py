@@ -120,7 +120,7 @@ def _key(inputs: Inputs, is_given: bool, options: Options, needs_grad: bool) -> 
         None if routing_weights is None else (routing_weights.shape, routing_weights.dtype, routing_weights.device),
         options,
         tuple(map(type, options)),  # 1 is equal to True, and is refused
-        (is_given, needs_grad, checks.autocast_enabled(x.device), checks.autocast_dtype(x)),
+        (is_given, needs_grad, checks.autocast_enabled(x.device) and torch.get_autocast_dtype(x.device.type)),
     )
 
 
