@@ -59,6 +59,7 @@ def test_no_second_derivative(layer):
         grad.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_a_profiler_of_a_checkpointed_forward(layer):
     """Both keep the same for backward."""
     x = torch.randn(21, 6, requires_grad=True)

@@ -124,7 +124,6 @@ class AdamW(torch.optim.AdamW):
         experts = [] if averager is None else averager.experts()
         numbers = self._numbers(*((0.0, None) if averager is None else averager.next_step()), found_inf)
         if not self._pass_again(experts, numbers):
-            self._plan = None
             held = shards.Experts(experts, exchange=False)
             flat, group_sizes = checks.experts(held.local)
             self._check_parameters(flat)
@@ -232,16 +231,19 @@ class AdamW(torch.optim.AdamW):
 
     def _pass_again(self, experts: list[Any], numbers: Numbers) -> bool:
         """By the plan of the last step, if it is one for these tensors: all that depends on them was checked then."""
-        if self._plan is None or private_torch.is_watched():
+        plan = self._plan
+        if plan is None or private_torch.is_watched():
             return False
+        self._plan = None
         try:
             states = self._known_states()
         except KeyError:
             return False
         flat, group_sizes = flattened(experts)
         work = self._pass(states, flat, group_sizes)
-        if not self._plan.run_again(work, self._seeded(numbers, flat)):
+        if not plan.run_again(work, self._seeded(numbers, flat)):
             return False
+        self._plan = plan
         self._register(work)
         return True
 
