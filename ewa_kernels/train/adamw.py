@@ -28,7 +28,6 @@ __all__ = ["AdamW"]
 
 _warned: set[str] = set()
 
-
 # Of a parameter that has a gradient: grad, exp_avg, exp_avg_sq, step, and the index of its group.
 _State = tuple[Tensor, Tensor, Tensor, Tensor, int]
 _of_state = itemgetter("exp_avg", "exp_avg_sq", "step")
@@ -231,8 +230,7 @@ class AdamW(torch.optim.AdamW):
 
     def _pass_again(self, experts: list[Any], numbers: Numbers) -> bool:
         """By the plan of the last step, if it is one for these tensors: all that depends on them was checked then."""
-        plan = self._plan
-        if plan is None or private_torch.is_watched():
+        if (plan := self._plan) is None or private_torch.is_watched():
             return False
         self._plan = None
         try:
