@@ -140,6 +140,9 @@ def _moe_ffn_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, deal, save = Inputs(*arguments[:6]), Deal(*arguments[6:9]), arguments[12]
     x, num_tokens = inputs.x, inputs.x.shape[0]
     num_rows = num_tokens if deal.permutation is None else deal.permutation.shape[0]
+    if arguments[13] == "cublas" and deal.permutation is None:
+        num_experts = inputs.up_weight.shape[0]
+        num_rows = -(-num_tokens // num_experts) * num_experts  # see kernels/triton/rows.py
     return (
         x.new_empty(num_tokens, inputs.down_weight.shape[1]),
         x.new_empty((num_rows, inputs.up_weight.shape[1]) if save else 0),

@@ -19,7 +19,7 @@ from ewa_kernels.kernels.triton.activations import activate, activate_with_slope
 from ewa_kernels.kernels.triton.launch import Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FORMS = ["triton-single", "triton-split", "triton-onchip"]
+FORMS = ["triton-single", "triton-split", "triton-onchip", "cublas"]
 # On a GPU the last one is for 16 bits, and for rows that begin at 16 bytes.
 FLOAT32_FORMS = FORMS if DEVICE == "cpu" else FORMS[:2]
 # The dtypes in which every case runs. bfloat16 has cases of its own: the interpreter rounds it towards zero, and so

@@ -18,4 +18,6 @@ from ewa_kernels.problem import Problem
 
 def of(problem: Problem) -> Any:
     """The module for the problem's backend."""
+    if problem.backend == "cublas":
+        return triton_kernels.cublas
     return triton_kernels.moe_ffn if problem.backend.startswith("triton") else blocked_ffn

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, replace
 
 import torch
+import triton
 from torch import Tensor
 
 # Asserts in kernels: one that fails stops the kernel with its message, and the process must begin anew. Not those of
@@ -64,6 +65,33 @@ class Tile:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,  # Triton's default changes with its version
+            **ASSERTS,
+        }
+
+
+@dataclass(frozen=True)
+class RowsTile:
+    """What a program has of a pass over rows, and how Triton compiles it.
+
+    Attributes:
+        rows: of a row block, over which biases' gradients are summed up before they are written.
+        columns: at a time.
+        step: rows at a time.
+    """
+
+    rows: int
+    columns: int
+    step: int
+    num_warps: int
+
+    def launch_options(self) -> dict[str, int | bool]:
+        """Keyword arguments of a kernel launch."""
+        return {
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "STEP": self.step,
+            "num_warps": self.num_warps,
+            "enable_fp_fusion": True,
             **ASSERTS,
         }
 
@@ -128,6 +156,10 @@ for _tiles in (_HOPPER, _BLACKWELL, _AMPERE, _BLACKWELL_120, _TF32, _FLOAT32, IN
         for _variant in (" unaligned",) if _phase in _tiles else ("", " tight", " unaligned"):
             if f"backward{_variant}" in _tiles:
                 _tiles[f"{_phase}{_variant}"] = _tiles[f"backward{_variant}"]
+
+ROWS_TILE = (
+    RowsTile(rows=16, columns=32, step=8, num_warps=1) if triton.knobs.runtime.interpret else RowsTile(128, 256, 16, 4)
+)
 
 
 def table(capability: int, dtype: torch.dtype, precision: str) -> Table:

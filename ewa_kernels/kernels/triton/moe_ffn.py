@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels.choices import existing, grad_of_bias_factor, sum_of_choices
+from ewa_kernels.kernels.choices import grad_of_routing_weights, sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.triton.backward import launch_backward
 from ewa_kernels.kernels.triton.configs import aligned
@@ -81,13 +81,10 @@ def backward(
                 launch_forward(layer, "up", None, pre_activation, None)
             pieces = launch_backward(layer, grad_y, aligned(pre_activation), grads, need_routing)
             if pieces is not None and routing_weights is not None:
-                by_row, permutation = pieces.sum(0), layer.tensors["permutation"]
-                if inputs.down_bias is not None and deal.expert_offsets is not None:
-                    by_row += grad_of_bias_factor(
-                        grad_y, inputs.down_bias, permutation, deal.expert_offsets, problem.top_k
-                    )
-                grad_routing = torch.empty_like(by_row).index_copy_(0, existing(permutation), by_row)
-                grad_routing = grad_routing.view(routing_weights.shape)
+                permutation, expert_offsets = layer.tensors["permutation"], deal.expert_offsets
+                grad_routing = grad_of_routing_weights(
+                    pieces.sum(0), problem, grad_y, inputs.down_bias, permutation, expert_offsets
+                )
         elif need_routing and routing_weights is not None:
             grad_routing = torch.zeros_like(routing_weights)
         if grads[0] is not None:
