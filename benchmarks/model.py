@@ -10,20 +10,23 @@ Everything is held against `results/tiles-nvidia-h100-h200.json`: kernels alone,
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import GPU_CASES, PHASES, Case
+from ewa_kernels.kernels.forms import TABLE, Entry
 from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile, choose, choose_onchip, table
 
 RESULTS = Path(__file__).parent / "results"
@@ -245,7 +248,55 @@ def errors() -> Iterator[tuple[Measured, float]]:
         yield point, product_seconds(s.num_rows, s.d_model, s.d_ff, s.num_experts * s.d_model * s.d_ff, point.device)
 
 
+@functools.cache
+def measured_splits() -> dict[str, float]:
+    """Of each shape, how long the backward in three launches takes, of that in one; on an H200, the host included."""
+    rows = json.loads((RESULTS / "nvidia-h200.json").read_text())["layer"]
+    times = {(r["case"], r["peer"]): r["backward"]["median"] for r in rows if "backward" in r}
+    names = {case for case, peer in times if peer == "ewa_kernels, split form"}
+    return {n: times[n, "ewa_kernels, split form"] / times[n, "ewa_kernels, one launch"] for n in names}
+
+
+def entries() -> list[Entry]:
+    """For `ewa_kernels/kernels/forms.json`: predictions for an H200, put right by what was measured of a form."""
+    corrections = {(p.case, p.form): p.seconds / seconds for p, seconds in errors() if not p.form.startswith("cublas")}
+    found = []
+    for case in (case for case in CASES if case.bias):  # which makes no difference to the model
+        times: dict[str, dict[str, float]] = {phase: {} for phase in PHASES[:2]}
+        for form, seconds in predictions(case):
+            phase, name = form.split(", ")
+            corrected = seconds * corrections.get((case.name, form), 1.0)
+            times[phase][name.replace(" ", "")] = round(1e6 * corrected, 1)
+        if case.name in measured_splits():
+            times["backward"]["split"] = round(times["backward"]["single"] * measured_splits()[case.name], 1)
+        found.append(
+            Entry(
+                name=case.name,
+                capability=9,
+                itemsize=BF16,
+                gated=case.gated,
+                num_rows=case.num_rows,
+                num_experts=case.num_experts,
+                d_model=case.d_model,
+                d_ff=case.d_ff,
+                source=f"predicted for an {H200.name} by benchmarks/model.py; cublas was never measured",
+                **times,
+            )
+        )
+    return found
+
+
+def write(path: Path, found: Sequence[Entry], environment: dict[str, Any] | None = None) -> None:
+    """As `ewa_kernels.kernels.forms` reads it."""
+    table = {"environment": environment, "entries": [asdict(entry) for entry in found]}
+    path.write_text(json.dumps(table, indent=1) + "\n")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="the table of forms that ships")
+    if parser.parse_args().write:
+        write(TABLE, entries())
     console = Console(width=110)
     result = Table("shape", "form", "TFLOP", "floor µs", "predicted µs", "TFLOP/s", "of floor", title=H200.name)
     for case in CASES:

@@ -84,16 +84,14 @@ class RowsTile:
     step: int
     num_warps: int
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """Arguments of the kernels."""
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "STEP": self.step}
+
     def launch_options(self) -> dict[str, int | bool]:
         """Keyword arguments of a kernel launch."""
-        return {
-            "ROWS": self.rows,
-            "COLUMNS": self.columns,
-            "STEP": self.step,
-            "num_warps": self.num_warps,
-            "enable_fp_fusion": True,
-            **ASSERTS,
-        }
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True, **ASSERTS}
 
 
 # {kernel: its tiles, best first}. If 8 does not divide D and F, those under "… unaligned"; with dropout, routing

@@ -189,6 +189,7 @@ def _kept_launch(layer: Layer, kernel: Any, *is_none: bool, **constants: Any) ->
         radix_a, radix_b, rounds = radices(layer.num_rows)
         arguments = {
             **layer.constants,
+            **ROWS_TILE.constants,
             **constants,
             "radix_a": radix_a,
             "radix_b": radix_b,

@@ -1,0 +1,102 @@
+"""Which form of the layer is the fastest on a GPU: as measured, or, where nothing was, as a model of the GPU says.
+
+`forms.json`, beside this file, has an entry for each of some shapes, and says of each whether it was measured; other
+shapes go by the nearest one. `python -m benchmarks.tune` measures the GPU at hand and writes such a file: entries of
+the one that the environment variable EWA_KERNELS_FORMS names come in place of ours for the same kind of GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+TABLE = Path(__file__).with_name("forms.json")
+# Of "auto": Triton's forms are named as the backends are, without "triton-".
+FORMS = ("single", "split", "onchip", "cublas")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Microseconds of each form on a kind of GPU, for a shape.
+
+    Attributes:
+        capability: of the GPU, its first digit: 9 for Hopper.
+        itemsize: bytes of an element; 2 is float16 or bfloat16.
+        forward, backward: microseconds by form.
+        source: how they came about, for people.
+    """
+
+    name: str
+    capability: int
+    itemsize: int
+    gated: bool
+    num_rows: int
+    num_experts: int
+    d_model: int
+    d_ff: int
+    forward: dict[str, float]
+    backward: dict[str, float]
+    source: str
+
+    def distance(self, gated: bool, num_rows: int, num_experts: int, d_model: int, d_ff: int) -> float:
+        """How unlike a shape is: the sum of how often its sizes double."""
+        pairs = ((self.d_model, d_model), (self.d_ff, d_ff), (self.num_rows * num_experts, num_rows * self.num_experts))
+        return (self.gated != gated) + sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs)
+
+    def fastest(self, phase: str, forms: Iterable[str]) -> str | None:
+        """The best of some forms in a phase; None if none has a time."""
+        times: dict[str, float] = getattr(self, phase)
+        return min((form for form in forms if form in times), key=lambda form: times[form], default=None)
+
+    @property
+    def backend(self) -> str:
+        """What takes the least time, forward and backward together: "triton", whatever its form, or "cublas"."""
+        of_triton = sum(min(t for form, t in times.items() if form != "cublas") for times in self._times)
+        return "cublas" if sum(times.get("cublas", math.inf) for times in self._times) < of_triton else "triton"
+
+    @property
+    def _times(self) -> tuple[dict[str, float], dict[str, float]]:
+        return self.forward, self.backward
+
+
+@functools.cache
+def entries() -> tuple[Entry, ...]:
+    """Of the package, and in place of them those of EWA_KERNELS_FORMS."""
+    own = os.environ.get("EWA_KERNELS_FORMS")
+    chosen = read(Path(own)) if own else ()
+    measured = {(entry.capability, entry.itemsize) for entry in chosen}
+    return chosen + tuple(e for e in read(TABLE) if (e.capability, e.itemsize) not in measured)
+
+
+def read(path: Path) -> tuple[Entry, ...]:
+    """The entries of a file.
+
+    Raises:
+        ValueError: it is no such file; the message names it.
+    """
+    try:
+        return tuple(Entry(**entry) for entry in json.loads(path.read_text())["entries"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must be a table of forms, as `python -m benchmarks.tune` writes it: {error}"
+        ) from error
+
+
+def nearest(
+    device: torch.device, dtype: torch.dtype, gated: bool, num_rows: int, num_experts: int, d_model: int, d_ff: int
+) -> Entry | None:
+    """The entry most like a shape on a device; None if there is none for its kind, and on a CPU."""
+    if device.type != "cuda":
+        return None
+    if isinstance(num_rows, torch.SymInt):
+        num_rows = 2**20  # any number, for a compiler; asked, it would compile for this one
+    kind = (torch.cuda.get_device_capability(device)[0], dtype.itemsize)
+    of_kind = [entry for entry in entries() if (entry.capability, entry.itemsize) == kind]
+    return min(of_kind, key=lambda e: e.distance(gated, num_rows, num_experts, d_model, d_ff), default=None)
