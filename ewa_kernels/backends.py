@@ -22,7 +22,7 @@ _IMPLEMENTED = {
     "moe_ffn": ("triton", "cpp", "torch", "reference", "triton-single", "triton-split", "triton-onchip", "cublas"),
     "average_experts_": ("cuda", "triton", "cpp", "reference"),
     "adamw": ("cuda", "cpp", "torch"),
-    "merge_experts": ("cpp", "reference"),
+    "merge_experts": ("triton", "cpp", "reference"),
 }
 
 _DESCRIPTIONS: dict[str | tuple[str, str], str] = {

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.triton.averaging import round_to_bfloat16
+from ewa_kernels.kernels.triton.averaging import load_expert, round_to_bfloat16
 from ewa_kernels.kernels.triton.configs import ASSERTS, aligned, ceil_div
 
 BLOCK, NUM_WARPS = 1024, 4
@@ -19,6 +19,11 @@ MAX_TENSORS = 4  # up and down, weights and biases
 @triton.jit
 def _chosen(number, first, second, third, fourth):
     return tl.where(number < 2, tl.where(number < 1, first, second), tl.where(number < 3, third, fourth))
+
+
+@triton.jit
+def _load(experts, e, numel, column, mask, BF16: tl.constexpr):
+    return load_expert(experts, e, numel, column, mask, BF16).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["end_0", "end_1", "end_2", "num_experts"])
@@ -40,12 +45,9 @@ def merge_kernel(
     numel = _chosen(number, numel_0, numel_1, numel_2, numel_3)
     column = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = column < numel
-    total = tl.zeros((BLOCK,), tl.float64)
-    for e in range(num_experts):
-        value = tl.load(experts + tl.cast(e, tl.int64) * numel + column, mask=mask, other=0)
-        if BF16:
-            value = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-        total += value.to(tl.float64)
+    total = _load(experts, 0, numel, column, mask, BF16)
+    for e in range(1, num_experts):
+        total += _load(experts, e, numel, column, mask, BF16)
     total = total / num_experts
     if BF16:
         # As PyTorch rounds float64: to float32 first.
