@@ -53,6 +53,10 @@ class Tile:
         assert all(size > 0 and size & (size - 1) == 0 for size in sizes), f"{self}: not all powers of two"
         assert min(sizes[:3]) >= 16, f"{self}: a side below 16"
 
+    def __str__(self) -> str:
+        sizes = f"{self.block_m}x{self.block_n}x{self.block_k}, {self.parts} parts"
+        return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages"
+
     def launch_options(self) -> dict[str, int | bool]:
         """Keyword arguments of a kernel launch."""
         registers = 2**16 // (32 * self.num_warps * self.per_multiprocessor)
@@ -83,6 +87,9 @@ class RowsTile:
     columns: int
     step: int
     num_warps: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows, {self.step} at a time, {self.columns} columns, {self.num_warps} warps"
 
     @property
     def constants(self) -> dict[str, int]:
@@ -155,9 +162,11 @@ for _tiles in (_HOPPER, _BLACKWELL, _AMPERE, _BLACKWELL_120, _TF32, _FLOAT32, IN
             if f"backward{_variant}" in _tiles:
                 _tiles[f"{_phase}{_variant}"] = _tiles[f"backward{_variant}"]
 
-ROWS_TILE = (
-    RowsTile(rows=16, columns=32, step=8, num_warps=1) if triton.knobs.runtime.interpret else RowsTile(128, 256, 16, 4)
-)
+# For passes over rows. Not measured: 16 bytes a thread and load, and enough programs at a time to keep memory busy.
+ROWS_TILE = RowsTile(rows=128, columns=256, step=16, num_warps=4)
+UNALIGNED_ROWS_TILE = replace(ROWS_TILE, columns=128)  # each element is loaded by itself, into registers
+if triton.knobs.runtime.interpret:
+    ROWS_TILE = UNALIGNED_ROWS_TILE = RowsTile(rows=16, columns=32, step=8, num_warps=1)
 
 
 def table(capability: int, dtype: torch.dtype, precision: str) -> Table:

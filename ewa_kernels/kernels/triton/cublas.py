@@ -15,11 +15,10 @@ from torch import Tensor
 
 from ewa_kernels.kernels.choices import grad_of_routing_weights, sum_of_choices
 from ewa_kernels.kernels.triton import rows
-from ewa_kernels.kernels.triton.configs import ROWS_TILE, aligned, ceil_div
+from ewa_kernels.kernels.triton.configs import ROWS_TILE, UNALIGNED_ROWS_TILE, RowsTile, aligned, ceil_div
 from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer, check_sizes
 from ewa_kernels.kernels.triton.moe_ffn import on_device, prepared
-from ewa_kernels.kernels.triton.permutation import radices, seed_arguments
 from ewa_kernels.problem import Deal, Inputs, Problem
 
 __all__ = ["backward", "forward", "prepared"]
@@ -27,29 +26,28 @@ __all__ = ["backward", "forward", "prepared"]
 
 def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `kernels/moe_ffn.py`; pre_activation is by slot, and lacks its bias."""
-    x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
-    layer = _layer(problem, deal, routing_weights)
+    x, layer = inputs.x, Layer(problem, inputs, deal)
+    layer.kept(_check)
     with on_device(x):
-        permutation, is_dealt = _permutation(layer, deal)
-        y = x.new_empty(layer.num_rows, layer.d_model)
+        y = x.new_empty(problem.num_rows, problem.d_model)
         product = x.new_empty(0, problem.num_up)
-        if layer.num_rows > 0:
-            grouped_x, _ = _gather(layer, permutation, is_dealt, x=x)
-            product = _times(layer, grouped_x, up_weight.mT)
-            hidden = x.new_empty(len(product), layer.d_ff)
-            seed = seed_arguments(layer.seed)
-            _launch(layer, rows.activate_kernel, layer.d_ff, product, up_bias, _groups(layer), hidden, *seed)
-            _scatter(layer, _times(layer, hidden, down_weight.mT), down_bias, permutation, layer.routing_weights, y)
-    return sum_of_choices(y, layer.top_k), product if problem.save else None, permutation
+        if problem.num_rows > 0:
+            grouped_x, _ = gather(layer)
+            product = _times(layer, grouped_x, inputs.up_weight.mT)
+            hidden = activate(layer, product)
+            product_y = _times(layer, hidden, inputs.down_weight.mT)
+            scatter(layer, product_y, y, inputs.down_bias, inputs.routing_weights)
+    return sum_of_choices(y, problem.top_k), product if problem.save else None, layer.tensors["permutation"]
 
 
 def backward(
     problem: Problem, grad_y: Tensor, inputs: Inputs, deal: Deal, pre_activation: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """See `kernels/moe_ffn.py`."""
-    x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
-    layer = _layer(problem, deal, routing_weights)
-    if layer.num_rows == 0 or not any(needed):
+    x, up_weight, up_bias, down_weight, down_bias, _ = inputs
+    layer = Layer(problem, inputs, deal)
+    layer.kept(_check)
+    if problem.num_rows == 0 or not any(needed):
         grads = [None if t is None or not need else torch.zeros_like(t) for t, need in zip(inputs, needed, strict=True)]
         return problem.gradients(grads)
     need_x, need_up_weight, need_up_bias, need_down_weight, need_down_bias, need_routing = needed
@@ -57,150 +55,152 @@ def backward(
     is_computed_again = need_pre and pre_activation is None
     grad_x = grad_up_weight = grad_down_weight = grad_routing = partial_up = partial_routing = None
     with on_device(x):
-        grad_y, (permutation, is_dealt) = aligned(grad_y.contiguous()), _permutation(layer, deal)
-        num_blocks = layer.num_blocks(ROWS_TILE.rows)
-
-        def sums(need: bool, bias: Tensor | None, columns: int) -> Tensor | None:
-            return x.new_empty(num_blocks, columns, dtype=torch.float32) if need and bias is not None else None
-
-        partial_down = sums(need_down_bias, down_bias, layer.d_model)
-        grouped_x, grouped_grad_y = _gather(
-            layer,
-            permutation,
-            is_dealt,
-            x=x if need_up_weight or is_computed_again else None,
-            grad_y=grad_y,
-            partial_down=partial_down,
-        )
-        if is_computed_again:
-            pre_activation = _times(layer, grouped_x, up_weight.mT)
+        grad_y = aligned(grad_y.contiguous())
+        partial_down = sums(layer, down_bias) if need_down_bias else None
+        grouped_x, grouped_grad_y = gather(layer, need_up_weight or is_computed_again, grad_y, partial_down)
         if need_pre:
-            partial_up = sums(need_up_bias, up_bias, problem.num_up)
+            product = _times(layer, grouped_x, up_weight.mT) if pre_activation is None else pre_activation
+            partial_up = sums(layer, up_bias) if need_up_bias else None
             if need_routing:
-                partial_routing = x.new_empty(
-                    ceil_div(layer.d_ff, ROWS_TILE.columns), layer.num_rows, dtype=torch.float32
-                )
+                pieces = ceil_div(problem.d_ff, _tile(layer).columns)
+                partial_routing = torch.empty(pieces, problem.num_rows, dtype=torch.float32, device=x.device)
             grad_hidden = _times(layer, grouped_grad_y, down_weight)
-            hidden = torch.empty_like(grad_hidden)
-            grad_pre = x.new_empty(len(hidden), problem.num_up) if layer.gated else grad_hidden
-            operands = (grad_hidden, pre_activation, up_bias, permutation, _groups(layer), layer.routing_weights)
-            results = (grad_pre, hidden, partial_up, partial_routing)
-            seed = seed_arguments(layer.seed)
-            _launch(layer, rows.activate_backward_kernel, layer.d_ff, *operands, *results, *seed)
-            del grad_hidden
+            grad_pre, hidden = activate_backward(layer, grad_hidden, product, partial_up, partial_routing)
+            del grad_hidden  # unless it is grad_pre
         if need_down_weight:
             grad_down_weight = _by_expert(layer, grouped_grad_y, hidden)
         if need_up_weight:
             grad_up_weight = _by_expert(layer, grad_pre, grouped_x)
         if need_x:
-            grad_x = x.new_empty(layer.num_rows, layer.d_model)
-            _scatter(layer, _times(layer, grad_pre, up_weight), None, permutation, None, grad_x)
-            grad_x = sum_of_choices(grad_x, layer.top_k)
-        grad_up_bias, grad_down_bias = _bias_gradients(layer, (up_bias, partial_up), (down_bias, partial_down))
-        if partial_routing is not None and routing_weights is not None:
-            of_rows = partial_routing.sum(0)
-            grad_routing = grad_of_routing_weights(
-                of_rows, problem, grad_y, down_bias, permutation, deal.expert_offsets
-            )
+            grad_x = x.new_empty(problem.num_rows, problem.d_model)
+            scatter(layer, _times(layer, grad_pre, up_weight), grad_x)
+            grad_x = sum_of_choices(grad_x, problem.top_k)
+        grad_up_bias, grad_down_bias = _bias_gradients(layer, partial_up, partial_down)
+        if partial_routing is not None:
+            permutation, offsets = layer.tensors["permutation"], deal.expert_offsets
+            by_row = partial_routing.sum(0)
+            grad_routing = grad_of_routing_weights(by_row, problem, grad_y, down_bias, permutation, offsets)
     return problem.gradients((grad_x, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias, grad_routing))
 
 
-def _layer(problem: Problem, deal: Deal, routing_weights: Tensor | None) -> Layer:
-    layer = Layer(problem, deal.seed, deal.expert_offsets, routing_weights)
-    layer.kept("checked", lambda: _check(layer))
-    return layer
-
-
 def _check(layer: Layer) -> bool:
-    check_sizes(layer.problem)
-    per_16_bytes = 16 // layer.dtype.itemsize
-    if layer.problem.is_given and (layer.d_model % per_16_bytes or layer.d_ff % per_16_bytes):
+    problem = layer.problem
+    check_sizes(problem)
+    # What PyTorch's grouped product needs.
+    is_supported = problem.dtype == torch.bfloat16 or problem.device.type == "cpu"
+    per_16_bytes = 16 // problem.dtype.itemsize
+    if problem.is_given and (not is_supported or problem.d_model % per_16_bytes or problem.d_ff % per_16_bytes):
         raise ValueError(
-            f"backend='cublas' needs d_model and d_ff to be multiples of {per_16_bytes} where the partition is given, "
-            f"got {layer.d_model} and {layer.d_ff}: use backend='triton'"
+            "backend='cublas' needs bfloat16 and sizes that 8 divides where the partition is given, got "
+            f"{problem.dtype}, d_model {problem.d_model} and d_ff {problem.d_ff}: use backend='triton'"
         )
     return True
 
 
-def _permutation(layer: Layer, deal: Deal) -> tuple[Tensor, bool]:
-    """The permutation, and whether it is yet to be dealt."""
-    if deal.permutation is not None:
-        return aligned(deal.permutation), False
-    return torch.empty(layer.num_rows, dtype=torch.int32, device=layer.device), True
+def _tile(layer: Layer) -> RowsTile:
+    return ROWS_TILE if layer.is_aligned else UNALIGNED_ROWS_TILE
 
 
 # --- passes over rows ---
 
 
-def _gather(
-    layer: Layer,
-    permutation: Tensor,
-    is_dealt: bool,
-    x: Tensor | None = None,
-    grad_y: Tensor | None = None,
-    partial_down: Tensor | None = None,
+def gather(
+    layer: Layer, need_x: bool = True, grad_y: Tensor | None = None, partial_down: Tensor | None = None
 ) -> tuple[Any, Any]:
-    """x and grad_y by slot; see `rows.gather_kernel`."""
-    slots = layer.num_rows
-    if layer.expert_offsets is None:
-        slots = layer.num_experts * ceil_div(layer.num_rows, layer.num_experts)
-    grouped = [None if t is None else t.new_empty(slots, layer.d_model) for t in (x, grad_y)]
-    operands = (x, grad_y, permutation, _groups(layer), layer.routing_weights)
-    seed = seed_arguments(layer.seed if is_dealt else None)
-    _launch(layer, rows.gather_kernel, layer.d_model, *operands, *grouped, partial_down, *seed, DEAL=is_dealt)
-    return tuple(grouped)
+    """x, if needed, and grad_y by slot `[slots, D]`, or None; deals the tokens, unless that was done."""
+    problem, x = layer.problem, layer.tensors["x"] if need_x else None
+    slots = problem.num_rows
+    if not problem.is_given:
+        slots = problem.num_experts * ceil_div(problem.num_rows, problem.num_experts)
+    grouped_x, grouped_grad_y = (None if t is None else t.new_empty(slots, problem.d_model) for t in (x, grad_y))
+    _launch(
+        layer,
+        rows.gather_kernel,
+        problem.d_model,
+        x=x,
+        grad_y=grad_y,
+        grouped_x=grouped_x,
+        grouped_grad_y=grouped_grad_y,
+        partial_down=partial_down,
+    )
+    return grouped_x, grouped_grad_y
 
 
-def _scatter(
-    layer: Layer,
-    product: Tensor,
-    bias: Tensor | None,
-    permutation: Tensor,
-    routing_weights: Tensor | None,
-    out: Tensor,
+def activate(layer: Layer, product: Tensor) -> Tensor:
+    """hidden `[slots, F]`."""
+    hidden = product.new_empty(len(product), layer.problem.d_ff)
+    _launch(layer, rows.activate_kernel, layer.problem.d_ff, product=product, hidden=hidden)
+    return hidden
+
+
+def activate_backward(
+    layer: Layer, grad_hidden: Tensor, product: Tensor, partial_up: Tensor | None, partial_routing: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """grad_pre `[slots, F or 2F]`, which not gated is grad_hidden's memory, and hidden once more."""
+    hidden = torch.empty_like(grad_hidden)
+    grad_pre = torch.empty_like(product) if layer.problem.gated else grad_hidden
+    _launch(
+        layer,
+        rows.activate_backward_kernel,
+        layer.problem.d_ff,
+        grad_hidden=grad_hidden,
+        product=product,
+        grad_pre=grad_pre,
+        hidden=hidden,
+        partial_up=partial_up,
+        partial_routing=partial_routing,
+    )
+    return grad_pre, hidden
+
+
+def scatter(
+    layer: Layer, product: Tensor, out: Tensor, bias: Tensor | None = None, routing_weights: Tensor | None = None
 ) -> None:
-    """See `rows.scatter_kernel`."""
-    _launch(layer, rows.scatter_kernel, layer.d_model, product, bias, permutation, _groups(layer), routing_weights, out)
+    """out[choice] = (product + bias) · routing weight."""
+    operands = {"product": product, "out": out, "bias": bias, "routing_weights": routing_weights}
+    _launch(layer, rows.scatter_kernel, layer.problem.d_model, **operands)
 
 
-def _bias_gradients(layer: Layer, *biases: tuple[Tensor | None, Tensor | None]) -> list[Tensor | None]:
-    """From (bias, sums over row blocks) of both projections; None without sums."""
-    grads = [None if bias is None or partial is None else torch.empty_like(bias) for bias, partial in biases]
-    columns = [0 if grad is None else ceil_div(grad.shape[1], ROWS_TILE.columns) for grad in grads]
+def sums(layer: Layer, bias: Tensor | None) -> Tensor | None:
+    """Memory for a bias's gradient summed up over row blocks, float32."""
+    if bias is None:
+        return None
+    shape = (layer.num_blocks(_tile(layer).rows), bias.shape[1])
+    return torch.empty(shape, dtype=torch.float32, device=bias.device)
+
+
+def _bias_gradients(layer: Layer, partial_up: Tensor | None, partial_down: Tensor | None) -> list[Tensor | None]:
+    """From the sums over row blocks, each None if not needed."""
+    biases = (layer.tensors["up_bias"], layer.tensors["down_bias"])
+    grads = [
+        None if partial is None else torch.empty_like(bias)
+        for bias, partial in zip(biases, (partial_up, partial_down), strict=True)
+    ]
+    columns = [0 if grad is None else ceil_div(grad.shape[1], _tile(layer).columns) for grad in grads]
     if any(columns):
-        launch = _kept_launch(layer, rows.sums_kernel, *(grad is None for grad in grads))
-        partials = [partial for _, partial in biases]
-        launch(layer.num_experts * sum(columns), *partials, _groups(layer), *grads)
+        results = dict(zip(("grad_up_bias", "grad_down_bias"), grads, strict=True))
+        num_programs = layer.problem.num_experts * sum(columns)
+        launch = layer.kept(_make, rows.sums_kernel, num_programs, *(grad is None for grad in grads))
+        partials = {"partial_up": partial_up, "partial_down": partial_down}
+        launch(layer.tensors, groups=_groups(layer), **partials, **results)
     return grads
 
 
-def _groups(layer: Layer) -> Tensor | None:
-    return layer.groups(ROWS_TILE.rows)
-
-
-def _launch(layer: Layer, kernel: Any, num_columns: int, *first: Any, **constants: Any) -> None:
+def _launch(layer: Layer, kernel: Any, num_columns: int, **tensors: Tensor | None) -> None:
     """A kernel on all row blocks and column tiles."""
-    launch = _kept_launch(layer, kernel, *(argument is None for argument in first), **constants)
-    launch(layer.num_blocks(ROWS_TILE.rows) * ceil_div(num_columns, ROWS_TILE.columns), *first)
+    num_programs = layer.num_blocks(_tile(layer).rows) * ceil_div(num_columns, _tile(layer).columns)
+    launch = layer.kept(_make, kernel, num_programs, *(tensor is None for tensor in tensors.values()))
+    launch(layer.tensors, groups=_groups(layer), **tensors)
 
 
-def _kept_launch(layer: Layer, kernel: Any, *is_none: bool, **constants: Any) -> Launch:
-    def make() -> Launch:
-        radix_a, radix_b, rounds = radices(layer.num_rows)
-        arguments = {
-            **layer.constants,
-            **ROWS_TILE.constants,
-            **constants,
-            "radix_a": radix_a,
-            "radix_b": radix_b,
-            "rounds": rounds,
-            "num_blocks": layer.num_blocks(ROWS_TILE.rows),
-            "ALIGNED": layer.aligned,
-        }
-        return Launch(kernel, arguments, ROWS_TILE)
+def _make(layer: Layer, kernel: Any, num_programs: int, *is_none: bool) -> Launch:
+    """`is_none`: of tensors that may be; a kernel is compiled for some."""
+    tile = _tile(layer)
+    return Launch(kernel, num_programs, {**layer.numbers(tile.rows), **tile.constants}, tile, tile.rows)
 
-    launch: Launch = layer.kept((kernel.fn.__name__, is_none, *constants.values()), make)
-    return launch
+
+def _groups(layer: Layer) -> Tensor | None:
+    return layer.groups(_tile(layer).rows)
 
 
 # --- products ---
@@ -208,15 +208,15 @@ def _kept_launch(layer: Layer, kernel: Any, *is_none: bool, **constants: Any) ->
 
 def _times(layer: Layer, a: Tensor, b: Tensor) -> Tensor:
     """a[slots of e] @ b[e]: `[slots, K]`, `[E, K, N]` → `[slots, N]`."""
-    if layer.expert_offsets is None:
+    if not layer.problem.is_given:
         return torch.bmm(a.view(len(b), -1, a.shape[1]), b).flatten(0, 1)
     return F.grouped_mm(a, b, offs=_ends(layer))
 
 
 def _by_expert(layer: Layer, a: Tensor, b: Tensor) -> Tensor:
     """aᵀ @ b over an expert's slots: `[slots, M]`, `[slots, N]` → `[E, M, N]`."""
-    if layer.expert_offsets is None:
-        a, b = (t.view(layer.num_experts, -1, t.shape[1]) for t in (a, b))
+    if not layer.problem.is_given:
+        a, b = (t.view(layer.problem.num_experts, -1, t.shape[1]) for t in (a, b))
         return torch.bmm(a.mT, b)
     ends = _ends(layer)
     product = F.grouped_mm(a.mT, b, offs=ends)
@@ -229,4 +229,4 @@ def _ends(layer: Layer) -> Tensor:
     """Of the experts' rows, int32 `[E]`: they rise to R, whatever offsets were given."""
     groups = _groups(layer)
     assert groups is not None
-    return groups[1 : layer.num_experts + 1].clone()  # which begins at 16 bytes
+    return groups[1 : layer.problem.num_experts + 1].clone()  # which begins at 16 bytes

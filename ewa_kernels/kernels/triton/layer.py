@@ -114,9 +114,16 @@ class Layer:
     ) -> Launch:
         """`arguments`: those that not all kernels have in common, and calls of one kind do. For others see `Launch`."""
         problem = self.problem
+        even_k = problem.d_model % tile.block_k == 0 and problem.d_ff % tile.block_k == 0
+        arguments = {**self.numbers(rows), "EVEN_K": even_k, "ROWS": rows, **arguments}
+        return Launch(kernel, self.grid(num_tiles, tile), arguments, tile, rows, **options)
+
+    def numbers(self, rows: int) -> dict[str, Any]:
+        """Arguments that kernels have in common, by name; `rows`: of a row block."""
+        problem = self.problem
         gelu = "gelu_16bit" if problem.dtype.itemsize == 2 else "gelu"
         radix_a, radix_b, rounds = radices(problem.num_rows)
-        common = {
+        return {
             "radix_a": radix_a,
             "radix_b": radix_b,
             "rounds": rounds,
@@ -132,12 +139,9 @@ class Layer:
             "ACTIVATION": gelu if problem.activation == "gelu" else problem.activation,
             "GATED": problem.gated,
             "DROPOUT": problem.dropout_p > 0,
-            "EVEN_K": problem.d_model % tile.block_k == 0 and problem.d_ff % tile.block_k == 0,
             "ALIGNED": self.is_aligned,
             "PRECISION": self._precision,
-            "ROWS": rows,
         }
-        return Launch(kernel, self.grid(num_tiles, tile), {**common, **arguments}, tile, rows, **options)
 
     @property
     def _precision(self) -> str:

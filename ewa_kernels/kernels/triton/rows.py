@@ -13,7 +13,7 @@ import triton.language as tl
 from ewa_kernels.kernels.triton.activations import activate, activate_with_slope, dropout_scale
 from ewa_kernels.kernels.triton.backward_weights import bias_tile
 from ewa_kernels.kernels.triton.permutation import load_seed, tokens_of_rows
-from ewa_kernels.kernels.triton.tiles import load_choices, multiple_of_eight, rows_of_block, rows_of_expert
+from ewa_kernels.kernels.triton.tiles import NUMBERS, load_choices, rows_of_block, rows_of_expert, widths
 
 
 @triton.jit
@@ -39,9 +39,7 @@ def _existing(row, end):
     return tl.maximum(tl.minimum(row, end - 1), 0)
 
 
-@triton.jit(do_not_specialize=[
-    "seed_low", "seed_high", "radix_a", "radix_b", "rounds", "num_rows", "num_experts", "num_blocks",
-])  # fmt: skip
+@triton.jit(do_not_specialize=NUMBERS)
 def gather_kernel(
     x,  # [T, D], or None
     grad_y,  # [T, D], or None
@@ -51,7 +49,7 @@ def gather_kernel(
     grouped_x,  # [slots, D], or None
     grouped_grad_y,  # [slots, D], or None
     partial_down,  # float32 [row blocks, D], or None
-    seed, seed_low, seed_high, radix_a, radix_b, rounds, num_rows, num_experts, num_blocks, d_model,
+    seed, seed_low, seed_high, radix_a, radix_b, rounds, num_rows, num_experts, num_blocks, d_model, d_ff,
     DEAL: tl.constexpr,
     TOP_K: tl.constexpr,  # R = T · TOP_K
     ALIGNED: tl.constexpr,  # 8 divides D and F
@@ -61,8 +59,7 @@ def gather_kernel(
 
     Grid: row blocks × ⌈D / COLUMNS⌉.
     """
-    if ALIGNED:
-        d_model = multiple_of_eight(d_model)
+    d_model, d_ff, _ = widths(d_model, d_ff, ALIGNED, False)
     block, _, first, end, last, to_slot, column_tile = _work(
         d_model, groups, num_rows, num_experts, num_blocks, ROWS, COLUMNS
     )
@@ -96,32 +93,28 @@ def gather_kernel(
         tl.store(partial_down + block.to(tl.int64) * d_model + column, total, mask=stored)
 
 
-@triton.jit(do_not_specialize=[
-    "seed_low", "seed_high", "threshold", "scale", "num_rows", "num_experts", "num_blocks",
-])  # fmt: skip
+@triton.jit(do_not_specialize=NUMBERS)
 def activate_kernel(
     product,  # [slots, F or 2F]: pre_activation without its bias
-    bias,  # [E, F or 2F] or None
+    up_bias,  # [E, F or 2F] or None
     groups,  # table of given groups, see groups.py, or None: equal groups
     hidden,  # [slots, F]
-    seed, seed_low, seed_high, threshold, scale, num_rows, num_experts, num_blocks, d_ff,
+    seed, seed_low, seed_high, threshold, scale, num_rows, num_experts, num_blocks, d_model, d_ff,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,  # 8 divides D and F
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """hidden = dropout(act(product + bias)), gated act(gate) · value.
+    """hidden = dropout(act(product + up_bias)), gated act(gate) · value.
 
     Grid: row blocks × ⌈F / COLUMNS⌉.
     """
-    if ALIGNED:
-        d_ff = multiple_of_eight(d_ff)
+    d_model, d_ff, num_up = widths(d_model, d_ff, ALIGNED, GATED)
     _, expert, first, _end, last, to_slot, column_tile = _work(
         d_ff, groups, num_rows, num_experts, num_blocks, ROWS, COLUMNS
     )
-    num_up = d_ff * 2 if GATED else d_ff
     key = load_seed(seed, seed_low, seed_high) if DROPOUT else 0
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    gate_bias, value_bias = _load_bias(bias, expert, column, d_ff, GATED)
+    gate_bias, value_bias = _load_bias(up_bias, expert, column, d_ff, GATED)
     for step in range(first, last, STEP):
         row = step + tl.arange(0, STEP)
         slot = (row + to_slot).to(tl.int64)[:, None]
@@ -159,13 +152,11 @@ def _load_pre(pointers, inside, gate_bias, value_bias, d_ff, GATED: tl.constexpr
     return gate, value
 
 
-@triton.jit(do_not_specialize=[
-    "seed_low", "seed_high", "threshold", "scale", "num_rows", "num_experts", "num_blocks",
-])  # fmt: skip
+@triton.jit(do_not_specialize=NUMBERS)
 def activate_backward_kernel(
     grad_hidden,  # [slots, F]: grad_y @ down_weight
     product,  # [slots, F or 2F]: pre_activation without its bias
-    bias,  # [E, F or 2F] or None
+    up_bias,  # [E, F or 2F] or None
     permutation,  # int32 [R]
     groups,  # table of given groups, see groups.py, or None: equal groups
     routing_weights,  # [R], by choice, or None
@@ -173,7 +164,7 @@ def activate_backward_kernel(
     hidden,  # [slots, F], times the routing weight
     partial_up,  # float32 [row blocks, F or 2F], or None
     partial_routing,  # float32 [⌈F / COLUMNS⌉, R], by grouped row, or None
-    seed, seed_low, seed_high, threshold, scale, num_rows, num_experts, num_blocks, d_ff,
+    seed, seed_low, seed_high, threshold, scale, num_rows, num_experts, num_blocks, d_model, d_ff,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,  # 8 divides D and F
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -182,15 +173,13 @@ def activate_backward_kernel(
 
     Grid: row blocks × ⌈F / COLUMNS⌉.
     """
-    if ALIGNED:
-        d_ff = multiple_of_eight(d_ff)
+    d_model, d_ff, num_up = widths(d_model, d_ff, ALIGNED, GATED)
     block, expert, first, end, last, to_slot, column_tile = _work(
         d_ff, groups, num_rows, num_experts, num_blocks, ROWS, COLUMNS
     )
-    num_up = d_ff * 2 if GATED else d_ff
     key = load_seed(seed, seed_low, seed_high) if DROPOUT else 0
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    gate_bias, value_bias = _load_bias(bias, expert, column, d_ff, GATED)
+    gate_bias, value_bias = _load_bias(up_bias, expert, column, d_ff, GATED)
     gate_total = tl.zeros((COLUMNS,), tl.float32)
     value_total = gate_total
     for step in range(first, last, STEP):
@@ -235,7 +224,7 @@ def activate_backward_kernel(
             tl.store(partial_up + d_ff, value_total, mask=stored)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts", "num_blocks"])
+@triton.jit(do_not_specialize=NUMBERS)
 def scatter_kernel(
     product,  # [slots, D]
     bias,  # [E, D] or None
@@ -243,7 +232,7 @@ def scatter_kernel(
     groups,  # table of given groups, see groups.py, or None: equal groups
     routing_weights,  # [R], by choice, or None
     out,  # [R, D], by choice
-    num_rows, num_experts, num_blocks, d_model,
+    num_rows, num_experts, num_blocks, d_model, d_ff,
     ALIGNED: tl.constexpr,  # 8 divides D and F
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -251,8 +240,7 @@ def scatter_kernel(
 
     Grid: row blocks × ⌈D / COLUMNS⌉.
     """
-    if ALIGNED:
-        d_model = multiple_of_eight(d_model)
+    d_model, d_ff, _ = widths(d_model, d_ff, ALIGNED, False)
     _, expert, first, end, _, to_slot, column_tile = _work(
         d_model, groups, num_rows, num_experts, num_blocks, ROWS, COLUMNS
     )
@@ -269,7 +257,7 @@ def scatter_kernel(
         tl.store(out + choice.to(tl.int64)[:, None] * d_model + column[None, :], result, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts"])
+@triton.jit(do_not_specialize=NUMBERS)
 def sums_kernel(
     partial_up,  # float32 [row blocks, F or 2F], or None without grad_up_bias
     partial_down,  # float32 [row blocks, D], or None without grad_down_bias
