@@ -17,7 +17,10 @@ from pathlib import Path
 
 import torch
 
+from ewa_kernels.problem import Problem
+
 TABLE = Path(__file__).with_name("forms.json")
+MANY = 2**20  # rows, where their number is not to be asked
 # Of "auto": Triton's forms are named as the backends are, without "triton-".
 FORMS = ("single", "split", "onchip", "cublas")
 
@@ -89,6 +92,12 @@ def read(path: Path) -> tuple[Entry, ...]:
         ) from error
 
 
+def nearest_to(problem: Problem) -> Entry | None:
+    """`nearest`, of a call."""
+    sizes = (problem.num_rows, problem.num_experts, problem.d_model, problem.d_ff)
+    return nearest(problem.device, problem.dtype, problem.gated, *sizes)
+
+
 def nearest(
     device: torch.device, dtype: torch.dtype, gated: bool, num_rows: int, num_experts: int, d_model: int, d_ff: int
 ) -> Entry | None:
@@ -96,7 +105,11 @@ def nearest(
     if device.type != "cuda":
         return None
     if isinstance(num_rows, torch.SymInt):
-        num_rows = 2**20  # any number, for a compiler; asked, it would compile for this one
+        num_rows = MANY
     kind = (torch.cuda.get_device_capability(device)[0], dtype.itemsize)
     of_kind = [entry for entry in entries() if (entry.capability, entry.itemsize) == kind]
     return min(of_kind, key=lambda e: e.distance(gated, num_rows, num_experts, d_model, d_ff), default=None)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which cannot look into the call.
+nearest._dynamo_marked_constant = True  # type: ignore[attr-defined]

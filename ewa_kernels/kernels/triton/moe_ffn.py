@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ewa_kernels.kernels import forms
 from ewa_kernels.kernels.choices import grad_of_routing_weights, sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.triton.backward import launch_backward
@@ -119,4 +120,9 @@ def _form(layer: Layer) -> str:
             f"backend={backend!r} is for 16-bit types and small d_model, got {problem.dtype} and {problem.d_model}: "
             "use backend='triton'"
         )
-    return form or ("onchip" if fits else "single")
+    if form:
+        return form
+    entry = forms.nearest_to(problem)
+    among = ("single", "split", "onchip") if fits else ("single", "split")
+    fastest = None if entry is None else entry.fastest("forward", among)
+    return fastest or ("onchip" if fits else "single")
