@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks import floors, model
 from benchmarks.cases import Case
 from benchmarks.environment import environment
-from benchmarks.timing import Stopwatch, interleaved, timed
+from benchmarks.timing import Stopwatch, Variant, interleaved, timed
 from ewa_kernels.kernels import forms
 from ewa_kernels.kernels import moe_ffn as kernels
 from ewa_kernels.kernels.triton import cublas
@@ -105,11 +105,13 @@ def measure(operands: Operands, watch: Stopwatch, rounds: int = ROUNDS) -> dict[
     """Microseconds by phase and form; a form that computes something else raises an error."""
     found: dict[str, dict[str, float]] = {}
     for phase in ("forward", "backward"):
-        variants, expected = {}, None
+        variants: dict[str, Variant] = {}
+        expected: list[Tensor] | None = None
         for form in operands.forms(phase):
+            call: Callable[[], Any]
             call = functools.partial(operands.forward, form) if phase == "forward" else operands.backward_of(form)
             result = call()
-            ours = [result[0]] if phase == "forward" else list(result)
+            ours: list[Tensor] = [result[0]] if phase == "forward" else result
             expected = ours if expected is None else expected
             if (error := differs(ours, expected)) > TOLERANCE:
                 raise RuntimeError(f"{operands.case.name}, {phase}, {form}: differs by {error:.1e} from the first form")
