@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.cases import GPU_CASES, PHASES, Case
 from ewa_kernels.kernels.forms import TABLE, Entry
-from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile, choose, choose_onchip, table
+from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, FORWARD_PHASES, Tile, choose, choose_onchip, table
 
 RESULTS = Path(__file__).parent / "results"
 MULTIPROCESSORS = 132
@@ -99,7 +99,8 @@ def _triton(s: Case, device: Device) -> Iterator[tuple[str, float]]:
     up_cost = EPILOGUE["pre_activation and GELU"] * (0.6 if s.gated else 1)
 
     def chosen(kernel: str) -> Tile:
-        return choose(tiles[kernel], s.num_tokens, s.num_experts, widths)
+        columns = {"forward up": (s.num_up,), "forward down": (s.d_model,)}.get(kernel, widths)
+        return choose(tiles[kernel], s.num_tokens, s.num_experts, columns)
 
     def halves(up: str, down: str) -> tuple[tuple[int, float], tuple[int, float]]:
         return (
@@ -111,7 +112,7 @@ def _triton(s: Case, device: Device) -> Iterator[tuple[str, float]]:
     yield "forward, single", max(_queue(*halves("forward", "forward")), traffic[0] + hidden / device.copy_rate)
     # Hidden is read from memory again.
     least = (traffic[0] + 2 * hidden / device.copy_rate) / 2
-    yield "forward, split", LAUNCH + sum(max(_queue(kind), least) for kind in halves("forward", "forward"))
+    yield "forward, split", LAUNCH + sum(max(_queue(kind), least) for kind in halves(*FORWARD_PHASES))
     onchip = choose_onchip(tiles["onchip"], s.d_model)
     if onchip is not None:
         epilogue = EPILOGUE["store"] + up_cost * s.d_ff / onchip.block_k
@@ -186,15 +187,15 @@ def measured() -> tuple[Measured, ...]:
     h200 = found["tiles on an NVIDIA H200, 8ef96f1e10f7"]
     small, large = "128x128x64 p4 w4 s3 c2", "128x256x64 p4 w8 s3 c1"
 
-    def forward(case: str, tile: str) -> Iterator[Measured]:
+    def forward(case: str, tile: str, up: str, down: str) -> Iterator[Measured]:
         of_case = {" ".join(name.split()): value for name, value in by_phase[case].items()}
         yield Measured(case, "forward, single", H100, 1e-3 * of_case[f"forward single {tile}"])
-        halves = of_case[f"forward up {tile}"] + of_case[f"forward down {tile}"]
+        halves = of_case[f"forward up {up}"] + of_case[f"forward down {down}"]
         yield Measured(case, "forward, split", H100, 1e-3 * halves)
 
     return (
-        *forward("ViT-S", small),
-        *forward("ViT-B", large),
+        *forward("ViT-S", small, large, small),
+        *forward("ViT-B", large, large, large),
         Measured("Swin stage 1", "forward, on chip", H200, 1e-3 * h200["Swin stage 1, onchip"]["0"]),
         Measured("ViT-S", "backward, single", H200, 1e-3 * h200["ViT-S, backward"]["A"]),
         Measured("ViT-B", "backward, single", H200, 1e-3 * h200["ViT-B, backward"]["B"]),

@@ -30,13 +30,13 @@ from benchmarks.cases import Case
 from benchmarks.environment import environment
 from benchmarks.timing import Stopwatch, interleaved, timed
 from ewa_kernels.kernels.triton.backward import launch_backward
-from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile
+from ewa_kernels.kernels.triton.configs import FORWARD_PHASES, PHASES, Tile
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.onchip import launch_onchip
 from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
-KERNELS = ("forward", "backward", *BACKWARD_PHASES, "onchip")  # a phase: in the whole backward in three launches
+KERNELS = ("forward", "backward", *PHASES, "onchip")  # a phase: in the whole forward or backward, in several launches
 ROUNDS = 15
 
 
@@ -90,14 +90,14 @@ class Operands:
     def run(self, kernel: str, tile: Tile) -> list[Tensor]:
         """Launches it, and returns what it wrote."""
         shipped = self._layer(Deal(1))
-        table = {**{phase: (shipped.tile(phase),) for phase in BACKWARD_PHASES}, kernel: (tile,)}
-        if kernel in ("forward", "onchip"):
+        table = {**{phase: (shipped.tile(phase),) for phase in PHASES}, kernel: (tile,)}
+        if kernel in ("forward", *FORWARD_PHASES, "onchip"):
             layer = self._layer(Deal(1), table=table)
             self.permutation = layer.tensors["permutation"]
-            if kernel == "forward":
-                launch_forward(layer, "single", self.y, self.pre_activation, self.hidden)
-            else:
+            if kernel == "onchip":
                 launch_onchip(layer, self.y, self.pre_activation)
+            for form in ("up", "down") if kernel in FORWARD_PHASES else ("single",) * (kernel == "forward"):
+                launch_forward(layer, form, self.y, self.pre_activation, self.hidden)
             return [self.y, self.pre_activation]
         backend = "triton-single" if kernel == "backward" else "triton-split"
         layer = self._layer(Deal(1, self.permutation), backend, table=table)

@@ -27,10 +27,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from ewa_kernels.kernels import forms
 from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.kernels.triton import averaging, backward, cublas, forward, groups, merging, moe_ffn, onchip, rows
 from ewa_kernels.kernels.triton.configs import (
     BACKWARD_PHASES,
+    PHASES,
     ROWS_TILE,
     UNALIGNED_ROWS_TILE,
     RowsTile,
@@ -63,7 +65,7 @@ KERNELS = {
     "groups": (groups, "groups_kernel"),
 }
 PASSES = ("gather", "gather backward", "activate", "activate backward", "scatter", "sums backward")
-MULTIPLIES = ("forward", "forward up", "forward down", "backward", *BACKWARD_PHASES, "onchip")
+MULTIPLIES = ("forward", "backward", *PHASES, "onchip")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -90,7 +92,7 @@ class Case:
     @property
     def default(self) -> bool:
         """Whether backend="auto" may pick it."""
-        return self.kernel not in ("forward up", "forward down")
+        return self.kernel not in PASSES or any(entry.capability == self.capability // 10 for entry in forms.entries())
 
     @property
     def config(self) -> str:
@@ -148,15 +150,13 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
     for dtype in dtypes:
         tiles = table(capability, _torch_dtype(dtype), "tf32" if dtype == "tf32" else "ieee")
         of_forward = Case("forward", tiles["forward"][0], architecture, dtype)
-        for kernel in ("forward", "backward", *BACKWARD_PHASES, "onchip"):
+        for kernel in MULTIPLIES:
             for variant in _variants(kernel):
                 case = replace(of_forward, kernel=kernel, **variant)
                 of_variant = tiles_of(tiles, kernel, case.d_model, case.d_ff, case.dropout or case.routed)
                 # Other sizes are compiled with the first alone.
                 for tile in of_variant[:1] if "d_model" in variant else of_variant:
                     yield replace(case, tile=tile)
-        for kernel in ("forward up", "forward down"):
-            yield replace(of_forward, kernel=kernel)
         if dtype == dtypes[0]:  # indices alone
             yield replace(of_forward, kernel="groups")
         if dtype != "tf32":
@@ -176,16 +176,16 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
 def _variants(kernel: str) -> Iterator[dict[str, Any]]:
     """What makes a difference to a kernel."""
     ragged, unaligned = {"d_model": 1000, "d_ff": 4000}, {"d_model": 770, "d_ff": 3075}  # by 64 and 16, and by 8
-    for gated in (False,) if kernel == "backward x" else (False, True):
+    for gated in (False,) if kernel in ("forward down", "backward x") else (False, True):
         yield {"gated": gated}
         yield {"gated": gated, "routed": True}
-        if kernel not in BACKWARD_PHASES[1:]:
+        if kernel not in ("forward down", *BACKWARD_PHASES[1:]):
             yield {"gated": gated, "dropout": True}
         if kernel != "onchip":
             yield {"gated": gated, **unaligned}
     if kernel != "onchip":
         yield ragged
-    if kernel == "forward":  # whose tile is one for few registers already
+    if kernel in ("forward", "forward up"):  # whose tile is one for few registers already
         yield from ({**ragged, "dropout": True}, {**ragged, "routed": True})
 
 
@@ -312,7 +312,7 @@ def _launch(case: Case) -> None:
     backend = "triton-onchip" if kernel == "onchip" else "triton-split" if form else "triton-single"
     backend = "cublas" if case.kernel in PASSES else backend
     options = Options("silu" if case.gated else "gelu", case.gated, 0.1 if case.dropout else 0.0, backend, False)
-    tiles = dict.fromkeys(("forward", "backward", *BACKWARD_PHASES, "onchip"), (case.tile,))
+    tiles = dict.fromkeys(MULTIPLIES, (case.tile,))
     kept = {"table": tiles, "num_programs": 132}
     problem = replace(Problem.of(inputs, case.routed, options, save=True), kept=kept)
     if kernel == "groups":

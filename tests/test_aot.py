@@ -50,10 +50,8 @@ def test_bfloat16_on_hopper():
     check(reports, returncode)
     # What nobody multiplies with.
     others = {"average", "groups", "merge", *aot.PASSES}
-    assert {report.kernel for report in reports if report.default} == {
-        "forward", "backward", "backward pre", "backward weights", "backward x", "onchip", *others
-    }  # fmt: skip
-    assert {report.kernel for report in reports if not report.default} == {"forward up", "forward down"}
+    assert all(report.default for report in reports)
+    assert {report.kernel for report in reports} == {*aot.MULTIPLIES, *others}
     for report in reports:
         assert 16 <= report.registers <= 255
         assert (report.wgmma > 0) == (report.kernel not in others)

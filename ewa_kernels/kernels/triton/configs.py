@@ -108,7 +108,9 @@ class RowsTile:
 # worked on at a time, and block_k is the largest D. On Hopper they were chosen by measurement, as far as they spill no
 # registers: see benchmarks/NOTES.md.
 Table = dict[str, tuple[Tile, ...]]
+FORWARD_PHASES = ("forward up", "forward down")
 BACKWARD_PHASES = ("backward pre", "backward weights", "backward x")
+PHASES = (*FORWARD_PHASES, *BACKWARD_PHASES)
 
 _UNALIGNED: Table = {  # each element is loaded by itself, into registers
     "forward unaligned": (Tile(64, 64, 32, 2, 8, 2),),
@@ -155,12 +157,13 @@ INTERPRETER: Table = {
     "backward": (Tile(32, 32, 16, 2, 4, 1),),
     "onchip": (Tile(32, 32, 64, 2, 4, 1),),
 }
-# Each launch of the backward in three has the tiles of that in one, where it has none of its own.
+# Each launch of several has the tiles of that in one, where it has none of its own.
 for _tiles in (_HOPPER, _BLACKWELL, _AMPERE, _BLACKWELL_120, _TF32, _FLOAT32, INTERPRETER):
-    for _phase in BACKWARD_PHASES:
+    for _phase in PHASES:
+        _whole, _, _ = _phase.partition(" ")
         for _variant in (" unaligned",) if _phase in _tiles else ("", " tight", " unaligned"):
-            if f"backward{_variant}" in _tiles:
-                _tiles[f"{_phase}{_variant}"] = _tiles[f"backward{_variant}"]
+            if f"{_whole}{_variant}" in _tiles:
+                _tiles[f"{_phase}{_variant}"] = _tiles[f"{_whole}{_variant}"]
 
 # For passes over rows. Not measured: 16 bytes a thread and load, and enough programs at a time to keep memory busy.
 ROWS_TILE = RowsTile(rows=128, columns=256, step=16, num_warps=4)
@@ -179,7 +182,7 @@ def table(capability: int, dtype: torch.dtype, precision: str) -> Table:
 def tiles_of(tiles: Table, kernel: str, d_model: int, d_ff: int, is_tight: bool) -> tuple[Tile, ...]:
     """A kernel's, best first. `is_tight`: with dropout or routing weights."""
     # A masked loop takes registers too, of which the forward has the fewest left.
-    is_tight = is_tight or (kernel == "forward" and (d_model % 64 != 0 or d_ff % 64 != 0))
+    is_tight = is_tight or (kernel.startswith("forward") and (d_model % 64 != 0 or d_ff % 64 != 0))
     variant = "unaligned" if d_model % 8 != 0 or d_ff % 8 != 0 else "tight" if is_tight else ""
     return tiles.get(f"{kernel} {variant}", tiles[kernel])
 

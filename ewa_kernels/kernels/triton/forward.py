@@ -171,7 +171,7 @@ def launch_forward(
 
 def _plan(layer: Layer, form: str, *is_there: bool) -> tuple[int, Launch]:
     """How many counters it takes, and the launch; another one where other outputs are asked for."""
-    problem, tile = layer.problem, layer.tile("forward")
+    problem, tile = layer.problem, layer.tile("forward" if form == "single" else f"forward {form}")
     num_blocks = layer.num_blocks(tile.block_m)
     up_tiles = ceil_div(problem.d_ff, tile.block_n // 2 if problem.gated else tile.block_n)
     down_tiles = ceil_div(problem.d_model, tile.block_n)

@@ -65,9 +65,11 @@ class Layer:
         return configs.tiles_of(tiles, kernel, problem.d_model, problem.d_ff, self.is_tight)
 
     def tile(self, kernel: str) -> Tile:
-        """The tile for "forward", "backward" or one of its phases."""
+        """The tile for "forward", "backward" or a phase of one."""
         problem = self.problem
-        widths = (problem.d_ff, problem.d_model)
+        widths: tuple[int, ...] = (problem.d_ff, problem.d_model)
+        if kernel in configs.FORWARD_PHASES:
+            widths = (problem.num_up if kernel == "forward up" else problem.d_model,)
         return configs.choose(self._tiles_of(kernel), problem.num_rows, problem.num_experts, widths)
 
     def onchip_tile(self) -> Tile | None:
