@@ -195,7 +195,8 @@ def test_backward_in_one_launch_or_in_three(backend, fastest, single, launches, 
     monkeypatch.setattr(forms, "nearest", lambda *sizes: None if fastest is None else entry)
     x, weights = tokens(8, 16).requires_grad_(), parameters(1, 16, 16)
     ewa.functional.moe_ffn(x, *(t.requires_grad_() for t in weights), seed=1, backend=backend).sum().backward()
-    grids = {name: len(noted.grids) for name, noted in launches.items() if "forward" not in name and noted.grids}
+    grids = {name: len(noted.grids) for name, noted in launches.items() if noted.grids}
+    grids = {name: count for name, count in grids.items() if name not in ("forward_kernel", "onchip_kernel")}
     assert grids == dict.fromkeys(
         ["backward_kernel"] if single else ["pre_kernel", "weights_kernel", "grad_x_kernel"], 1
     )
@@ -256,14 +257,14 @@ def test_no_kernel_sees_an_odd_address(form, launches):
 
 
 class TestMargin:
-    """Multiprocessors that are left to NCCL."""
+    """Multiprocessors that are left to NCCL by kernels that would keep them; passes over rows end soon."""
 
     @pytest.fixture(autouse=True)
     def no_margin_stays(self):
         yield
         ewa.set_sm_margin(0)
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", [form for form in FORMS if form != "cublas"])
     def test_every_persistent_launch_leaves_it(self, form, launches, monkeypatch):
         monkeypatch.setattr(multiprocessors, "count", lambda device: 10)
         dtype = dtype_for(form)
