@@ -13,6 +13,7 @@ from parity import output_and_grads
 from test_fused import DEVICE, FORMS, dtype_for, parameters, tokens
 
 import ewa_kernels as ewa
+from ewa_kernels import calls, problem
 from ewa_kernels.kernels import forms, multiprocessors
 from ewa_kernels.kernels.triton import backward, configs, forward, groups, moe_ffn, onchip, rows
 from ewa_kernels.kernels.triton.queue import wait_until
@@ -219,6 +220,23 @@ def test_tiles_of_its_own_for_each_launch(gated, monkeypatch):
         monkeypatch.setitem(configs.INTERPRETER, phase, (configs.Tile(m, n, k, 1, 4, 1),))
     for name, value in output_and_grads(ewa.functional.grouped_ffn, (x, *weights), x, **options).items():
         assert (value - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="changes the interpreter's tiles")
+@pytest.mark.parametrize("num_programs", [1, 3, 50])
+@pytest.mark.parametrize("switch", ["early", "backoff"])
+def test_switches_change_no_bit(switch, num_programs, monkeypatch):
+    monkeypatch.setattr(multiprocessors, "count", lambda device: num_programs)
+    x, weights = tokens(150, 24), parameters(4, 24, 40)
+    options = {"seed": 1, "backend": "triton-single"}
+    expected = output_and_grads(ewa.functional.moe_ffn, (x, *weights), x, **options)
+    for kernel in ("forward", "backward"):
+        tile = dataclasses.replace(configs.INTERPRETER[kernel][0], **{switch: True})
+        monkeypatch.setitem(configs.INTERPRETER, kernel, (tile,))
+    problem._made.clear()
+    calls._problems.clear()
+    for name, value in output_and_grads(ewa.functional.moe_ffn, (x, *weights), x, **options).items():
+        assert torch.equal(value, expected[name]), name
 
 
 def off_by_one(tensor):

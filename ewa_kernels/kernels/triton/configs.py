@@ -38,6 +38,8 @@ class Tile:
         parts: the accumulator is stored in so many pieces, one after the other, to save registers.
         num_warps, num_stages: as Triton understands them.
         per_multiprocessor: programs that run on one at once, among which its registers are divided.
+        early: whether a program draws its next ticket before it works on the one it has, so as not to wait for it.
+        backoff: whether a program that waits for another reads the counter more seldom. Neither was ever measured.
     """
 
     block_m: int
@@ -47,6 +49,8 @@ class Tile:
     num_warps: int
     num_stages: int
     per_multiprocessor: int = 1
+    early: bool = False
+    backoff: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.block_m, self.block_n, self.block_k, self.parts, self.num_warps)
@@ -55,7 +59,8 @@ class Tile:
 
     def __str__(self) -> str:
         sizes = f"{self.block_m}x{self.block_n}x{self.block_k}, {self.parts} parts"
-        return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages"
+        switches = ", early" * self.early + ", backoff" * self.backoff
+        return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages{switches}"
 
     def launch_options(self) -> dict[str, int | bool]:
         """Keyword arguments of a kernel launch."""

@@ -117,7 +117,8 @@ class Layer:
         """`arguments`: those that not all kernels have in common, and calls of one kind do. For others see `Launch`."""
         problem = self.problem
         even_k = problem.d_model % tile.block_k == 0 and problem.d_ff % tile.block_k == 0
-        arguments = {**self.numbers(rows), "EVEN_K": even_k, "ROWS": rows, **arguments}
+        of_tile = {"EVEN_K": even_k, "EARLY": tile.early, "BACKOFF": tile.backoff, "ROWS": rows}
+        arguments = {**self.numbers(rows), **of_tile, **arguments}
         return Launch(kernel, self.grid(num_tiles, tile), arguments, tile, rows, **options)
 
     def numbers(self, rows: int) -> dict[str, Any]:

@@ -274,5 +274,5 @@ def sums_kernel(
     num_up = d_ff * 2 if GATED else d_ff
     bias_tile(
         tl.program_id(0), partial_up, partial_down, grad_up_bias, grad_down_bias, groups, None, None, num_rows,
-        num_experts, num_up, d_model, ROWS, COLUMNS,
+        num_experts, num_up, d_model, False, ROWS, COLUMNS,
     )  # fmt: skip
