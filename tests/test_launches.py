@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 from parity import output_and_grads
-from test_fused import DEVICE, FORMS, dtype_for, parameters, tokens
+from test_fused import DEVICE, FORMS, GIVEN_FORMS, dtype_for, parameters, tokens
 
 import ewa_kernels as ewa
 from ewa_kernels import calls, problem
@@ -164,7 +164,7 @@ def launches(monkeypatch):
     return noted
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", GIVEN_FORMS)
 def test_hashes_may_overflow_in_every_launch(form, launches):
     """Triton's own asserts would take them for faults, in debug mode and under TRITON_DEBUG=1."""
     dtype = dtype_for(form)
@@ -245,7 +245,7 @@ def off_by_one(tensor):
     return memory[1:].view(tensor.shape).copy_(tensor)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", GIVEN_FORMS)
 def test_no_kernel_sees_an_odd_address(form, launches):
     """Triton would compile it anew, to load element by element and spill; flat parameter buffers have some."""
     moe_ffn._warn_once_of_copies.cache_clear()
