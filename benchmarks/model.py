@@ -280,6 +280,7 @@ def entries() -> list[Entry]:
                 num_experts=case.num_experts,
                 d_model=case.d_model,
                 d_ff=case.d_ff,
+                measured=False,
                 source=f"predicted for an {H200.name} by benchmarks/model.py; cublas was never measured",
                 **times,
             )

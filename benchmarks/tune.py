@@ -139,6 +139,7 @@ def passes(operands: Operands, copy_rate: float, watch: Stopwatch, rounds: int =
     dealt = Layer(problem, operands.inputs, Deal(SEED, dealing.tensors["permutation"]))
     product = x.new_empty(len(grouped_x), problem.num_up).normal_()
     hidden, y = cublas.activate(dealt, product), torch.empty_like(x)
+    grad_hidden = torch.zeros_like(hidden)
     partial_up, partial_down = cublas.sums(dealt, up_bias), cublas.sums(dealt, down_bias)
     size = x.element_size() * problem.num_rows
     row, wide, up = (size * width for width in (problem.d_model, problem.d_ff, problem.num_up))
@@ -149,7 +150,7 @@ def passes(operands: Operands, copy_rate: float, watch: Stopwatch, rounds: int =
         "gather, backward": (4 * row, lambda: cublas.gather(dealt, True, grad_y, partial_down)),
         "activate, backward": (
             2 * wide + 2 * up,
-            lambda: cublas.activate_backward(dealt, hidden, product, partial_up, None),
+            lambda: cublas.activate_backward(dealt, grad_hidden, product, hidden, partial_up, None),
         ),
     }
     timings = interleaved({name: timed(call, watch) for name, (_, call) in calls.items()}, 0, min_rounds=rounds)
@@ -172,6 +173,7 @@ def entry(case: Case, capability: int, found: dict[str, dict[str, float]], sourc
         d_ff=case.d_ff,
         forward=found["forward"],
         backward=found["backward"],
+        measured=True,
         source=source,
     )
 

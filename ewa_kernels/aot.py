@@ -34,7 +34,7 @@ from ewa_kernels.kernels.triton.configs import (
     BACKWARD_PHASES,
     FORWARD_PHASES,
     PHASES,
-    ROWS_TILE,
+    ROWS_TILES,
     UNALIGNED_ROWS_TILE,
     RowsTile,
     Tile,
@@ -57,15 +57,17 @@ KERNELS = {
     "onchip": (onchip, "onchip_kernel"),
     "gather": (rows, "gather_kernel"),
     "gather backward": (rows, "gather_kernel"),
+    "gather dealt backward": (rows, "gather_kernel"),
     "activate": (rows, "activate_kernel"),
     "activate backward": (rows, "activate_backward_kernel"),
     "scatter": (rows, "scatter_kernel"),
+    "scatter backward": (rows, "scatter_kernel"),
     "sums backward": (rows, "sums_kernel"),
     "average": (averaging, "average_kernel"),
     "merge": (merging, "merge_kernel"),
     "groups": (groups, "groups_kernel"),
 }
-PASSES = ("gather", "gather backward", "activate", "activate backward", "scatter", "sums backward")
+PASSES = tuple(name for name, (module, _) in KERNELS.items() if module is rows)
 MULTIPLIES = ("forward", "backward", *PHASES, "onchip")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -93,7 +95,10 @@ class Case:
     @property
     def default(self) -> bool:
         """Whether backend="auto" may pick it."""
-        return self.kernel not in PASSES or any(entry.capability == self.capability // 10 for entry in forms.entries())
+        if self.kernel not in PASSES:
+            return True
+        known = {(entry.capability, entry.itemsize) for entry in forms.entries()}
+        return not self.routed and (self.capability // 10, _torch_dtype(self.dtype).itemsize) in known
 
     @property
     def config(self) -> str:
@@ -167,11 +172,8 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
             if dtype != "float32":
                 yield replace(average, stochastic=True)
             for kernel in PASSES if dtype != "float16" else ():  # which is as bfloat16 is
-                for variant in _variants_of_pass(kernel):
-                    # PyTorch's products of given groups are for bfloat16.
-                    if dtype == "bfloat16" or "routed" not in variant:
-                        of_rows = UNALIGNED_ROWS_TILE if "d_model" in variant else ROWS_TILE
-                        yield replace(of_forward, kernel=kernel, tile=of_rows, **variant)
+                for variant in _variants_of_pass(kernel, dtype):
+                    yield replace(of_forward, kernel=kernel, **variant)
 
 
 def _variants(kernel: str) -> Iterator[dict[str, Any]]:
@@ -193,15 +195,19 @@ def _variants(kernel: str) -> Iterator[dict[str, Any]]:
         yield from ({**ragged, "dropout": True}, {**ragged, "routed": True})
 
 
-def _variants_of_pass(kernel: str) -> Iterator[dict[str, Any]]:
+def _variants_of_pass(kernel: str, dtype: str) -> Iterator[dict[str, Any]]:
     """What makes a difference to a pass over rows."""
-    activates = kernel.startswith("activate")
-    for gated in (False, True) if activates else (False,):
-        yield {"gated": gated}
-        yield {"gated": gated, "routed": True}
-        yield {"gated": gated, "d_model": 770, "d_ff": 3075}
-        if activates:
-            yield {"gated": gated, "dropout": True}
+    wide, narrow = ({"tile": tile} for tile in ROWS_TILES)
+    sizes = {"d_model": 384, "d_ff": 1152}  # for which the narrow tile is
+    yield {**narrow, **sizes}
+    for gated in (False, True) if kernel.startswith("activate") else (False,):
+        yield {**wide, "gated": gated}
+        yield {"tile": UNALIGNED_ROWS_TILE, "gated": gated, "d_model": 770, "d_ff": 3075}
+        if kernel.startswith("activate"):
+            yield {**wide, "gated": gated, "dropout": True}
+        # PyTorch's products of given groups are for bfloat16; a deal is none.
+        if dtype == "bfloat16" and "dealt" not in kernel:
+            yield {**wide, "gated": gated, "routed": True}
 
 
 def compile_case(case: Case) -> Report:
@@ -324,11 +330,11 @@ def _launch(case: Case) -> None:
     elif kernel == "merge":
         merging.merge_experts([up_weight, down_weight])
     elif case.kernel in PASSES:
-        product = new(num_tokens * top_k, num_up)
-        if form == "backward":
-            needed = [t is not None for t in inputs]
-            given_or_dealt = deal._replace(permutation=given[0])
-            cublas.backward(problem, inputs.x, inputs, given_or_dealt, product, needed)
+        if case.kernel.endswith("backward"):
+            is_again = "dealt" in case.kernel
+            product = None if is_again else new(problem.num_kept, num_up)
+            again = deal if is_again else deal._replace(permutation=given[0])
+            cublas.backward(problem, inputs.x, inputs, again, product, [t is not None for t in inputs])
         else:
             cublas.forward(problem, inputs, deal)
     elif kernel == "average":

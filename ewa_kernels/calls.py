@@ -102,7 +102,9 @@ def problem_of(inputs: Inputs, deal: Deal, is_given: bool, options: Options, nee
         key = problem = None
     if problem is None:
         _check(inputs, deal, is_given, options)
-        backend, dtype = _resolved(inputs, is_given, options)
+        backend, dtype = _resolved(inputs, options)
+        if backend == "auto":
+            backend = forms.backend_for(inputs, is_given, dtype)
         save = needs_grad and not options.recompute
         problem = Problem.of(inputs, is_given, options._replace(backend=backend), save, dtype)
         keep(_problems, key, problem)
@@ -132,18 +134,12 @@ def _check(inputs: Inputs, deal: Deal, is_given: bool, options: Options) -> None
         checks.partition(deal.permutation, deal.expert_offsets, inputs.routing_weights, inputs.x, num_experts)
 
 
-def _resolved(inputs: Inputs, is_given: bool, options: Options) -> tuple[str, torch.dtype]:
-    """The backend, and what it computes in."""
+def _resolved(inputs: Inputs, options: Options) -> tuple[str, torch.dtype]:
+    """The backend, and what it computes in. "auto" stays where it depends on sizes, which a compiler may not know."""
     x = inputs.x
     dtype = checks.autocast_dtype(x) or x.dtype
     backend = resolve("moe_ffn", options.backend, x.device, dtype)
-    if options.backend == "auto" and backend == "triton" and not is_given:  # nothing is known of groups that are given
-        num_experts, d_model, d_ff = inputs.down_weight.shape
-        # A compiler is told nothing that depends on how many tokens there are: they may be any number.
-        num_tokens = forms.MANY if torch.compiler.is_compiling() else x.numel() // d_model
-        entry = forms.nearest(x.device, dtype, options.gated, num_tokens, num_experts, d_model, d_ff)
-        backend = backend if entry is None else entry.backend
-    return backend, dtype
+    return ("auto" if options.backend == "auto" and backend == "triton" else backend), dtype
 
 
 def check_ffn(
@@ -212,7 +208,7 @@ def _watched_ffn(inputs: Inputs, deal: Deal, is_given: bool, options: Options) -
     seed = checks.seed_tensor(seed, x.device)
     # Without dropout nothing is random in groups that are given, and no seed is put into a graph.
     seed = None if is_given and options.dropout_p == 0 else graphs.replayable("seed", seed, x.device)
-    backend, dtype = _resolved(inputs, is_given, options)
+    backend, dtype = _resolved(inputs, options)
     if backend == "reference":
         if permutation is not None and expert_offsets is not None and x.device.type == "cpu":
             permutation = ops.checked_permutation(permutation, expert_offsets, inputs.routing_weights)

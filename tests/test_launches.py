@@ -192,7 +192,7 @@ def test_hashes_may_overflow_in_every_launch(form, launches):
 def test_backward_in_one_launch_or_in_three(backend, fastest, single, launches, monkeypatch):
     """As the table of forms says, if it has a shape like this one, unless the backend does."""
     times = {"single": 2.0, "split": 1.0 if fastest == "split" else 3.0}
-    entry = forms.Entry("like it", 9, 4, False, 8, 1, 16, 16, times, times, "a test")
+    entry = forms.Entry("like it", 9, 4, False, 8, 1, 16, 16, times, times, True, "a test")
     monkeypatch.setattr(forms, "nearest", lambda *sizes: None if fastest is None else entry)
     x, weights = tokens(8, 16).requires_grad_(), parameters(1, 16, 16)
     ewa.functional.moe_ffn(x, *(t.requires_grad_() for t in weights), seed=1, backend=backend).sum().backward()
@@ -272,6 +272,30 @@ def test_no_kernel_sees_an_odd_address(form, launches):
     seen = [tensor for noted in launches.values() for tensor in noted.tensors]
     assert len(seen) > 20
     assert all(tensor.data_ptr() % 16 == 0 for tensor in seen)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nor_where_hooks_change_what_is_saved(form, launches):
+    dtype = dtype_for(form)
+    x, weights = tokens(40, 16, dtype=dtype).requires_grad_(), parameters(3, 16, 24, dtype=dtype)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, off_by_one):
+        ewa.functional.moe_ffn(x, *(t.requires_grad_() for t in weights), seed=1, backend=form).sum().backward()
+    seen = [tensor for noted in launches.values() for tensor in noted.tensors]
+    assert len(seen) > 20
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in seen)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_backward_in_autocast_has_the_types_of_its_forward(form):
+    """What a launch is given may not change its type: it was compiled for one."""
+    x, weights = tokens(40, 16).requires_grad_(), [t.requires_grad_() for t in parameters(3, 16, 24)]
+    if DEVICE == "cuda" and form == "triton-onchip":
+        pytest.skip("for 16 bits")
+    y = ewa.functional.moe_ffn(x, *weights, seed=1, backend=form)
+    expected = torch.autograd.grad(y.sum(), [x, *weights], retain_graph=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        grads = torch.autograd.grad(y.sum(), [x, *weights])
+    assert all(map(torch.equal, grads, expected))
 
 
 class TestMargin:

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from ewa_kernels.problem import Problem
+from ewa_kernels.problem import Inputs, Problem
 
 TABLE = Path(__file__).with_name("forms.json")
-MANY = 2**20  # rows, where their number is not to be asked
-# Of "auto": Triton's forms are named as the backends are, without "triton-".
-FORMS = ("single", "split", "onchip", "cublas")
+FORMS = ("single", "split", "onchip", "cublas")  # Triton's are named as the backends are, without "triton-"
+# A predicted gain must be so large before "auto" leaves Triton's forms, which have been measured.
+MARGIN = 0.9
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Entry:
         capability: of the GPU, its first digit: 9 for Hopper.
         itemsize: bytes of an element; 2 is float16 or bfloat16.
         forward, backward: microseconds by form.
+        measured: whether they are, on such a GPU.
         source: how they came about, for people.
     """
 
@@ -46,7 +47,17 @@ class Entry:
     d_ff: int
     forward: dict[str, float]
     backward: dict[str, float]
+    measured: bool
     source: str
+
+    def __post_init__(self) -> None:
+        sizes = (self.capability, self.itemsize, self.num_rows, self.num_experts, self.d_model, self.d_ff)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"{self.name}: sizes must be positive ints, got {sizes}")
+        for times in (self.forward, self.backward):
+            is_number = all(isinstance(t, (int, float)) and 0 < t < math.inf for t in times.values())
+            if not is_number or not {"single", "split"} & set(times) or not set(times) <= set(FORMS):
+                raise ValueError(f"{self.name}: microseconds must be positive, by form, got {times}")
 
     def distance(self, gated: bool, num_rows: int, num_experts: int, d_model: int, d_ff: int) -> float:
         """How unlike a shape is: the sum of how often its sizes double."""
@@ -61,21 +72,19 @@ class Entry:
     @property
     def backend(self) -> str:
         """What takes the least time, forward and backward together: "triton", whatever its form, or "cublas"."""
-        of_triton = sum(min(t for form, t in times.items() if form != "cublas") for times in self._times)
-        return "cublas" if sum(times.get("cublas", math.inf) for times in self._times) < of_triton else "triton"
-
-    @property
-    def _times(self) -> tuple[dict[str, float], dict[str, float]]:
-        return self.forward, self.backward
+        phases = (self.forward, self.backward)
+        of_triton = sum(min(t for form, t in times.items() if form != "cublas") for times in phases)
+        of_cublas = sum(times.get("cublas", math.inf) for times in phases)
+        return "cublas" if of_cublas < of_triton * (1.0 if self.measured else MARGIN) else "triton"
 
 
 @functools.cache
 def entries() -> tuple[Entry, ...]:
     """Of the package, and in place of them those of EWA_KERNELS_FORMS."""
     own = os.environ.get("EWA_KERNELS_FORMS")
-    chosen = read(Path(own)) if own else ()
-    measured = {(entry.capability, entry.itemsize) for entry in chosen}
-    return chosen + tuple(e for e in read(TABLE) if (e.capability, e.itemsize) not in measured)
+    chosen = read(Path(own).expanduser()) if own else ()
+    kinds = {(entry.capability, entry.itemsize) for entry in chosen}
+    return chosen + tuple(e for e in read(TABLE) if (e.capability, e.itemsize) not in kinds)
 
 
 def read(path: Path) -> tuple[Entry, ...]:
@@ -86,10 +95,18 @@ def read(path: Path) -> tuple[Entry, ...]:
     """
     try:
         return tuple(Entry(**entry) for entry in json.loads(path.read_text())["entries"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} must be a table of forms, as `python -m benchmarks.tune` writes it: {error}"
         ) from error
+
+
+def backend_for(inputs: Inputs, is_given: bool, dtype: torch.dtype) -> str:
+    """ "triton" or "cublas", where "auto" has found that Triton runs: nothing is known of groups that are given."""
+    x, (num_experts, d_model, d_ff) = inputs.x, inputs.down_weight.shape
+    gated = inputs.up_weight.shape[1] == 2 * d_ff
+    entry = None if is_given else nearest(x.device, dtype, gated, x.numel() // d_model, num_experts, d_model, d_ff)
+    return "triton" if entry is None else entry.backend
 
 
 def nearest_to(problem: Problem) -> Entry | None:
@@ -104,12 +121,6 @@ def nearest(
     """The entry most like a shape on a device; None if there is none for its kind, and on a CPU."""
     if device.type != "cuda":
         return None
-    if isinstance(num_rows, torch.SymInt):
-        num_rows = MANY
     kind = (torch.cuda.get_device_capability(device)[0], dtype.itemsize)
     of_kind = [entry for entry in entries() if (entry.capability, entry.itemsize) == kind]
     return min(of_kind, key=lambda e: e.distance(gated, num_rows, num_experts, d_model, d_ff), default=None)
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler, which cannot look into the call.
-nearest._dynamo_marked_constant = True  # type: ignore[attr-defined]

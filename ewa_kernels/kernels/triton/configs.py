@@ -59,7 +59,8 @@ class Tile:
 
     def __str__(self) -> str:
         sizes = f"{self.block_m}x{self.block_n}x{self.block_k}, {self.parts} parts"
-        switches = ", early" * self.early + ", backoff" * self.backoff
+        together = f", {self.per_multiprocessor} at once" if self.per_multiprocessor > 1 else ""
+        switches = together + ", early" * self.early + ", backoff" * self.backoff
         return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages{switches}"
 
     def launch_options(self) -> dict[str, int | bool]:
@@ -83,23 +84,21 @@ class RowsTile:
     """What a program has of a pass over rows, and how Triton compiles it.
 
     Attributes:
-        rows: of a row block, over which biases' gradients are summed up before they are written.
-        columns: at a time.
+        columns: of a program.
         step: rows at a time.
     """
 
-    rows: int
     columns: int
     step: int
     num_warps: int
 
     def __str__(self) -> str:
-        return f"{self.rows} rows, {self.step} at a time, {self.columns} columns, {self.num_warps} warps"
+        return f"{self.step} rows at a time, {self.columns} columns, {self.num_warps} warps"
 
     @property
     def constants(self) -> dict[str, int]:
         """Arguments of the kernels."""
-        return {"ROWS": self.rows, "COLUMNS": self.columns, "STEP": self.step}
+        return {"COLUMNS": self.columns, "STEP": self.step}
 
     def launch_options(self) -> dict[str, int | bool]:
         """Keyword arguments of a kernel launch."""
@@ -171,10 +170,12 @@ for _tiles in (_HOPPER, _BLACKWELL, _AMPERE, _BLACKWELL_120, _TF32, _FLOAT32, IN
                 _tiles[f"{_phase}{_variant}"] = _tiles[f"{_whole}{_variant}"]
 
 # For passes over rows. Not measured: 16 bytes a thread and load, and enough programs at a time to keep memory busy.
-ROWS_TILE = RowsTile(rows=128, columns=256, step=16, num_warps=4)
-UNALIGNED_ROWS_TILE = replace(ROWS_TILE, columns=128)  # each element is loaded by itself, into registers
+ROWS_TILES = (RowsTile(columns=256, step=16, num_warps=4), RowsTile(columns=128, step=32, num_warps=4))
+UNALIGNED_ROWS_TILE = RowsTile(columns=128, step=16, num_warps=4)  # each element is loaded by itself, into registers
+ROWS = 128  # of a row block, over which biases' gradients are summed up before they are written
 if triton.knobs.runtime.interpret:
-    ROWS_TILE = UNALIGNED_ROWS_TILE = RowsTile(rows=16, columns=32, step=8, num_warps=1)
+    ROWS_TILES = (RowsTile(columns=64, step=8, num_warps=1), RowsTile(columns=32, step=8, num_warps=1))
+    UNALIGNED_ROWS_TILE, ROWS = ROWS_TILES[1], 16
 
 
 def table(capability: int, dtype: torch.dtype, precision: str) -> Table:

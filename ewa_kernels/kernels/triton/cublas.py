@@ -7,6 +7,8 @@ costs a pass. It lies in slots, see `rows.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from ewa_kernels.kernels.choices import grad_of_routing_weights, sum_of_choices
 from ewa_kernels.kernels.triton import rows
-from ewa_kernels.kernels.triton.configs import ROWS_TILE, UNALIGNED_ROWS_TILE, RowsTile, aligned, ceil_div
+from ewa_kernels.kernels.triton.configs import ROWS, ROWS_TILES, UNALIGNED_ROWS_TILE, RowsTile, aligned, ceil_div
 from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer, check_sizes
 from ewa_kernels.kernels.triton.moe_ffn import on_device, prepared
@@ -28,14 +30,14 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
     """See `kernels/moe_ffn.py`; pre_activation is by slot, and lacks its bias."""
     x, layer = inputs.x, Layer(problem, inputs, deal)
     layer.kept(_check)
-    with on_device(x):
+    with on_device(x), _as_they_are(x):
         y = x.new_empty(problem.num_rows, problem.d_model)
         product = x.new_empty(0, problem.num_up)
         if problem.num_rows > 0:
             grouped_x, _ = gather(layer)
             product = _times(layer, grouped_x, inputs.up_weight.mT)
-            hidden = activate(layer, product)
-            product_y = _times(layer, hidden, inputs.down_weight.mT)
+            del grouped_x
+            product_y = _times(layer, activate(layer, product), inputs.down_weight.mT)
             scatter(layer, product_y, y, inputs.down_bias, inputs.routing_weights)
     return sum_of_choices(y, problem.top_k), product if problem.save else None, layer.tensors["permutation"]
 
@@ -54,20 +56,23 @@ def backward(
     need_pre = need_x or need_up_weight or need_up_bias or need_down_weight or need_routing
     is_computed_again = need_pre and pre_activation is None
     grad_x = grad_up_weight = grad_down_weight = grad_routing = partial_up = partial_routing = None
-    with on_device(x):
+    with on_device(x), _as_they_are(x):
         grad_y = aligned(grad_y.contiguous())
         partial_down = sums(layer, down_bias) if need_down_bias else None
         grouped_x, grouped_grad_y = gather(layer, need_up_weight or is_computed_again, grad_y, partial_down)
         if need_pre:
-            product = _times(layer, grouped_x, up_weight.mT) if pre_activation is None else pre_activation
+            if pre_activation is None:
+                pre_activation = _times(layer, grouped_x, up_weight.mT)
             partial_up = sums(layer, up_bias) if need_up_bias else None
             if need_routing:
-                pieces = ceil_div(problem.d_ff, _tile(layer).columns)
+                pieces = ceil_div(problem.d_ff, _tile(layer, problem.d_ff).columns)
                 partial_routing = torch.empty(pieces, problem.num_rows, dtype=torch.float32, device=x.device)
             grad_hidden = _times(layer, grouped_grad_y, down_weight)
-            grad_pre, hidden = activate_backward(layer, grad_hidden, product, partial_up, partial_routing)
+            hidden = torch.empty_like(grad_hidden) if need_down_weight else None
+            product = aligned(pre_activation)
+            grad_pre = activate_backward(layer, grad_hidden, product, hidden, partial_up, partial_routing)
             del grad_hidden  # unless it is grad_pre
-        if need_down_weight:
+        if need_down_weight and hidden is not None:
             grad_down_weight = _by_expert(layer, grouped_grad_y, hidden)
         if need_up_weight:
             grad_up_weight = _by_expert(layer, grad_pre, grouped_x)
@@ -86,19 +91,36 @@ def backward(
 def _check(layer: Layer) -> bool:
     problem = layer.problem
     check_sizes(problem)
-    # What PyTorch's grouped product needs.
-    is_supported = problem.dtype == torch.bfloat16 or problem.device.type == "cpu"
+    if not problem.is_given:
+        return True
+    # What PyTorch's grouped product needs. On older GPUs it would read the offsets on the host.
+    is_cuda = problem.device.type == "cuda"
     per_16_bytes = 16 // problem.dtype.itemsize
-    if problem.is_given and (not is_supported or problem.d_model % per_16_bytes or problem.d_ff % per_16_bytes):
+    is_supported = problem.dtype == torch.bfloat16 or not is_cuda
+    if not is_supported or problem.d_model % per_16_bytes or problem.d_ff % per_16_bytes or problem.num_experts > 1023:
         raise ValueError(
-            "backend='cublas' needs bfloat16 and sizes that 8 divides where the partition is given, got "
-            f"{problem.dtype}, d_model {problem.d_model} and d_ff {problem.d_ff}: use backend='triton'"
+            "backend='cublas' needs bfloat16, sizes that 8 divides and fewer than 1,024 experts where the partition is "
+            f"given, got {problem.dtype}, d_model {problem.d_model}, d_ff {problem.d_ff} and {problem.num_experts} "
+            "experts: use backend='triton'"
         )
+    if is_cuda and torch.cuda.get_device_capability(problem.device) < (9, 0):
+        raise ValueError("backend='cublas' needs compute capability 9.0 where the partition is given: use 'triton'")
     return True
 
 
-def _tile(layer: Layer) -> RowsTile:
-    return ROWS_TILE if layer.is_aligned else UNALIGNED_ROWS_TILE
+def _as_they_are(x: Tensor) -> AbstractContextManager[object]:
+    """In which autocast leaves products alone: a backward may be called within it, and its forward not."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def _tile(layer: Layer, num_columns: int) -> RowsTile:
+    """The one that leaves the fewest columns empty."""
+    tiles = ROWS_TILES if layer.is_aligned else (UNALIGNED_ROWS_TILE,)
+    tile = min(tiles, key=lambda tile: ceil_div(num_columns, tile.columns) * tile.columns)
+    return replace(tile, step=tile.step // 2) if layer.problem.gated else tile  # twice as much for each
 
 
 # --- passes over rows ---
@@ -134,10 +156,14 @@ def activate(layer: Layer, product: Tensor) -> Tensor:
 
 
 def activate_backward(
-    layer: Layer, grad_hidden: Tensor, product: Tensor, partial_up: Tensor | None, partial_routing: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """grad_pre `[slots, F or 2F]`, which not gated is grad_hidden's memory, and hidden once more."""
-    hidden = torch.empty_like(grad_hidden)
+    layer: Layer,
+    grad_hidden: Tensor,
+    product: Tensor,
+    hidden: Tensor | None,
+    partial_up: Tensor | None,
+    partial_routing: Tensor | None,
+) -> Tensor:
+    """grad_pre `[slots, F or 2F]`, which not gated is grad_hidden's memory; fills the others that are not None."""
     grad_pre = torch.empty_like(product) if layer.problem.gated else grad_hidden
     _launch(
         layer,
@@ -150,7 +176,7 @@ def activate_backward(
         partial_up=partial_up,
         partial_routing=partial_routing,
     )
-    return grad_pre, hidden
+    return grad_pre
 
 
 def scatter(
@@ -165,7 +191,7 @@ def sums(layer: Layer, bias: Tensor | None) -> Tensor | None:
     """Memory for a bias's gradient summed up over row blocks, float32."""
     if bias is None:
         return None
-    shape = (layer.num_blocks(_tile(layer).rows), bias.shape[1])
+    shape = (layer.num_blocks(ROWS), bias.shape[1])
     return torch.empty(shape, dtype=torch.float32, device=bias.device)
 
 
@@ -176,31 +202,27 @@ def _bias_gradients(layer: Layer, partial_up: Tensor | None, partial_down: Tenso
         None if partial is None else torch.empty_like(bias)
         for bias, partial in zip(biases, (partial_up, partial_down), strict=True)
     ]
-    columns = [0 if grad is None else ceil_div(grad.shape[1], _tile(layer).columns) for grad in grads]
+    tile = ROWS_TILES[0]
+    columns = [0 if grad is None else ceil_div(grad.shape[1], tile.columns) for grad in grads]
     if any(columns):
         results = dict(zip(("grad_up_bias", "grad_down_bias"), grads, strict=True))
         num_programs = layer.problem.num_experts * sum(columns)
-        launch = layer.kept(_make, rows.sums_kernel, num_programs, *(grad is None for grad in grads))
-        partials = {"partial_up": partial_up, "partial_down": partial_down}
-        launch(layer.tensors, groups=_groups(layer), **partials, **results)
+        launch = layer.kept(_make, rows.sums_kernel, tile, num_programs, *(grad is None for grad in grads))
+        launch(layer.tensors, groups=layer.groups(ROWS), partial_up=partial_up, partial_down=partial_down, **results)
     return grads
 
 
 def _launch(layer: Layer, kernel: Any, num_columns: int, **tensors: Tensor | None) -> None:
     """A kernel on all row blocks and column tiles."""
-    num_programs = layer.num_blocks(_tile(layer).rows) * ceil_div(num_columns, _tile(layer).columns)
-    launch = layer.kept(_make, kernel, num_programs, *(tensor is None for tensor in tensors.values()))
-    launch(layer.tensors, groups=_groups(layer), **tensors)
+    tile = layer.kept(_tile, num_columns)
+    num_programs = layer.num_blocks(ROWS) * ceil_div(num_columns, tile.columns)
+    launch = layer.kept(_make, kernel, tile, num_programs, *(tensor is None for tensor in tensors.values()))
+    launch(layer.tensors, groups=layer.groups(ROWS), **tensors)
 
 
-def _make(layer: Layer, kernel: Any, num_programs: int, *is_none: bool) -> Launch:
+def _make(layer: Layer, kernel: Any, tile: RowsTile, num_programs: int, *is_none: bool) -> Launch:
     """`is_none`: of tensors that may be; a kernel is compiled for some."""
-    tile = _tile(layer)
-    return Launch(kernel, num_programs, {**layer.numbers(tile.rows), **tile.constants}, tile, tile.rows)
-
-
-def _groups(layer: Layer) -> Tensor | None:
-    return layer.groups(_tile(layer).rows)
+    return Launch(kernel, num_programs, {**layer.numbers(ROWS), **tile.constants, "ROWS": ROWS}, tile, ROWS)
 
 
 # --- products ---
@@ -220,13 +242,14 @@ def _by_expert(layer: Layer, a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a.mT, b)
     ends = _ends(layer)
     product = F.grouped_mm(a.mT, b, offs=ends)
-    # On some GPUs what belongs to an expert without rows is left as it was (pytorch/pytorch#172439).
-    is_empty = ends.diff(prepend=ends.new_zeros(1)) == 0
-    return product.masked_fill_(is_empty[:, None, None], 0)
+    if product.is_cuda and torch.cuda.get_device_capability(product.device)[0] >= 10:
+        # What belongs to an expert without rows is left as it was (pytorch/pytorch#172439).
+        product.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
+    return product
 
 
 def _ends(layer: Layer) -> Tensor:
     """Of the experts' rows, int32 `[E]`: they rise to R, whatever offsets were given."""
-    groups = _groups(layer)
+    groups = layer.groups(ROWS)
     assert groups is not None
     return groups[1 : layer.problem.num_experts + 1].clone()  # which begins at 16 bytes

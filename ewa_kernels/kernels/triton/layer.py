@@ -156,7 +156,7 @@ class Layer:
 def check_sizes(problem: Problem) -> None:
     """Raises ValueError if numbers of rows would not fit an int32."""
     # Blocks that do not exist may begin behind all rows, by a block for each expert.
-    max_rows = _MAX_ROWS - 256 * problem.num_experts if problem.is_given else _MAX_ROWS
+    max_rows = _MAX_ROWS - (256 if problem.is_given else 1) * problem.num_experts
     if problem.num_rows > max_rows:
         raise ValueError(f"x must hold at most {max_rows} tokens for this backend, got {problem.num_rows}")
     if problem.num_experts > _MAX_EXPERTS:

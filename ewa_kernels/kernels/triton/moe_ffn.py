@@ -42,7 +42,7 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
     form = layer.kept(_form)
     with on_device(x):
         y = x.new_empty(num_rows, problem.d_model)
-        pre_activation = x.new_empty(num_rows, problem.num_up) if problem.save else None
+        pre_activation = x.new_empty(problem.num_kept, problem.num_up) if problem.save else None
         if num_rows > 0:
             if form == "onchip":
                 launch_onchip(layer, y, pre_activation)

@@ -63,17 +63,18 @@ def gather_kernel(
     block, _, first, end, last, to_slot, column_tile = _work(
         d_model, groups, num_rows, num_experts, num_blocks, ROWS, COLUMNS
     )
-    key = load_seed(seed, seed_low, seed_high) if DEAL else 0
+    if DEAL:
+        # A row for each thread, once; all programs of a row block write the same, and each reads what it wrote.
+        key = load_seed(seed, seed_low, seed_high)
+        row = first + tl.arange(0, ROWS)
+        token = tokens_of_rows(_existing(row, end), num_rows, radix_a, radix_b, rounds, key)
+        tl.store(permutation + row, token, mask=row < end)
+        tl.debug_barrier()
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((STEP, COLUMNS), tl.float32)
     for step in range(first, last, STEP):
         row = step + tl.arange(0, STEP)
-        if DEAL:
-            choice = tokens_of_rows(_existing(row, end), num_rows, radix_a, radix_b, rounds, key)
-            if column_tile == 0:
-                tl.store(permutation + row, choice, mask=row < end)
-        else:
-            choice = load_choices(permutation, _existing(row, end), groups, num_rows)
+        choice = load_choices(permutation, _existing(row, end), groups, num_rows)
         source = (choice // TOP_K).to(tl.int64)[:, None] * d_model + column[None, :]
         target = (row + to_slot).to(tl.int64)[:, None] * d_model + column[None, :]
         exists = (row < end)[:, None] & (column < d_model)[None, :]
@@ -87,10 +88,10 @@ def gather_kernel(
                 values = values.to(tl.float32)
                 if routing_weights is not None:
                     values *= tl.load(routing_weights + choice, mask=row < end, other=0.0).to(tl.float32)[:, None]
-                total += tl.sum(values, 0)
+                total += values
     if partial_down is not None:
         stored = column < tl.where(first < end, d_model, 0)
-        tl.store(partial_down + block.to(tl.int64) * d_model + column, total, mask=stored)
+        tl.store(partial_down + block.to(tl.int64) * d_model + column, tl.sum(total, 0), mask=stored)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -161,7 +162,7 @@ def activate_backward_kernel(
     groups,  # table of given groups, see groups.py, or None: equal groups
     routing_weights,  # [R], by choice, or None
     grad_pre,  # [slots, F or 2F]; not gated, it may be grad_hidden
-    hidden,  # [slots, F], times the routing weight
+    hidden,  # [slots, F], times the routing weight, or None
     partial_up,  # float32 [row blocks, F or 2F], or None
     partial_routing,  # float32 [⌈F / COLUMNS⌉, R], by grouped row, or None
     seed, seed_low, seed_high, threshold, scale, num_rows, num_experts, num_blocks, d_model, d_ff,
@@ -180,7 +181,7 @@ def activate_backward_kernel(
     key = load_seed(seed, seed_low, seed_high) if DROPOUT else 0
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     gate_bias, value_bias = _load_bias(up_bias, expert, column, d_ff, GATED)
-    gate_total = tl.zeros((COLUMNS,), tl.float32)
+    gate_total = tl.zeros((STEP, COLUMNS), tl.float32)
     value_total = gate_total
     for step in range(first, last, STEP):
         row = step + tl.arange(0, STEP)
@@ -205,23 +206,24 @@ def activate_backward_kernel(
         if DROPOUT:
             result *= kept
         # A slot without a row takes no part in the gradients of the weights.
-        tl.store(hidden + slot * d_ff + column[None, :], tl.where(exists, result, 0.0), mask=inside)
+        if hidden is not None:
+            tl.store(hidden + slot * d_ff + column[None, :], tl.where(exists, result, 0.0), mask=inside)
         grad_gate = tl.where(exists, (grad * value if GATED else grad) * slope, 0.0)
         grad_pointers = grad_pre + slot * num_up + column[None, :]
         tl.store(grad_pointers, grad_gate, mask=inside)
         if partial_up is not None:
-            gate_total += tl.sum(grad_gate, 0)
+            gate_total += grad_gate
         if GATED:
             grad_value = tl.where(exists, grad * act, 0.0)
             tl.store(grad_pointers + d_ff, grad_value, mask=inside)
             if partial_up is not None:
-                value_total += tl.sum(grad_value, 0)
+                value_total += grad_value
     if partial_up is not None:
         partial_up += block.to(tl.int64) * num_up + column
         stored = column < tl.where(first < end, d_ff, 0)
-        tl.store(partial_up, gate_total, mask=stored)
+        tl.store(partial_up, tl.sum(gate_total, 0), mask=stored)
         if GATED:
-            tl.store(partial_up + d_ff, value_total, mask=stored)
+            tl.store(partial_up + d_ff, tl.sum(value_total, 0), mask=stored)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
