@@ -19,7 +19,10 @@ def why_not(device: torch.device) -> str | None:
     """Why there is no kernel for a device; None if there is one."""
     if device.type == "cpu":
         return extension.WHY_NOT
-    return triton_kernels.WHY_NOT if device.type == "cuda" else "it is for CPUs and CUDA devices"
+    if device.type != "cuda":
+        return "it is for CPUs and CUDA devices"
+    is_old = torch.cuda.get_device_capability(device) < (8, 0)
+    return triton_kernels.WHY_NOT or ("it needs compute capability 8.0" if is_old else None)
 
 
 def merge_experts(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -62,6 +62,7 @@ def merge_kernel(
 
 def merge_experts(tensors: Sequence[Tensor]) -> list[Tensor]:
     """`ewa_kernels.reference.merge_experts` of up to four tensors, of one dtype and E, on one device; contiguous."""
+    assert 0 < len(tensors) <= MAX_TENSORS
     experts = [aligned(t.contiguous()) for t in tensors]
     means = [t.new_empty(t.shape[1:]) for t in experts]
     bits = (lambda t: t.view(torch.int16)) if experts[0].dtype == torch.bfloat16 else lambda t: t
