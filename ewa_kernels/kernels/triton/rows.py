@@ -66,9 +66,9 @@ def gather_kernel(
     if DEAL:
         # A row for each thread, once; all programs of a row block write the same, and each reads what it wrote.
         key = load_seed(seed, seed_low, seed_high)
-        row = first + tl.arange(0, ROWS)
-        token = tokens_of_rows(_existing(row, end), num_rows, radix_a, radix_b, rounds, key)
-        tl.store(permutation + row, token, mask=row < end)
+        dealt = first + tl.arange(0, ROWS)
+        token = tokens_of_rows(_existing(dealt, end), num_rows, radix_a, radix_b, rounds, key)
+        tl.store(permutation + dealt, token, mask=dealt < end)
         tl.debug_barrier()
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((STEP, COLUMNS), tl.float32)
