@@ -73,7 +73,7 @@ def rates(runs: Sequence[dict[str, Any]]) -> Rates:
     shape = next(case for case in model.CASES if case.name == "DINOv2-g")
     seconds = dict(model.predictions(shape))
     predicted = shape.operations("both") / (seconds["forward, single"] + seconds["backward, single"])
-    found = {"product": model.MATRIX_RATE, "copy": model.COPY_RATE, "experts": predicted, "ffn": predicted}
+    found = {"product": model.H200.matrix_rate, "copy": model.H200.copy_rate, "experts": predicted, "ffn": predicted}
     origin = {"product": "(a)", "copy": "(a)", "experts": "(p)", "ffn": "(a)"}
     for run in runs:
         if run["environment"]["kind"] != "cuda":

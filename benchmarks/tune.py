@@ -1,22 +1,19 @@
-"""`python -m benchmarks.tune`: which tile each kernel likes best, on this GPU, for the shapes of `benchmarks.model`.
+"""`python -m benchmarks.tune`: what each form of the layer takes on this GPU, phase by phase, for real shapes.
 
-Every candidate is compiled first, in as many processes as there are cores; those that spill registers or do not fit
-are dropped. The others are held against the results of the tile that ships, and take turns in one run. Writes
-`tune-<device>.json`; whoever believes it changes `ewa_kernels/kernels/triton/configs.py`.
+Kernels alone, by events, with a cold second cache; all forms of a shape take turns, once they computed the same. Then
+the passes over rows between a library's products, of a copy of as many bytes. Writes `forms-<device>.json`, which
+`EWA_KERNELS_FORMS=<file>` makes the package heed; `--ship` puts it into `ewa_kernels/kernels/forms.json` in place of
+what was predicted for this kind of GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import functools
-import itertools
 import json
-import multiprocessing
-import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,99 +22,78 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import model
+from benchmarks import floors, model
 from benchmarks.cases import Case
 from benchmarks.environment import environment
-from benchmarks.timing import Stopwatch, interleaved, timed
-from ewa_kernels.kernels.triton.backward import launch_backward
-from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile
-from ewa_kernels.kernels.triton.forward import launch_forward
+from benchmarks.timing import Stopwatch, Variant, interleaved, timed
+from ewa_kernels.kernels import forms
+from ewa_kernels.kernels import moe_ffn as kernels
+from ewa_kernels.kernels.triton import cublas
 from ewa_kernels.kernels.triton.layer import Layer
-from ewa_kernels.kernels.triton.onchip import launch_onchip
 from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
-KERNELS = ("forward", "backward", *BACKWARD_PHASES, "onchip")  # a phase: in the whole backward in three launches
-ROUNDS = 15
+ROUNDS = 11
+SEED = 1
+TOLERANCE = 1e-2  # between forms, in norm
 
 
-def candidates(kernel: str) -> Iterator[Tile]:
-    """Worth a try on Hopper; what ships is always among those that are timed."""
-    if kernel == "onchip":
-        for m, n, parts, warps, stages in itertools.product((64, 128), (32, 64, 128), (1, 2), (4, 8), (2, 3)):
-            yield Tile(m, n, 128, parts, warps, stages)
-        return
-    for (m, n), k, parts, stages in itertools.product(
-        ((128, 256), (256, 128), (128, 128)), (32, 64), (2, 4, 8, 16), (3, 4)
-    ):
-        yield Tile(m, n, k, parts, 8, stages)
-    for (m, n), k, parts, warps, stages in itertools.product(
-        ((128, 128), (128, 64), (64, 128)), (32, 64), (2, 4), (4, 8), (2, 3)
-    ):
-        yield Tile(m, n, k, parts, warps, stages, per_multiprocessor=2)
+def backend_of(form: str) -> str:
+    """How the public functions call a form."""
+    return form if form == "cublas" else f"triton-{form}"
 
 
 class Operands:
-    """The operands of a shape, and what a kernel makes of them with a given tile."""
+    """The operands of a shape, and what each form makes of them."""
 
-    def __init__(self, shape: Case, device: str, dtype: torch.dtype, num_tokens: int | None = None):
+    def __init__(self, case: Case, device: str, dtype: torch.dtype):
         torch.manual_seed(0)
-        self.shape = replace(shape, num_tokens=num_tokens or shape.num_tokens)
-        e, d, f = shape.num_experts, shape.d_model, shape.d_ff
-        t, up = self.shape.num_tokens, shape.num_up
+        e, d, f, t = case.num_experts, case.d_model, case.d_ff, case.num_tokens
 
         def random(*size: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*size, device=device) * scale).to(dtype)
 
-        self.x, self.grad_y = random(t, d), random(t, d)
-        self.parameters = (random(e, up, d, scale=d**-0.5), random(e, up), random(e, d, f, scale=f**-0.5), random(e, d))
-        self.permutation = torch.empty(t, dtype=torch.int32, device=device)
-        self.y, self.grad_x = torch.empty_like(self.x), torch.empty_like(self.x)
-        self.pre_activation, self.hidden = random(t, up), random(t, f)
-        self.grads = [torch.empty_like(p) for p in self.parameters]
-        self._inputs = Inputs(self.x, *self.parameters, None)
+        self.case, self.grad_y = case, random(t, d)
+        self.inputs = Inputs(
+            random(t, d),
+            random(e, case.num_up, d, scale=d**-0.5),
+            random(e, case.num_up) if case.bias else None,
+            random(e, d, f, scale=f**-0.5),
+            random(e, d) if case.bias else None,
+            None,
+        )
 
-    def _layer(self, deal: Deal, backend: str = "triton", **kept: Any) -> Layer:
-        gated = self.shape.gated
-        options = Options("silu" if gated else "gelu", gated, 0.0, backend, False)
-        problem = replace(Problem.of(self._inputs, False, options, save=True), kept=kept)
-        return Layer(problem, self._inputs, deal)
+    def problem(self, form: str) -> Problem:
+        options = Options(self.case.activation, self.case.gated, 0.0, backend_of(form), False)
+        return Problem.of(self.inputs, False, options, save=True)
 
-    def shipped(self, kernel: str) -> Tile | None:
-        """What `configs` picks; None where there is none."""
-        layer = self._layer(Deal(1))
-        return layer.onchip_tile() if kernel == "onchip" else layer.tile(kernel)
+    def layer(self, form: str) -> Layer:
+        return Layer(self.problem(form), self.inputs, Deal(SEED))
 
-    def run(self, kernel: str, tile: Tile) -> list[Tensor]:
-        """Launches it, and returns what it wrote."""
-        shipped = self._layer(Deal(1))
-        table = {**{phase: (shipped.tile(phase),) for phase in BACKWARD_PHASES}, kernel: (tile,)}
-        if kernel in ("forward", "onchip"):
-            layer = self._layer(Deal(1), table=table)
-            self.permutation = layer.tensors["permutation"]
-            if kernel == "forward":
-                launch_forward(layer, "single", self.y, self.pre_activation, self.hidden)
-            else:
-                launch_onchip(layer, self.y, self.pre_activation)
-            return [self.y, self.pre_activation]
-        backend = "triton-single" if kernel == "backward" else "triton-split"
-        layer = self._layer(Deal(1, self.permutation), backend, table=table)
-        launch_backward(layer, self.grad_y, self.pre_activation, [self.grad_x, *self.grads], need_routing=False)
-        return [self.grad_x, *self.grads]
+    def forms(self, phase: str) -> Iterator[str]:
+        """Those that there are for this shape; the first is what others are held against."""
+        fits = self.layer("single").onchip_tile() is not None
+        yield from ("single", "split", "cublas")
+        if phase == "forward" and fits:
+            yield "onchip"
 
+    def forward(self, form: str) -> tuple[Tensor, Tensor | None, Tensor]:
+        problem = self.problem(form)
+        of_backend = kernels.of(problem)
+        return of_backend.forward(problem, of_backend.prepared(problem, self.inputs), Deal(SEED))
 
-def compiles(arguments: tuple[Case, str, Tile, torch.dtype]) -> str | None:
-    """Runs a candidate on few tokens, which leaves it in Triton's cache; returns what is wrong with it."""
-    shape, kernel, tile, dtype = arguments
-    try:
-        problem = Operands(shape, "cuda", dtype, num_tokens=1024)
-        shipped = problem.shipped("forward")
-        assert shipped is not None
-        problem.run("forward", shipped)  # the permutation, for the backward
-        problem.run(kernel, tile)
-        torch.cuda.synchronize()
-    except Exception as error:  # does not fit, in any of many ways
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
-    return None
+    def backward_of(self, form: str) -> Callable[[], list[Tensor]]:
+        """The backward after a forward of the same form."""
+        problem, (_, pre_activation, permutation) = self.problem(form), self.forward(form)
+        of_backend = kernels.of(problem)
+        inputs = of_backend.prepared(problem, self.inputs)
+        needed = [t is not None for t in inputs]
+
+        def backward() -> list[Tensor]:
+            deal = Deal(SEED, permutation)
+            grads = of_backend.backward(problem, self.grad_y, inputs, deal, pre_activation, needed)
+            return [grad for grad in grads if grad is not None]
+
+        return backward
 
 
 def differs(ours: list[Tensor], expected: list[Tensor]) -> float:
@@ -125,58 +101,125 @@ def differs(ours: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(ours, expected, strict=True))
 
 
-def tune(problem: Operands, kernel: str, tiles: list[Tile], watch: Stopwatch, rounds: int) -> list[Any]:
-    """(tile, milliseconds) of those that compute what the shipped one does, fastest first."""
-    shipped = problem.shipped(kernel)
-    assert shipped is not None
-    first = problem.shipped("forward")
-    assert first is not None
-    problem.run("forward", first)
-    expected = [t.clone() for t in problem.run(kernel, shipped)]
-    right = {tile: tile for tile in (shipped, *tiles) if differs(problem.run(kernel, tile), expected) < 1e-2}
-    variants = {str(tile): timed(functools.partial(problem.run, kernel, tile), watch) for tile in right}
-    timings = interleaved(variants, 0, min_rounds=rounds)
-    return sorted(((tile, timings[str(tile)][0].median) for tile in right), key=lambda pair: pair[1])
+def measure(operands: Operands, watch: Stopwatch, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
+    """Microseconds by phase and form; a form that computes something else raises an error."""
+    found: dict[str, dict[str, float]] = {}
+    for phase in ("forward", "backward"):
+        variants: dict[str, Variant] = {}
+        expected: list[Tensor] | None = None
+        for form in operands.forms(phase):
+            call: Callable[[], Any]
+            call = functools.partial(operands.forward, form) if phase == "forward" else operands.backward_of(form)
+            result: Any = call()
+            ours = [result[0]] if phase == "forward" else result
+            expected = ours if expected is None else expected
+            if (error := differs(ours, expected)) > TOLERANCE:
+                raise RuntimeError(f"{operands.case.name}, {phase}, {form}: differs by {error:.1e} from the first form")
+            variants[form] = timed(call, watch)
+        timings = interleaved(variants, 0, min_rounds=rounds)
+        found[phase] = {form: round(1e3 * timings[form][0].median, 2) for form in variants}
+    return found
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass over rows: what it took, and a copy of as many bytes at the rate of `benchmarks.floors`."""
+
+    name: str
+    moved_bytes: int
+    microseconds: float
+    of_copy: float
+
+
+def passes(operands: Operands, copy_rate: float, watch: Stopwatch, rounds: int = ROUNDS) -> list[Pass]:
+    """Of the form by a library's products. Meant is at most 1.15 of a copy."""
+    problem, grad_y, (x, _, up_bias, _, down_bias, _) = operands.problem("cublas"), operands.grad_y, operands.inputs
+    dealing = operands.layer("cublas")
+    grouped_x, _ = cublas.gather(dealing)
+    dealt = Layer(problem, operands.inputs, Deal(SEED, dealing.tensors["permutation"]))
+    product = x.new_empty(len(grouped_x), problem.num_up).normal_()
+    hidden, y = cublas.activate(dealt, product), torch.empty_like(x)
+    grad_hidden = torch.zeros_like(hidden)
+    partial_up, partial_down = cublas.sums(dealt, up_bias), cublas.sums(dealt, down_bias)
+    size = x.element_size() * problem.num_rows
+    row, wide, up = (size * width for width in (problem.d_model, problem.d_ff, problem.num_up))
+    calls: dict[str, tuple[float, Callable[[], object]]] = {
+        "gather": (2 * row, lambda: cublas.gather(dealing)),
+        "activate": (up + wide, lambda: cublas.activate(dealt, product)),
+        "scatter": (2 * row, lambda: cublas.scatter(dealt, grouped_x, y, down_bias)),
+        "gather, backward": (4 * row, lambda: cublas.gather(dealt, True, grad_y, partial_down)),
+        "activate, backward": (
+            2 * wide + 2 * up,
+            lambda: cublas.activate_backward(dealt, grad_hidden, product, hidden, partial_up, None),
+        ),
+    }
+    timings = interleaved({name: timed(call, watch) for name, (_, call) in calls.items()}, 0, min_rounds=rounds)
+    found = []
+    for name, (moved, _) in calls.items():
+        seconds = timings[name][0].median / 1e3
+        found.append(Pass(name, int(moved), round(1e6 * seconds, 2), round(seconds * copy_rate / moved, 3)))
+    return found
+
+
+def entry(case: Case, capability: int, found: dict[str, dict[str, float]], source: str) -> forms.Entry:
+    return forms.Entry(
+        name=case.name,
+        capability=capability,
+        itemsize=2,
+        gated=case.gated,
+        num_rows=case.num_rows,
+        num_experts=case.num_experts,
+        d_model=case.d_model,
+        d_ff=case.d_ff,
+        forward=found["forward"],
+        backward=found["backward"],
+        measured=True,
+        source=source,
+    )
+
+
+def show(console: Console, of_shape: forms.Entry, of_rows: list[Pass]) -> None:
+    table = Table("phase", *forms.FORMS, title=f"{of_shape.name}, µs")
+    for phase in ("forward", "backward"):
+        times: dict[str, float] = getattr(of_shape, phase)
+        table.add_row(phase, *(f"{times[form]:.0f}" if form in times else "" for form in forms.FORMS))
+    console.print(table)
+    console.print("passes, of a copy: " + ", ".join(f"{p.name} {p.of_copy:.2f}" for p in of_rows))
 
 
 def main() -> None:
-    names = [shape.name for shape in model.CASES]
+    cases = {case.name: case for case in model.CASES if case.bias}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--shapes", nargs="+", choices=names, default=names)
-    parser.add_argument("--minutes", type=float, default=9.0, help="no shape is begun after so many")
+    parser.add_argument("--shapes", nargs="+", choices=list(cases), default=list(cases))
+    parser.add_argument("--minutes", type=float, default=4.5, help="no shape is begun after so many")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="a folder")
+    parser.add_argument("--ship", action="store_true", help="write the package's own table too")
     arguments = parser.parse_args()
-    console, start, dtype = Console(width=120), time.monotonic(), torch.bfloat16
-    results: list[dict[str, Any]] = []
-    path = arguments.output / f"tune-{torch.cuda.get_device_name().replace(' ', '-').lower()}.json"
+    if not torch.cuda.is_available():
+        parser.error("it needs a CUDA device; what a model of one says: python -m benchmarks.model")
+    console, start, watch = Console(width=120), time.monotonic(), Stopwatch("cuda")
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()[0]
+    path = arguments.output / f"forms-{name.replace(' ', '-').lower()}.json"
     arguments.output.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count() or 1, 14), mp_context=context) as pool:
-        for shape in (s for s in model.CASES if s.name in arguments.shapes):
-            for kernel in arguments.kernels:
-                if time.monotonic() - start > 60 * arguments.minutes:
-                    break
-                problem = Operands(shape, "cuda", dtype)
-                shipped = problem.shipped(kernel)
-                if shipped is None:
-                    continue
-                tiles = list(candidates(kernel))
-                if kernel == "onchip":
-                    tiles = [replace(tile, block_k=shipped.block_k) for tile in tiles]
-                reasons = list(pool.map(compiles, ((shape, kernel, tile, dtype) for tile in tiles)))
-                usable = [tile for tile, reason in zip(tiles, reasons, strict=True) if reason is None]
-                ranked = tune(problem, kernel, usable, Stopwatch("cuda"), ROUNDS)
-                table = Table("tile", "ms", "÷ shipped", title=f"{shape.name}, {kernel}: {len(usable)} of {len(tiles)}")
-                of_shipped = next(ms for tile, ms in ranked if tile == shipped)
-                for tile, ms in ranked[:8]:
-                    table.add_row(str(asdict(tile)), f"{ms:.3f}", f"{ms / of_shipped:.3f}")
-                console.print(table)
-                for tile, ms in ranked:
-                    entry = {"shape": shape.name, "kernel": kernel, "milliseconds": ms, "shipped": tile == shipped}
-                    results.append({**entry, "tile": asdict(tile)})
-                found = {"environment": environment("cuda"), "results": results}
-                path.write_text(json.dumps(found, indent=1) + "\n")
+    stamp = environment("cuda")
+    copy_rate = floors.measure("cuda", ()).copy_rate
+    entries: list[forms.Entry] = []
+    of_rows: dict[str, Any] = {}
+    for shape in arguments.shapes:
+        if time.monotonic() - start > 60 * arguments.minutes:
+            console.print(f"{shape}: left out for want of time")
+            continue
+        operands = Operands(cases[shape], "cuda", torch.bfloat16)
+        found = measure(operands, watch)
+        entries.append(entry(cases[shape], capability, found, f"measured on an {name}, {stamp['commit']}"))
+        rows = passes(operands, copy_rate, watch)
+        of_rows[shape] = [asdict(p) for p in rows]
+        show(console, entries[-1], rows)
+        found_so_far = {"environment": stamp, "copy_rate": copy_rate, "passes": of_rows}
+        path.write_text(json.dumps({**found_so_far, "entries": [asdict(e) for e in entries]}, indent=1) + "\n")
+    if arguments.ship:
+        kept = [e for e in forms.read(forms.TABLE) if (e.capability, e.itemsize) != (capability, 2)]
+        model.write(forms.TABLE, [*entries, *kept], stamp)
     console.print(f"written to {path}")
 
 

@@ -27,9 +27,20 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from ewa_kernels.kernels import forms
 from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.kernels.triton import averaging, backward, forward, groups, moe_ffn, onchip
-from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile, table, tiles_of
+from ewa_kernels.kernels.triton import averaging, backward, cublas, forward, groups, merging, moe_ffn, onchip, rows
+from ewa_kernels.kernels.triton.configs import (
+    BACKWARD_PHASES,
+    FORWARD_PHASES,
+    PHASES,
+    ROWS_TILES,
+    UNALIGNED_ROWS_TILE,
+    RowsTile,
+    Tile,
+    table,
+    tiles_of,
+)
 from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -44,9 +55,20 @@ KERNELS = {
     "backward weights": (backward, "weights_kernel"),
     "backward x": (backward, "grad_x_kernel"),
     "onchip": (onchip, "onchip_kernel"),
+    "gather": (rows, "gather_kernel"),
+    "gather backward": (rows, "gather_kernel"),
+    "gather dealt backward": (rows, "gather_kernel"),
+    "activate": (rows, "activate_kernel"),
+    "activate backward": (rows, "activate_backward_kernel"),
+    "scatter": (rows, "scatter_kernel"),
+    "scatter backward": (rows, "scatter_kernel"),
+    "sums backward": (rows, "sums_kernel"),
     "average": (averaging, "average_kernel"),
+    "merge": (merging, "merge_kernel"),
     "groups": (groups, "groups_kernel"),
 }
+PASSES = tuple(name for name, (module, _) in KERNELS.items() if module is rows)
+MULTIPLIES = ("forward", "backward", *PHASES, "onchip")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -55,7 +77,7 @@ class Case:
     """One kernel in one configuration, and what it is compiled for."""
 
     kernel: str  # of KERNELS, or "forward up" or "forward down"
-    tile: Tile
+    tile: Tile | RowsTile
     architecture: str
     dtype: str
     gated: bool = False  # then with SiLU, without biases
@@ -73,18 +95,21 @@ class Case:
     @property
     def default(self) -> bool:
         """Whether backend="auto" may pick it."""
-        return self.kernel not in ("forward up", "forward down")
+        if self.kernel not in PASSES:
+            return True
+        known = {(entry.capability, entry.itemsize) for entry in forms.entries()}
+        return not self.routed and (self.capability // 10, _torch_dtype(self.dtype).itemsize) in known
 
     @property
     def config(self) -> str:
-        t = self.tile
         if self.kernel == "groups":
             return f"{groups.BLOCKS} row blocks, {groups.EXPERTS} experts"
+        if self.kernel == "merge":
+            return f"{merging.BLOCK} columns, {merging.NUM_WARPS} warps"
         if self.kernel == "average":
-            words = [f"{t.block_n} columns, {t.num_warps} warps"]
+            words = [f"{averaging.TILE.block_n} columns, {averaging.TILE.num_warps} warps"]
             return ", ".join(words + ["stochastic rounding"] * self.stochastic + ["odd address"] * self.odd_address)
-        words = [f"{t.block_m}x{t.block_n}x{t.block_k}, {t.parts} parts, {t.num_warps} warps, {t.num_stages} stages"]
-        words.append("gated silu" if self.gated else "gelu, biases")
+        words = [str(self.tile), "gated silu" if self.gated else "gelu, biases"]
         sizes = [f"D={self.d_model} F={self.d_ff}"] if (self.d_model, self.d_ff) != (768, 3072) else []
         return ", ".join(words + ["dropout"] * self.dropout + ["routed"] * self.routed + sizes)
 
@@ -116,8 +141,8 @@ class Report:
             found.append(f"spills: {self.spill_stores} bytes stored, {self.spill_loads} loaded")
         if self.wgmma_serialized:
             found.append("each wgmma waits for the one before")
-        multiplies = self.kernel not in ("average", "groups")
-        if self.architecture == "sm_90" and self.wgmma == 0 and self.dtype != "float32" and multiplies:
+        multiplies = self.kernel in MULTIPLIES and self.dtype != "float32"
+        if self.architecture == "sm_90" and self.wgmma == 0 and multiplies:
             found.append("no wgmma")
         limit = SHARED_MEMORY[int(self.architecture.removeprefix("sm_"))]
         if self.shared_bytes > limit:
@@ -131,26 +156,31 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
     for dtype in dtypes:
         tiles = table(capability, _torch_dtype(dtype), "tf32" if dtype == "tf32" else "ieee")
         of_forward = Case("forward", tiles["forward"][0], architecture, dtype)
-        for kernel in ("forward", "backward", *BACKWARD_PHASES, "onchip"):
+        for kernel in MULTIPLIES:
             for variant in _variants(kernel):
                 case = replace(of_forward, kernel=kernel, **variant)
                 of_variant = tiles_of(tiles, kernel, case.d_model, case.d_ff, case.dropout or case.routed)
                 # Other sizes are compiled with the first alone.
                 for tile in of_variant[:1] if "d_model" in variant else of_variant:
                     yield replace(case, tile=tile)
-        for kernel in ("forward up", "forward down"):
-            yield replace(of_forward, kernel=kernel)
         if dtype == dtypes[0]:  # indices alone
             yield replace(of_forward, kernel="groups")
         if dtype != "tf32":
             average = replace(of_forward, kernel="average", tile=averaging.TILE)
             yield from (average, replace(average, odd_address=True))
+            yield replace(of_forward, kernel="merge")
             if dtype != "float32":
                 yield replace(average, stochastic=True)
+            for kernel in PASSES if dtype != "float16" else ():  # which is as bfloat16 is
+                for variant in _variants_of_pass(kernel, dtype):
+                    yield replace(of_forward, kernel=kernel, **variant)
 
 
 def _variants(kernel: str) -> Iterator[dict[str, Any]]:
     """What makes a difference to a kernel."""
+    if kernel in FORWARD_PHASES:  # a half of "forward", with registers to spare
+        yield from ({"gated": gated} for gated in ((False, True) if kernel == "forward up" else (False,)))
+        return
     ragged, unaligned = {"d_model": 1000, "d_ff": 4000}, {"d_model": 770, "d_ff": 3075}  # by 64 and 16, and by 8
     for gated in (False,) if kernel == "backward x" else (False, True):
         yield {"gated": gated}
@@ -163,6 +193,21 @@ def _variants(kernel: str) -> Iterator[dict[str, Any]]:
         yield ragged
     if kernel == "forward":  # whose tile is one for few registers already
         yield from ({**ragged, "dropout": True}, {**ragged, "routed": True})
+
+
+def _variants_of_pass(kernel: str, dtype: str) -> Iterator[dict[str, Any]]:
+    """What makes a difference to a pass over rows."""
+    wide, narrow = ({"tile": tile} for tile in ROWS_TILES)
+    sizes = {"d_model": 384, "d_ff": 1152}  # for which the narrow tile is
+    yield {**narrow, **sizes}
+    for gated in (False, True) if kernel.startswith("activate") else (False,):
+        yield {**wide, "gated": gated}
+        yield {"tile": UNALIGNED_ROWS_TILE, "gated": gated, "d_model": 770, "d_ff": 3075}
+        if kernel.startswith("activate"):
+            yield {**wide, "gated": gated, "dropout": True}
+        # PyTorch's products of given groups are for bfloat16; a deal is none.
+        if dtype == "bfloat16" and "dealt" not in kernel:
+            yield {**wide, "gated": gated, "routed": True}
 
 
 def compile_case(case: Case) -> Report:
@@ -247,17 +292,19 @@ def _compile(case: Case) -> tuple[Any, str]:
     log = io.StringIO()
     with contextlib.redirect_stdout(log), contextlib.ExitStack() as stack:
         noted = {
-            name: stack.enter_context(mock.patch.object(module, attribute, _Noted(getattr(module, attribute))))
-            for name, (module, attribute) in KERNELS.items()
+            (module, name): stack.enter_context(mock.patch.object(module, name, _Noted(getattr(module, name))))
+            for module, name in set(KERNELS.values())
         }
         _launch(case)
-        kernel = noted[case.kernel.removesuffix(" up").removesuffix(" down")].compile()
+        kernel = noted[KERNELS[case.kernel.removesuffix(" up").removesuffix(" down")]].compile()
     return kernel, log.getvalue()
 
 
 def _launch(case: Case) -> None:
     """Launches what a call does that has the case's kernel, on tensors without memory."""
-    dtype, width = _torch_dtype(case.dtype), case.tile.block_k if case.kernel == "onchip" else 0
+    dtype, width = _torch_dtype(case.dtype), 0
+    if case.kernel == "onchip" and isinstance(case.tile, Tile):
+        width = case.tile.block_k
     (num_tokens, top_k), num_experts = ((25216, 2) if case.routed else (50432, 1)), 4
     d_model, d_ff = width or case.d_model, 4 * width or case.d_ff
     num_up = 2 * d_ff if case.gated else d_ff
@@ -273,12 +320,23 @@ def _launch(case: Case) -> None:
     deal = Deal(0, *given) if case.routed else Deal(0)
     kernel, _, form = case.kernel.partition(" ")
     backend = "triton-onchip" if kernel == "onchip" else "triton-split" if form else "triton-single"
+    backend = "cublas" if case.kernel in PASSES else backend
     options = Options("silu" if case.gated else "gelu", case.gated, 0.1 if case.dropout else 0.0, backend, False)
-    tiles = dict.fromkeys(("forward", "backward", *BACKWARD_PHASES, "onchip"), (case.tile,))
+    tiles = dict.fromkeys(MULTIPLIES, (case.tile,))
     kept = {"table": tiles, "num_programs": 132}
     problem = replace(Problem.of(inputs, case.routed, options, save=True), kept=kept)
     if kernel == "groups":
         groups.tabulate(given[1], num_tokens, num_tokens // 128, 128)
+    elif kernel == "merge":
+        merging.merge_experts([up_weight, down_weight])
+    elif case.kernel in PASSES:
+        if case.kernel.endswith("backward"):
+            is_again = "dealt" in case.kernel
+            product = None if is_again else new(problem.num_kept, num_up)
+            again = deal if is_again else deal._replace(permutation=given[0])
+            cublas.backward(problem, inputs.x, inputs, again, product, [t is not None for t in inputs])
+        else:
+            cublas.forward(problem, inputs, deal)
     elif kernel == "average":
         # With an odd address is only memory that exists.
         experts = torch.empty(4 * 64 + 1, dtype=dtype)[1:].view(4, 64) if case.odd_address else up_weight
@@ -353,7 +411,7 @@ def main() -> int:
 def _line(report: Report) -> str:
     problems = "; ".join(report.problems())
     return (
-        f"{report.architecture:7}{report.dtype:9} {report.kernel:15}{report.config:70}"
+        f"{report.architecture:7}{report.dtype:9} {report.kernel:18}{report.config:70}"
         f"{report.registers:4} registers {report.shared_bytes:7} bytes shared {report.wgmma:3} wgmma"
         f"{'' if report.default else '  not a default'}{'  ' + problems if problems else ''}"
     )

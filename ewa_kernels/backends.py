@@ -11,15 +11,18 @@ from ewa_kernels.kernels import extension, multiprocessors, parameter_pass
 from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.version import VERSION
 
-BACKENDS = ("auto", "reference", "torch", "triton", "triton-single", "triton-split", "triton-onchip", "cuda", "cpp")
+BACKENDS = (
+    *("auto", "reference", "torch", "triton", "triton-single", "triton-split", "triton-onchip", "cublas"),
+    *("cuda", "cpp"),
+)
 
 # Best first: "auto" picks the first that can run. The last of moe_ffn are forms of "triton", which picks the best.
 _IMPLEMENTED = {
     "random_permutation": ("triton", "cpp", "reference"),
-    "moe_ffn": ("triton", "cpp", "torch", "reference", "triton-single", "triton-split", "triton-onchip"),
+    "moe_ffn": ("triton", "cpp", "torch", "reference", "triton-single", "triton-split", "triton-onchip", "cublas"),
     "average_experts_": ("cuda", "triton", "cpp", "reference"),
     "adamw": ("cuda", "cpp", "torch"),
-    "merge_experts": ("cpp", "reference"),
+    "merge_experts": ("triton", "cpp", "reference"),
 }
 
 _DESCRIPTIONS: dict[str | tuple[str, str], str] = {

@@ -17,7 +17,7 @@ import ewa_kernels.ops as ops
 import ewa_kernels.private_torch as private_torch
 import ewa_kernels.reference as reference
 from ewa_kernels.backends import resolve
-from ewa_kernels.kernels import graphs
+from ewa_kernels.kernels import forms, graphs
 from ewa_kernels.kernels import moe_ffn as kernels
 from ewa_kernels.problem import Deal, Inputs, Options, Problem, keep
 
@@ -102,7 +102,9 @@ def problem_of(inputs: Inputs, deal: Deal, is_given: bool, options: Options, nee
         key = problem = None
     if problem is None:
         _check(inputs, deal, is_given, options)
-        backend, dtype = _resolved(inputs.x, options.backend)
+        backend, dtype = _resolved(inputs, options)
+        if backend == "auto":
+            backend = forms.backend_for(inputs, is_given, dtype)
         save = needs_grad and not options.recompute
         problem = Problem.of(inputs, is_given, options._replace(backend=backend), save, dtype)
         keep(_problems, key, problem)
@@ -132,10 +134,12 @@ def _check(inputs: Inputs, deal: Deal, is_given: bool, options: Options) -> None
         checks.partition(deal.permutation, deal.expert_offsets, inputs.routing_weights, inputs.x, num_experts)
 
 
-def _resolved(x: Tensor, backend: str) -> tuple[str, torch.dtype]:
-    """The backend, and what it computes in."""
+def _resolved(inputs: Inputs, options: Options) -> tuple[str, torch.dtype]:
+    """The backend, and what it computes in. "auto" stays where it depends on sizes, which a compiler may not know."""
+    x = inputs.x
     dtype = checks.autocast_dtype(x) or x.dtype
-    return resolve("moe_ffn", backend, x.device, dtype), dtype
+    backend = resolve("moe_ffn", options.backend, x.device, dtype)
+    return ("auto" if options.backend == "auto" and backend == "triton" else backend), dtype
 
 
 def check_ffn(
@@ -204,7 +208,7 @@ def _watched_ffn(inputs: Inputs, deal: Deal, is_given: bool, options: Options) -
     seed = checks.seed_tensor(seed, x.device)
     # Without dropout nothing is random in groups that are given, and no seed is put into a graph.
     seed = None if is_given and options.dropout_p == 0 else graphs.replayable("seed", seed, x.device)
-    backend, dtype = _resolved(x, options.backend)
+    backend, dtype = _resolved(inputs, options)
     if backend == "reference":
         if permutation is not None and expert_offsets is not None and x.device.type == "cpu":
             permutation = ops.checked_permutation(permutation, expert_offsets, inputs.routing_weights)

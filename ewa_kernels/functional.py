@@ -302,11 +302,17 @@ def merge_experts(tensor: Tensor) -> Tensor:
 
     The mean of a DTensor is one, made without communication unless the expert dimension is sharded.
     """
-    checks.stacked("tensor", tensor)
-    is_constant = not (tensor.requires_grad and torch.is_grad_enabled())
-    if is_constant and tensor.is_cpu and not private_torch.is_watched((tensor,)) and merging.WHY_NOT is None:
-        return merging.merge_experts(tensor)
-    return reference.merge_experts(shards.whole_experts(tensor))
+    return merge_all([tensor])[0]
+
+
+def merge_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`merge_experts` of each: on a GPU in one launch, where no gradient is wanted."""
+    for tensor in tensors:
+        checks.stacked("tensor", tensor)
+    is_constant = not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    if is_constant and not private_torch.is_watched(tensors) and merging.why_not(tensors[0].device) is None:
+        return merging.merge_experts(tensors)
+    return [reference.merge_experts(shards.whole_experts(tensor)) for tensor in tensors]
 
 
 def draw_seed(x: Tensor) -> int | Tensor:

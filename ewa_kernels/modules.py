@@ -122,7 +122,8 @@ Experts = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 def forward_mean(x: Tensor, experts: Experts, activation: str, gated: bool) -> Tensor:
     """What the mean of experts computes: up_weight, up_bias, down_weight and down_bias, stacked; no dropout."""
     # Contiguous, even of experts that are stored transposed, so that a folded layer computes with the same bits.
-    up, up_bias, down, down_bias = (None if t is None else functional.merge_experts(t).contiguous() for t in experts)
+    means = iter(functional.merge_all([t for t in experts if t is not None]))
+    up, up_bias, down, down_bias = (None if t is None else next(means).contiguous() for t in experts)
     hidden = activate(F.linear(x, up, up_bias), activation, gated)  # type: ignore[arg-type]
     return F.linear(hidden, down, down_bias)  # type: ignore[arg-type]
 

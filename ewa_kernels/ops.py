@@ -22,10 +22,10 @@ import ewa_kernels.flops as flops
 import ewa_kernels.private_torch as private_torch
 import ewa_kernels.reference as reference
 import ewa_kernels.seeds as seeds
+from ewa_kernels.kernels import forms, parameter_pass, permutation
 from ewa_kernels.kernels import moe_ffn as kernels
-from ewa_kernels.kernels import parameter_pass, permutation
 from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.problem import Deal, Inputs, Options, Problem
+from ewa_kernels.problem import Deal, Inputs, Options, Problem, num_kept
 
 _LIBRARY = torch.library.Library("ewa_kernels", "DEF")
 
@@ -128,9 +128,13 @@ def _moe_ffn(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         # Not in `functional`: a compiled graph knows the values here only.
         if inputs.x.device.type == "cpu":
             checks.partition_values(deal.permutation, deal.expert_offsets, inputs.routing_weights)
+    if backend == "auto":  # of Triton's and the library's
+        backend = forms.backend_for(inputs, is_given, inputs.x.dtype)
     problem = Problem.of(inputs, is_given, Options(activation, gated, dropout_p, backend, not save), save)
     of_backend = kernels.of(problem)
     y, pre_activation, permutation = of_backend.forward(problem, of_backend.prepared(problem, inputs), deal)
+    if pre_activation is not None and problem.backend.startswith("triton"):
+        pre_activation[problem.num_rows :].zero_()  # which Triton's forms do not use
     # What is not kept is [0].
     pre_activation = inputs.x.new_empty(0) if pre_activation is None else pre_activation
     return y, pre_activation, permutation if save and not is_given else permutation.new_empty(0)
@@ -140,9 +144,10 @@ def _moe_ffn_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, deal, save = Inputs(*arguments[:6]), Deal(*arguments[6:9]), arguments[12]
     x, num_tokens = inputs.x, inputs.x.shape[0]
     num_rows = num_tokens if deal.permutation is None else deal.permutation.shape[0]
+    kept = num_kept(arguments[13], deal.permutation is not None, num_rows, inputs.up_weight.shape[0])
     return (
         x.new_empty(num_tokens, inputs.down_weight.shape[1]),
-        x.new_empty((num_rows, inputs.up_weight.shape[1]) if save else 0),
+        x.new_empty((kept, inputs.up_weight.shape[1]) if save else 0),
         x.new_empty(num_tokens if save and deal.permutation is None else 0, dtype=torch.int32),
     )
 
@@ -162,6 +167,8 @@ def _moe_ffn_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, (seed, permutation, expert_offsets, pre_activation) = Inputs(*arguments[:6]), arguments[6:10]
     activation, gated, dropout_p, output_mask, backend, *parameter_dtype = arguments[10:]
     is_given, save = expert_offsets is not None, pre_activation.shape[0] > 0
+    if backend == "auto":
+        backend = forms.backend_for(inputs, is_given, inputs.x.dtype)
     options = Options(activation, gated, dropout_p, backend, not save)
     problem = Problem.of(inputs, is_given, options, save, None, *parameter_dtype)
     of_backend = kernels.of(problem)

@@ -73,6 +73,7 @@ class Problem:
         dtype: what is computed in: x's, under autocast autocast's.
         input_dtypes: of x, the parameters and the routing weights, as autograd knows them; None for what there is none
             of. Gradients are of these.
+        operand_dtypes: of the same as they come; others, where they have been cast before.
         save: whether pre_activation and the permutation are kept for backward, which computes them again else.
         backend: that was found, or asked for.
         kept: the backend's own.
@@ -90,6 +91,7 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     input_dtypes: tuple[torch.dtype | None, ...]
+    operand_dtypes: tuple[torch.dtype | None, ...]
     save: bool
     backend: str
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -98,6 +100,11 @@ class Problem:
     def num_rows(self) -> int:
         """R = T·k, grouped rows."""
         return self.num_tokens * self.top_k
+
+    @property
+    def num_kept(self) -> int:
+        """Rows of pre_activation, see `num_kept`."""
+        return num_kept(self.backend, self.is_given, self.num_rows, self.num_experts)
 
     @property
     def num_up(self) -> int:
@@ -131,7 +138,7 @@ class Problem:
         x, routing_weights = inputs.x, inputs.routing_weights
         num_experts, d_model, d_ff = inputs.down_weight.shape
         top_k = 1 if routing_weights is None else routing_weights.shape[1]
-        input_dtypes = tuple(None if t is None else t.dtype for t in inputs)
+        operand_dtypes = input_dtypes = tuple(None if t is None else t.dtype for t in inputs)
         if parameter_dtype is not None:
             of_parameters = (dtype and parameter_dtype for dtype in input_dtypes[1:5])
             input_dtypes = (input_dtypes[0], *of_parameters, input_dtypes[5])
@@ -139,7 +146,7 @@ class Problem:
             *(x.numel() // d_model, top_k, num_experts, d_model, d_ff),
             *(options.activation, options.gated, float(options.dropout_p), is_given),
             *(x.dtype if dtype is None else dtype, x.device),
-            *(input_dtypes, save, options.backend),
+            *(input_dtypes, operand_dtypes, save, options.backend),
         )
         return _made.get(key) or keep(_made, key, cls(*key))
 
@@ -153,3 +160,10 @@ def keep(among: dict[Any, Problem], key: Any, problem: Problem) -> Problem:
         among.pop(next(iter(among)), None)
     among[key] = problem
     return problem
+
+
+def num_kept(backend: str, is_given: bool, num_rows: int, num_experts: int) -> int:
+    """Rows of pre_activation: R; on a GPU, where groups are equal, ⌈R/E⌉ for each expert, which only a library's
+    batched products need: whether one makes them is known later than how much is kept."""
+    is_on_gpu = backend == "auto" or backend == "cublas" or backend.startswith("triton")
+    return -(-num_rows // num_experts) * num_experts if is_on_gpu and not is_given else num_rows

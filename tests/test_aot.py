@@ -48,11 +48,10 @@ def test_bfloat16_on_hopper():
     """What each commit is held to; `test_all_dtypes` has the others."""
     reports, returncode = run_aot("--arch", "sm_90", "--dtype", "bfloat16")
     check(reports, returncode)
-    others = {"average", "groups"}
-    assert {report.kernel for report in reports if report.default} == {
-        "forward", "backward", "backward pre", "backward weights", "backward x", "onchip", *others
-    }  # fmt: skip
-    assert {report.kernel for report in reports if not report.default} == {"forward up", "forward down"}
+    # What nobody multiplies with.
+    others = {"average", "groups", "merge", *aot.PASSES}
+    assert all(report.default for report in reports)
+    assert {report.kernel for report in reports} == {*aot.MULTIPLIES, *others}
     for report in reports:
         assert 16 <= report.registers <= 255
         assert (report.wgmma > 0) == (report.kernel not in others)

@@ -15,6 +15,8 @@ from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
 from ewa_kernels.kernels.blocked.cpp_rows import have_products
 
 FORMS = ["triton-single", "triton-split", "triton-onchip"]
+if not torch.cuda.is_available():
+    FORMS.append("cublas")  # there it is for bfloat16, which tests/gpu has
 # On a GPU the last one is for 16 bits alone.
 FLOAT32_FORMS = FORMS[:2] if torch.cuda.is_available() else FORMS
 BACKENDS = ["cpp", "torch", "reference", *FLOAT32_FORMS]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ewa_kernels.problem import Problem
+
 
 def sum_of_choices(rows: Tensor, top_k: int) -> Tensor:
     """Σ_j rows[t·k + j], in an order that depends on the shape alone: `[T·k, D]` → `[T, D]`."""
@@ -13,6 +15,21 @@ def sum_of_choices(rows: Tensor, top_k: int) -> Tensor:
     rows = rows.view(-1, top_k, rows.shape[1])
     # Of two the same sum, in a third of the time on a CPU.
     return rows[:, 0] + rows[:, 1] if top_k == 2 else rows.sum(1)
+
+
+def grad_of_routing_weights(
+    by_row: Tensor,
+    problem: Problem,
+    grad_y: Tensor,
+    down_bias: Tensor | None,
+    permutation: Tensor,
+    expert_offsets: Tensor | None,
+) -> Tensor:
+    """`[T, k]` from what there is by grouped row `[R]` without the down bias, which is used up."""
+    if down_bias is not None and expert_offsets is not None:
+        by_row += grad_of_bias_factor(grad_y, down_bias, permutation, expert_offsets, problem.top_k)
+    grad = torch.empty_like(by_row).index_copy_(0, existing(permutation), by_row)
+    return grad.view(problem.num_tokens, problem.top_k)
 
 
 def grad_of_bias_factor(

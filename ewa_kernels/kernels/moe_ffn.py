@@ -1,8 +1,8 @@
 """Which module has the layer's kernels. Each has three functions:
 
 `prepared(problem, inputs)`: inputs as the other two take them; parameters are cast, once for both.
-`forward(problem, inputs, deal)`: y `[T, D]`, pre_activation `[R, F or 2F]`, in an order that the backend knows, or None
-unless it is saved, and the permutation `[R]`.
+`forward(problem, inputs, deal)`: y `[T, D]`, pre_activation `[num_kept, F or 2F]`, in an order that the backend knows,
+or None unless it is saved, and the permutation `[R]`.
 `backward(problem, grad_y, inputs, deal, pre_activation, needed)`: gradients of the inputs, None where not needed.
 Without pre_activation, it and a permutation that is not given are computed again.
 """
@@ -18,4 +18,6 @@ from ewa_kernels.problem import Problem
 
 def of(problem: Problem) -> Any:
     """The module for the problem's backend."""
+    if problem.backend == "cublas":
+        return triton_kernels.cublas
     return triton_kernels.moe_ffn if problem.backend.startswith("triton") else blocked_ffn

@@ -5,7 +5,7 @@ import torch
 import ewa_kernels as ewa
 
 torch.manual_seed(0)
-for form in ("triton-single", "triton-split", "triton-onchip"):
+for form in ("triton-single", "triton-split", "triton-onchip", "cublas"):
     for num_tokens, d_model, d_ff, gated in ((1000, 64, 256, False), (333, 72, 200, True), (65, 32, 48, False)):
         layer = ewa.RandomPartitionMoE(
             d_model, d_ff, 3, gated=gated, dropout=0.1, device="cuda", dtype=torch.bfloat16, backend=form

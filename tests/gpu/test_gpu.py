@@ -40,7 +40,7 @@ def kernels(function):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("form", ["triton-single", "triton-split"])
+@pytest.mark.parametrize("form", ["triton-single", "triton-split", "cublas"])
 @pytest.mark.parametrize(
     ("num_tokens", "d_model", "d_ff"),
     [
@@ -141,7 +141,8 @@ class TestLaunches:
     @pytest.mark.parametrize("d_model", [96, 384])
     @pytest.mark.parametrize("gated", [False, True])
     def test_one_forward_one_backward(self, gated, d_model):
-        layer = ewa.RandomPartitionMoE(d_model, 4 * d_model, 4, gated=gated, device="cuda", dtype=torch.bfloat16)
+        kind = {"device": "cuda", "dtype": torch.bfloat16, "backend": "triton-single"}
+        layer = ewa.RandomPartitionMoE(d_model, 4 * d_model, 4, gated=gated, **kind)
         x = tokens(5000, d_model).requires_grad_()
         with torch.no_grad():
             assert len(kernels(lambda: layer(x))) == 1
@@ -160,13 +161,35 @@ class TestLaunches:
         assert len(launched) == 2, launched
 
     def test_backward_in_the_faster_form(self):
-        """For a large gated layer that is three launches."""
-        layer = ewa.RandomPartitionMoE(1536, 2048, 4, gated=True, device="cuda", dtype=torch.bfloat16)
+        """For a large gated layer that is three launches, on Hopper."""
+        if torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("of this kind of GPU nothing is known")
+        layer = ewa.RandomPartitionMoE(1536, 4096, 4, gated=True, device="cuda", dtype=torch.bfloat16, backend="triton")
         x = tokens(5000, 1536).requires_grad_()
         y = layer(x)
         inputs, grad_y = [x, *layer.parameters()], torch.randn_like(y)
         launched = kernels(lambda: torch.autograd.grad(y, inputs, grad_y, retain_graph=True))
         assert sorted(launched) == ["grad_x_kernel", "pre_kernel", "weights_kernel"]
+
+    def test_library(self):
+        """Three passes forward and five backward, between two products and four."""
+        weights = [t.requires_grad_() for t in parameters(4, 384, 1536)]
+        x, grad_y = tokens(5000, 384).requires_grad_(), tokens(5000, 384)
+        y = ewa.functional.moe_ffn(x, *weights, seed=0, backend="cublas")
+        forward = kernels(lambda: ewa.functional.moe_ffn(x, *weights, seed=0, backend="cublas"))
+        assert [n for n in forward if n.endswith("_kernel")] == ["gather_kernel", "activate_kernel", "scatter_kernel"]
+        backward = kernels(lambda: torch.autograd.grad(y, [x, *weights], grad_y, retain_graph=True))
+        passes = ["activate_backward_kernel", "gather_kernel", "scatter_kernel", "sums_kernel"]
+        assert sorted(n for n in backward if n.endswith("_kernel")) == passes
+        assert (len(forward), len(backward)) == (5, 8)
+
+    def test_the_mean_of_experts(self):
+        layer = ewa.RandomPartitionMoE(384, 1536, 4, device="cuda", dtype=torch.bfloat16).eval()
+        x = tokens(5000, 384)
+        with torch.no_grad():
+            launched = kernels(lambda: layer(x))
+        assert sum("merge_kernel" in name for name in launched) == 1
+        assert len(launched) <= 4  # and two products, and the activation
 
     def test_permutation(self):
         seed = torch.tensor(3, device="cuda")
@@ -184,7 +207,7 @@ def step(x, weights, grad_y, seed, form):
     return y.detach(), *torch.autograd.grad(y, [x, *weights], grad_y)
 
 
-@pytest.mark.parametrize(("d_model", "form"), [(384, "triton-single"), (96, "triton-onchip")])
+@pytest.mark.parametrize(("d_model", "form"), [(384, "triton-single"), (96, "triton-onchip"), (384, "cublas")])
 def test_same_bits_a_hundred_times(d_model, form):
     weights = [t.requires_grad_() for t in parameters(4, d_model, 4 * d_model)]
     x, grad_y = tokens(9001, d_model).requires_grad_(), tokens(9001, d_model)

@@ -1,4 +1,5 @@
-"""Triton kernels: `moe_ffn` has the layer's forward and backward, `averaging` the experts'."""
+"""Triton kernels: `moe_ffn` has the layer's forward and backward, `cublas` has them by a library's products,
+`averaging` the experts' averaging."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ except ImportError:
     WHY_NOT: str | None = "Triton is not installed: pip install triton"
     INTERPRETED = False
 else:
-    from ewa_kernels.kernels.triton import averaging, moe_ffn, permutation
+    from ewa_kernels.kernels.triton import averaging, cublas, merging, moe_ffn, permutation
 
     WHY_NOT = None
     if torch.version.hip:
         WHY_NOT = "its programs hand results to one another in ways that were proven on NVIDIA's GPUs only"
     INTERPRETED = triton.knobs.runtime.interpret
 
-__all__ = ["INTERPRETED", "WHY_NOT", "averaging", "moe_ffn", "permutation"]
+__all__ = ["INTERPRETED", "WHY_NOT", "averaging", "cublas", "merging", "moe_ffn", "permutation"]

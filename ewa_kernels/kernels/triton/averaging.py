@@ -20,7 +20,7 @@ TILE = Tile(16, 1024, 16, parts=1, num_warps=4, num_stages=1)
 
 
 @triton.jit
-def _load(experts, e, numel, column, mask, BF16: tl.constexpr):
+def load_expert(experts, e, numel, column, mask, BF16: tl.constexpr):
     """Elements of expert e, in what is computed in. bfloat16 comes as its bits, with which the interpreter errs."""
     value = tl.load(experts + tl.cast(e, tl.int64) * numel + column, mask=mask, other=0)
     if BF16:
@@ -43,7 +43,7 @@ def _round_half(value, random):
 
 
 @triton.jit
-def _round_bfloat16(value, random):
+def round_to_bfloat16(value, random):
     """float32 to the bits of one of two neighbours in bfloat16; `random` 0x7FFF and the lowest bit kept for nearest."""
     bits = value.to(tl.uint32, bitcast=True)
     return tl.where(value != value, 0x7FC0, (bits + random) >> 16).to(tl.uint16)
@@ -67,17 +67,17 @@ def average_kernel(
         return
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = column < numel
-    first = _load(experts, 0, numel, column, mask, BF16)
+    first = load_expert(experts, 0, numel, column, mask, BF16)
     distances = tl.zeros_like(first)
     for e in range(1, num_experts):
-        distances += _load(experts, e, numel, column, mask, BF16) - first
+        distances += load_expert(experts, e, numel, column, mask, BF16) - first
     mean = first + distances / num_experts
     amount, rest = pull.to(first.dtype), (1 - pull).to(first.dtype)
     if seed is not None:
         keys = key_pair(tl.load(seed).to(tl.uint64), 0)
         of_element = mix32((column >> 1).to(tl.uint32) ^ (keys >> 32).to(tl.uint32))
     for e in range(num_experts):
-        old = _load(experts, e, numel, column, mask, BF16)
+        old = load_expert(experts, e, numel, column, mask, BF16)
         way = mean - old
         new = tl.where(pull < 0.5, old + way * amount, mean - way * rest)
         at = experts + tl.cast(e, tl.int64) * numel + column
@@ -85,12 +85,12 @@ def average_kernel(
             of_expert = mix32((first_expert + e).to(tl.uint32) ^ keys.to(tl.uint32))
             random = (mix32(of_expert + of_element) >> ((column & 1) * 16).to(tl.uint32)) & 0xFFFF
             if BF16:
-                tl.store(at, _round_bfloat16(new, random).to(tl.int16, bitcast=True), mask=mask)
+                tl.store(at, round_to_bfloat16(new, random).to(tl.int16, bitcast=True), mask=mask)
             else:
                 tl.store(at, _round_half(new, random).to(tl.float16, bitcast=True), mask=mask)
         elif BF16:
             ties = 0x7FFF + ((new.to(tl.uint32, bitcast=True) >> 16) & 1)
-            tl.store(at, _round_bfloat16(new, ties).to(tl.int16, bitcast=True), mask=mask)
+            tl.store(at, round_to_bfloat16(new, ties).to(tl.int16, bitcast=True), mask=mask)
         else:
             tl.store(at, new.to(experts.dtype.element_ty), mask=mask)
 

@@ -33,7 +33,8 @@ def backward_kernel(
     end_pre, end_group, end_biases, end_down, end_up, end_x, d_model, d_ff,
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, AHEAD: tl.constexpr,
     EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    EARLY: tl.constexpr, BACKOFF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Tickets in this order, each kind up to its `end_…`; all but the first two wait for those of their expert.
 
@@ -44,6 +45,8 @@ def backward_kernel(
     tiles_before = end_group // num_blocks
     ticket = draw_ticket(counters)
     while ticket < end_x:
+        if EARLY:
+            next_ticket = draw_ticket(counters)
         if (ticket < end_pre) | (ticket >= end_up):
             # One loop for both products: two would be merged at their ends, and no longer overlap with the loads.
             is_pre = ticket < end_pre
@@ -57,7 +60,7 @@ def backward_kernel(
                 source = tl.minimum(row, end - 1)
                 choice = load_choices(permutation, source, groups, num_rows)
                 if not is_pre:
-                    wait_for_expert(expert, groups, num_rows, num_experts, tiles_before, counters, BLOCK_M)
+                    wait_for_expert(expert, groups, num_rows, num_experts, tiles_before, counters, BACKOFF, BLOCK_M)
                 n = clamp_columns(column_tile * BLOCK_N + tl.arange(0, BLOCK_N), size_n, ALIGNED)
                 acc = multiply_rows(
                     tl.where(is_pre, grad_y, grad_pre), tl.where(is_pre, down_weight, up_weight),
@@ -84,14 +87,15 @@ def backward_kernel(
         elif ticket < end_biases:
             bias_tile(
                 ticket - end_group, partial_up, partial_down, grad_up_bias, grad_down_bias, groups, tiles_before,
-                counters, num_rows, num_experts, num_up, d_model, BLOCK_M, BLOCK_N,
+                counters, num_rows, num_experts, num_up, d_model, BACKOFF, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         else:
             weight_tile(
                 ticket - end_biases, end_down - end_biases, grad_pre, hidden, grouped_grad_y, grouped_x,
                 grad_up_weight, grad_down_weight, partial_weight, groups, tiles_before, counters, num_rows,
-                num_experts, num_splits, d_model, num_up, d_ff, ALIGNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
+                num_experts, num_splits, d_model, num_up, d_ff, BACKOFF, ALIGNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                PARTS,
             )  # fmt: skip
-        ticket = draw_ticket(counters)
+        ticket = next_ticket if EARLY else draw_ticket(counters)
     num_tiles = (end_up - end_biases) // num_splits if partial_weight is not None else 0  # of weights
     leave_clean(counters, num_experts + FIRST_COUNTER + num_tiles)

@@ -22,7 +22,7 @@ _SUM_BLOCKS = tl.constexpr(32)  # row blocks at a time in sums over them
 @triton.jit
 def bias_tile(
     tile, partial_up, partial_down, grad_up_bias, grad_down_bias, groups, tiles_before, counters, num_rows, num_experts,
-    num_up, d_model, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_up, d_model, BACKOFF: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Columns of grad_up_bias, then of grad_down_bias: the sums of all row blocks, of `ROWS` rows, of an expert.
 
@@ -31,7 +31,7 @@ def bias_tile(
     column_tile = tile // num_experts
     expert = tile - column_tile * num_experts
     if tiles_before is not None:
-        wait_for_expert(expert, groups, num_rows, num_experts, tiles_before, counters, ROWS)
+        wait_for_expert(expert, groups, num_rows, num_experts, tiles_before, counters, BACKOFF, ROWS)
     start, end = rows_of_expert(expert, groups, num_rows, num_experts)
     first_block = first_block_of_expert(expert, groups, num_rows, num_experts, ROWS)
     blocks = tl.cdiv(end - start, ROWS)
@@ -64,8 +64,8 @@ def _sum_blocks(partial, first_block, num_blocks, column, num_columns, out):
 def weight_tile(
     ticket, end_down, grad_pre, hidden, grouped_grad_y, grouped_x, grad_up_weight, grad_down_weight, partial_weight,
     groups, tiles_before, counters, num_rows, num_experts, num_splits, d_model, num_up, d_ff,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    BACKOFF: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Of an expert: grad_down = grouped_grad_yᵀ @ hidden up to `end_down`, then grad_up = grad_preᵀ @ grouped_x.
 
@@ -85,7 +85,7 @@ def weight_tile(
     tile_n = rest // tiles_m
     tile_m = rest - tile_n * tiles_m
     if tiles_before is not None:
-        wait_for_expert(expert, groups, num_rows, num_experts, tiles_before, counters, BLOCK_M)
+        wait_for_expert(expert, groups, num_rows, num_experts, tiles_before, counters, BACKOFF, BLOCK_M)
     start, end = rows_of_expert(expert, groups, num_rows, num_experts)
     length = tl.cdiv(end - start, num_splits)
     start += split * length
@@ -168,13 +168,13 @@ def weights_kernel(
         if tile < end_biases:
             bias_tile(
                 tile, partial_up, partial_down, grad_up_bias, grad_down_bias, groups, None, counters, num_rows,
-                num_experts, num_up, d_model, ROWS, BLOCK_N,
+                num_experts, num_up, d_model, False, ROWS, BLOCK_N,
             )  # fmt: skip
         else:
             weight_tile(
                 tile - end_biases, end_down - end_biases, grad_pre, hidden, grouped_grad_y, grouped_x, grad_up_weight,
                 grad_down_weight, partial_weight, groups, None, counters, num_rows, num_experts, num_splits, d_model,
-                num_up, d_ff, ALIGNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
+                num_up, d_ff, False, ALIGNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
             )  # fmt: skip
     if partial_weight is not None:
         leave_clean(counters, num_experts + FIRST_COUNTER + (end_up - end_biases) // num_splits)

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, replace
 
 import torch
+import triton
 from torch import Tensor
 
 # Asserts in kernels: one that fails stops the kernel with its message, and the process must begin anew. Not those of
@@ -37,6 +38,8 @@ class Tile:
         parts: the accumulator is stored in so many pieces, one after the other, to save registers.
         num_warps, num_stages: as Triton understands them.
         per_multiprocessor: programs that run on one at once, among which its registers are divided.
+        early: whether a program draws its next ticket before it works on the one it has, so as not to wait for it.
+        backoff: whether a program that waits for another reads the counter more seldom. Neither was ever measured.
     """
 
     block_m: int
@@ -46,11 +49,19 @@ class Tile:
     num_warps: int
     num_stages: int
     per_multiprocessor: int = 1
+    early: bool = False
+    backoff: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.block_m, self.block_n, self.block_k, self.parts, self.num_warps)
         assert all(size > 0 and size & (size - 1) == 0 for size in sizes), f"{self}: not all powers of two"
         assert min(sizes[:3]) >= 16, f"{self}: a side below 16"
+
+    def __str__(self) -> str:
+        sizes = f"{self.block_m}x{self.block_n}x{self.block_k}, {self.parts} parts"
+        together = f", {self.per_multiprocessor} at once" if self.per_multiprocessor > 1 else ""
+        switches = together + ", early" * self.early + ", backoff" * self.backoff
+        return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages{switches}"
 
     def launch_options(self) -> dict[str, int | bool]:
         """Keyword arguments of a kernel launch."""
@@ -68,6 +79,32 @@ class Tile:
         }
 
 
+@dataclass(frozen=True)
+class RowsTile:
+    """What a program has of a pass over rows, and how Triton compiles it.
+
+    Attributes:
+        columns: of a program.
+        step: rows at a time.
+    """
+
+    columns: int
+    step: int
+    num_warps: int
+
+    def __str__(self) -> str:
+        return f"{self.step} rows at a time, {self.columns} columns, {self.num_warps} warps"
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Arguments of the kernels."""
+        return {"COLUMNS": self.columns, "STEP": self.step}
+
+    def launch_options(self) -> dict[str, int | bool]:
+        """Keyword arguments of a kernel launch."""
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True, **ASSERTS}
+
+
 # {kernel: its tiles, best first}. If 8 does not divide D and F, those under "… unaligned"; with dropout, routing
 # weights or, in the forward, sizes that 64 does not divide, all of which take registers, those under "… tight"; if
 # there are any. Of several, `choose` takes the one that leaves fewest of its cells empty: for small D that of two
@@ -75,7 +112,9 @@ class Tile:
 # worked on at a time, and block_k is the largest D. On Hopper they were chosen by measurement, as far as they spill no
 # registers: see benchmarks/NOTES.md.
 Table = dict[str, tuple[Tile, ...]]
+FORWARD_PHASES = ("forward up", "forward down")
 BACKWARD_PHASES = ("backward pre", "backward weights", "backward x")
+PHASES = (*FORWARD_PHASES, *BACKWARD_PHASES)
 
 _UNALIGNED: Table = {  # each element is loaded by itself, into registers
     "forward unaligned": (Tile(64, 64, 32, 2, 8, 2),),
@@ -122,12 +161,21 @@ INTERPRETER: Table = {
     "backward": (Tile(32, 32, 16, 2, 4, 1),),
     "onchip": (Tile(32, 32, 64, 2, 4, 1),),
 }
-# Each launch of the backward in three has the tiles of that in one, where it has none of its own.
+# Each launch of several has the tiles of that in one, where it has none of its own.
 for _tiles in (_HOPPER, _BLACKWELL, _AMPERE, _BLACKWELL_120, _TF32, _FLOAT32, INTERPRETER):
-    for _phase in BACKWARD_PHASES:
+    for _phase in PHASES:
+        _whole, _, _ = _phase.partition(" ")
         for _variant in (" unaligned",) if _phase in _tiles else ("", " tight", " unaligned"):
-            if f"backward{_variant}" in _tiles:
-                _tiles[f"{_phase}{_variant}"] = _tiles[f"backward{_variant}"]
+            if f"{_whole}{_variant}" in _tiles:
+                _tiles[f"{_phase}{_variant}"] = _tiles[f"{_whole}{_variant}"]
+
+# For passes over rows. Not measured: 16 bytes a thread and load, and enough programs at a time to keep memory busy.
+ROWS_TILES = (RowsTile(columns=256, step=16, num_warps=4), RowsTile(columns=128, step=32, num_warps=4))
+UNALIGNED_ROWS_TILE = RowsTile(columns=128, step=16, num_warps=4)  # each element is loaded by itself, into registers
+ROWS = 128  # of a row block, over which biases' gradients are summed up before they are written
+if triton.knobs.runtime.interpret:
+    ROWS_TILES = (RowsTile(columns=64, step=8, num_warps=1), RowsTile(columns=32, step=8, num_warps=1))
+    UNALIGNED_ROWS_TILE, ROWS = ROWS_TILES[1], 16
 
 
 def table(capability: int, dtype: torch.dtype, precision: str) -> Table:
@@ -140,7 +188,7 @@ def table(capability: int, dtype: torch.dtype, precision: str) -> Table:
 def tiles_of(tiles: Table, kernel: str, d_model: int, d_ff: int, is_tight: bool) -> tuple[Tile, ...]:
     """A kernel's, best first. `is_tight`: with dropout or routing weights."""
     # A masked loop takes registers too, of which the forward has the fewest left.
-    is_tight = is_tight or (kernel == "forward" and (d_model % 64 != 0 or d_ff % 64 != 0))
+    is_tight = is_tight or (kernel.startswith("forward") and (d_model % 64 != 0 or d_ff % 64 != 0))
     variant = "unaligned" if d_model % 8 != 0 or d_ff % 8 != 0 else "tight" if is_tight else ""
     return tiles.get(f"{kernel} {variant}", tiles[kernel])
 

@@ -46,6 +46,7 @@ def forward_kernel(
     EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
     ALIGNED: tl.constexpr,  # 8 divides D and F
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, BACKOFF: tl.constexpr,  # see `configs.Tile`
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of up (rows × hidden columns) and of down (rows × D), as the tickets come.
@@ -71,6 +72,8 @@ def forward_kernel(
         ticket = tl.program_id(0)
 
     while ticket < num_groups * group * tiles:
+        if FORM == "single" and EARLY:
+            next_ticket = draw_ticket(counters)
         # Which tile: neighbours in a group share the weights' columns.
         if FORM == "single":
             lead = group * up_tiles
@@ -101,7 +104,7 @@ def forward_kernel(
                     a_row = load_choices(permutation, source, groups, num_rows) // TOP_K
             else:
                 if FORM == "single":
-                    wait_until(counters + FIRST_COUNTER + block, up_tiles)
+                    wait_until(counters + FIRST_COUNTER + block, up_tiles, BACKOFF)
                 a_row = source
 
             # One loop for both products: two would be merged at their ends, and no longer overlap with the loads.
@@ -148,7 +151,7 @@ def forward_kernel(
                     acc, bias, row, end, choice, column_tile * BLOCK_N, factor, y, d_model, BLOCK_M, BLOCK_N, PARTS
                 )
         if FORM == "single":
-            ticket = draw_ticket(counters)
+            ticket = next_ticket if EARLY else draw_ticket(counters)
         else:
             ticket += tl.num_programs(0)
     if FORM == "single":
@@ -171,7 +174,7 @@ def launch_forward(
 
 def _plan(layer: Layer, form: str, *is_there: bool) -> tuple[int, Launch]:
     """How many counters it takes, and the launch; another one where other outputs are asked for."""
-    problem, tile = layer.problem, layer.tile("forward")
+    problem, tile = layer.problem, layer.tile("forward" if form == "single" else f"forward {form}")
     num_blocks = layer.num_blocks(tile.block_m)
     up_tiles = ceil_div(problem.d_ff, tile.block_n // 2 if problem.gated else tile.block_n)
     down_tiles = ceil_div(problem.d_model, tile.block_n)

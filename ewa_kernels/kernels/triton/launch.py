@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from ewa_kernels.kernels.triton.configs import Tile
+from ewa_kernels.kernels.triton.configs import RowsTile, Tile
 
 
 class Launch:
@@ -23,7 +23,13 @@ class Launch:
     """
 
     def __init__(
-        self, kernel: Any, num_programs: int, arguments: dict[str, Any], tile: Tile, rows: int, **options: int
+        self,
+        kernel: Any,
+        num_programs: int,
+        arguments: dict[str, Any],
+        tile: Tile | RowsTile,
+        rows: int,
+        **options: int,
     ):
         names, options = list(kernel.arg_names), {**options, **tile.launch_options()}
         arguments = {**arguments, **options}

@@ -65,9 +65,11 @@ class Layer:
         return configs.tiles_of(tiles, kernel, problem.d_model, problem.d_ff, self.is_tight)
 
     def tile(self, kernel: str) -> Tile:
-        """The tile for "forward", "backward" or one of its phases."""
+        """The tile for "forward", "backward" or a phase of one."""
         problem = self.problem
-        widths = (problem.d_ff, problem.d_model)
+        widths: tuple[int, ...] = (problem.d_ff, problem.d_model)
+        if kernel in configs.FORWARD_PHASES:
+            widths = (problem.num_up if kernel == "forward up" else problem.d_model,)
         return configs.choose(self._tiles_of(kernel), problem.num_rows, problem.num_experts, widths)
 
     def onchip_tile(self) -> Tile | None:
@@ -114,9 +116,17 @@ class Layer:
     ) -> Launch:
         """`arguments`: those that not all kernels have in common, and calls of one kind do. For others see `Launch`."""
         problem = self.problem
+        even_k = problem.d_model % tile.block_k == 0 and problem.d_ff % tile.block_k == 0
+        of_tile = {"EVEN_K": even_k, "EARLY": tile.early, "BACKOFF": tile.backoff, "ROWS": rows}
+        arguments = {**self.numbers(rows), **of_tile, **arguments}
+        return Launch(kernel, self.grid(num_tiles, tile), arguments, tile, rows, **options)
+
+    def numbers(self, rows: int) -> dict[str, Any]:
+        """Arguments that kernels have in common, by name; `rows`: of a row block."""
+        problem = self.problem
         gelu = "gelu_16bit" if problem.dtype.itemsize == 2 else "gelu"
         radix_a, radix_b, rounds = radices(problem.num_rows)
-        common = {
+        return {
             "radix_a": radix_a,
             "radix_b": radix_b,
             "rounds": rounds,
@@ -132,12 +142,9 @@ class Layer:
             "ACTIVATION": gelu if problem.activation == "gelu" else problem.activation,
             "GATED": problem.gated,
             "DROPOUT": problem.dropout_p > 0,
-            "EVEN_K": problem.d_model % tile.block_k == 0 and problem.d_ff % tile.block_k == 0,
             "ALIGNED": self.is_aligned,
             "PRECISION": self._precision,
-            "ROWS": rows,
         }
-        return Launch(kernel, self.grid(num_tiles, tile), {**common, **arguments}, tile, rows, **options)
 
     @property
     def _precision(self) -> str:
@@ -149,7 +156,7 @@ class Layer:
 def check_sizes(problem: Problem) -> None:
     """Raises ValueError if numbers of rows would not fit an int32."""
     # Blocks that do not exist may begin behind all rows, by a block for each expert.
-    max_rows = _MAX_ROWS - 256 * problem.num_experts if problem.is_given else _MAX_ROWS
+    max_rows = _MAX_ROWS - (256 if problem.is_given else 1) * problem.num_experts
     if problem.num_rows > max_rows:
         raise ValueError(f"x must hold at most {max_rows} tokens for this backend, got {problem.num_rows}")
     if problem.num_experts > _MAX_EXPERTS:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels.choices import existing, grad_of_bias_factor, sum_of_choices
+from ewa_kernels.kernels import forms
+from ewa_kernels.kernels.choices import grad_of_routing_weights, sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.triton.backward import launch_backward
 from ewa_kernels.kernels.triton.configs import aligned
@@ -41,7 +42,7 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
     form = layer.kept(_form)
     with on_device(x):
         y = x.new_empty(num_rows, problem.d_model)
-        pre_activation = x.new_empty(num_rows, problem.num_up) if problem.save else None
+        pre_activation = x.new_empty(problem.num_kept, problem.num_up) if problem.save else None
         if num_rows > 0:
             if form == "onchip":
                 launch_onchip(layer, y, pre_activation)
@@ -81,13 +82,10 @@ def backward(
                 launch_forward(layer, "up", None, pre_activation, None)
             pieces = launch_backward(layer, grad_y, aligned(pre_activation), grads, need_routing)
             if pieces is not None and routing_weights is not None:
-                by_row, permutation = pieces.sum(0), layer.tensors["permutation"]
-                if inputs.down_bias is not None and deal.expert_offsets is not None:
-                    by_row += grad_of_bias_factor(
-                        grad_y, inputs.down_bias, permutation, deal.expert_offsets, problem.top_k
-                    )
-                grad_routing = torch.empty_like(by_row).index_copy_(0, existing(permutation), by_row)
-                grad_routing = grad_routing.view(routing_weights.shape)
+                permutation, expert_offsets = layer.tensors["permutation"], deal.expert_offsets
+                grad_routing = grad_of_routing_weights(
+                    pieces.sum(0), problem, grad_y, inputs.down_bias, permutation, expert_offsets
+                )
         elif need_routing and routing_weights is not None:
             grad_routing = torch.zeros_like(routing_weights)
         if grads[0] is not None:
@@ -122,4 +120,9 @@ def _form(layer: Layer) -> str:
             f"backend={backend!r} is for 16-bit types and small d_model, got {problem.dtype} and {problem.d_model}: "
             "use backend='triton'"
         )
-    return form or ("onchip" if fits else "single")
+    if form:
+        return form
+    entry = forms.nearest_to(problem)
+    among = ("single", "split", "onchip") if fits else ("single", "split")
+    fastest = None if entry is None else entry.fastest("forward", among)
+    return fastest or ("onchip" if fits else "single")

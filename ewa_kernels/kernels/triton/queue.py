@@ -2,7 +2,8 @@
 
 A tile's number is its ticket; a running program draws the next ticket from a counter, so tickets are handed out in
 order, and a tile may wait for tiles with lower tickets: those are done, or held by programs that are running. That
-makes progress certain with any number of programs, one after the other included.
+makes progress certain with any number of programs, one after the other included; also if a program draws its next
+ticket before it begins with the one it has (`Tile.early`), since of all that are not done the lowest is at work.
 
 `counters` (int32, zero before and after each launch): [0] the next ticket, [1] programs that have finished,
 [2…] tiles done, by row block (forward) or by expert (backward), then splits done, by tile (backward).
@@ -13,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ewa_kernels.kernels.triton.tiles import rows_of_expert
+from ewa_kernels.kernels.triton.tiles import INTERPRETED, rows_of_expert
 
 FIRST_COUNTER = tl.constexpr(2)
 # Seconds of waiting. The interpreter runs one program after the other: a wait that is not over at once never is.
@@ -26,14 +27,21 @@ def draw_ticket(counters):
 
 
 @triton.jit
-def wait_until(counter, count):
-    """Returns when the counter has reached `count`; what was written before its `signal`s can be read then."""
+def wait_until(counter, count, BACKOFF: tl.constexpr):
+    """Returns when the counter has reached `count`; what was written before its `signal`s can be read then.
+
+    BACKOFF: some 100 ns pass before the counter is read again, which those that work on the same memory have in peace.
+    """
     done = tl.atomic_add(counter, 0, sem="acquire")
     spins = 0
     while done < count:
         spins += 1
         # Heeded by the interpreter, and on a GPU in debug mode.
         assert spins < MAX_SPINS, "what is waited for is never done"
+        if BACKOFF and not INTERPRETED:
+            tl.inline_asm_elementwise(
+                "nanosleep.u32 100; mov.u32 $0, $1;", "=r,r", [spins], dtype=tl.int32, is_pure=False, pack=1
+            )
         done = tl.atomic_add(counter, 0, sem="acquire")
 
 
@@ -55,7 +63,9 @@ def leave_clean(counters, num_counters):
 
 
 @triton.jit
-def wait_for_expert(expert, groups, num_rows, num_experts, tiles_before, counters, BLOCK_M: tl.constexpr):
+def wait_for_expert(
+    expert, groups, num_rows, num_experts, tiles_before, counters, BACKOFF: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """Returns when of each row block of an expert `tiles_before` tiles are done, those that are first in the queue."""
     start, end = rows_of_expert(expert, groups, num_rows, num_experts)
-    wait_until(counters + FIRST_COUNTER + expert, tl.cdiv(end - start, BLOCK_M) * tiles_before)
+    wait_until(counters + FIRST_COUNTER + expert, tl.cdiv(end - start, BLOCK_M) * tiles_before, BACKOFF)
