@@ -29,6 +29,8 @@ _DESCRIPTIONS: dict[str | tuple[str, str], str] = {
     "reference": "the specification in plain PyTorch, differentiable by autograd",
     "torch": "PyTorch calls block by block, hand-written backward that keeps the pre-activation only",
     "triton": "Triton: the layer in one launch forward and one backward, averaging in one for each tensor",
+    ("moe_ffn", "triton"): "Triton, one launch forward and one backward; on Hopper cublas where that should be faster",
+    "cublas": "PyTorch's matrix products, and Triton's passes over rows between them",
     "cuda": "CUDA, one launch for all tensors",
     "cpp": "C++",
     ("moe_ffn", "cpp"): "C++, in part with PyTorch's matrix products",
