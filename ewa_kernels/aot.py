@@ -42,6 +42,7 @@ from ewa_kernels.kernels.triton.configs import (
     tiles_of,
 )
 from ewa_kernels.problem import Deal, Inputs, Options, Problem
+from ewa_kernels.ptx import hand_off_problems, sum_problems
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
@@ -244,34 +245,6 @@ def compile_case(case: Case) -> Report:
         + hand_off_problems(kernel.asm["ptx"])
         + sum_problems(kernel.asm["ttgir"], is_expected=case.routed and case.kernel in ("backward", "backward pre")),
     )
-
-
-def hand_off_problems(ptx: str) -> list[str]:
-    """What is wrong with how programs hand results to one another: it must be stores, barrier, release.
-
-    Triton puts no barrier before a release, and no interpreter would notice.
-    """
-    found = []
-    last = ""
-    for line in ptx.splitlines():
-        if re.search(r"\bst\.global|\bbar\.sync|\bbarrier\.sync", line):
-            last = line
-        elif re.search(r"\batom\.\S*(acq_rel|release)", line) and "st.global" in last:
-            found.append(f"no barrier between a store and a release: {line.strip()}")
-    return found
-
-
-def sum_problems(ttgir: str, is_expected: bool = False) -> list[str]:
-    """What may make sums in memory differ from run to run: one thread must store each, and then add to it.
-
-    That is so where all operations have one and the same address, and so one layout.
-    """
-    pattern = r"(?:atomic_rmw fadd,[^%]*|tt\.store )(%[\w$.#-]+),.*!tt\.ptr<f32>, "
-    added = {match[1] for match in re.finditer(pattern, ttgir) if "fadd" in match[0]}
-    stored = {match[1] for match in re.finditer(pattern, ttgir) if "fadd" not in match[0]}
-    if is_expected and not added:
-        return ["no sum in memory was found"]
-    return [f"{address} is added to, but not stored by the same threads" for address in sorted(added - stored)]
 
 
 def compile_all(chosen: list[Case]) -> Iterator[Report]:

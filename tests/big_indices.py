@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 import ewa_kernels as ewa
+from ewa_kernels.kernels.triton import cublas
 from ewa_kernels.kernels.triton.backward import launch_backward
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer
@@ -36,7 +37,8 @@ class LastRows(Layer):
 
 
 def layer(x, permutation):
-    kind = (torch.float16, torch.device("cpu"), (torch.float16,) * 5 + (None,))
+    dtypes = (torch.float16,) * 5 + (None,)
+    kind = (torch.float16, torch.device("cpu"), dtypes, dtypes)
     problem = Problem(len(x), 1, 1, WIDTH, WIDTH, "silu", False, 0.0, True, *kind, save=True, backend="triton-single")
     problem.kept["num_programs"] = 1  # so that no sum is split
     return LastRows(problem, Inputs(x, *OPERANDS, None), Deal(None, permutation, torch.zeros(2, dtype=torch.int32)))
@@ -53,11 +55,18 @@ def run(first_row, last_rows):
     permutation = torch.empty(num_rows, dtype=torch.int32)
     permutation[first_row:] = torch.arange(first_row, num_rows).flip(0)
     x[first_row:], grad_y[first_row:] = last_rows
+    grad_x[first_row:] = grad_y[first_row:]
     launch_forward(layer(x, permutation), "single", y, pre_activation, hidden)
     results = [y[first_row:].clone(), pre_activation[first_row:].clone()]
     y[first_row:] = torch.nan
     launch_onchip(layer(x, permutation), y, pre_activation)
     results.append(y[first_row:].clone())
+    # The passes between a library's products, the product being what pre_activation holds.
+    results += [t[first_row:].clone() for t in cublas.gather(layer(x, permutation), True, grad_y)]
+    results.append(cublas.activate(layer(x, permutation), pre_activation)[first_row:].clone())
+    cublas.activate_backward(layer(x, permutation), grad_x, pre_activation, hidden, None, None)
+    cublas.scatter(layer(x, permutation), hidden, y, bias)
+    results += [t[first_row:].clone() for t in (grad_x, hidden, y)]
     grads = [grad_x, *(torch.empty_like(t) for t in OPERANDS)]
     launch_backward(layer(x, permutation), grad_y, pre_activation, grads, need_routing=False)
     return [*results, grads[0][first_row:].clone(), *grads[1:]]

@@ -120,7 +120,7 @@ class TestBadPartition:
 
 @triton.jit
 def _wait(counter):
-    wait_until(counter, 1)
+    wait_until(counter, 1, False)
 
 
 @pytest.fixture
