@@ -72,3 +72,8 @@ def _errors(actual: Tensor, exact: Tensor, bounds: list[float]) -> list[tuple[st
         (name, float(norm(exact)), float(norm(error)), bound)
         for (name, norm), bound in zip(_NORMS.items(), bounds, strict=True)
     ]
+
+
+def differs(ours: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative error, in norm."""
+    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(ours, expected, strict=True))

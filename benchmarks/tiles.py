@@ -28,6 +28,7 @@ from torch import Tensor
 from benchmarks import model
 from benchmarks.cases import Case
 from benchmarks.environment import environment
+from benchmarks.parity import differs
 from benchmarks.timing import Stopwatch, interleaved, timed
 from ewa_kernels.kernels.triton.backward import launch_backward
 from ewa_kernels.kernels.triton.configs import FORWARD_PHASES, PHASES, Tile
@@ -123,11 +124,6 @@ def compiles(arguments: tuple[Case, str, Tile, torch.dtype]) -> str | None:
     except Exception as error:  # does not fit, in any of many ways
         return f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
     return None
-
-
-def differs(ours: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest relative error, in norm."""
-    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(ours, expected, strict=True))
 
 
 def tune(problem: Operands, kernel: str, tiles: list[Tile], watch: Stopwatch, rounds: int) -> list[Any]:

@@ -13,7 +13,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import floors, model
+from benchmarks import floors, model, problem
 from benchmarks.cases import Case
 from benchmarks.environment import environment
+from benchmarks.parity import differs
 from benchmarks.timing import Stopwatch, Variant, interleaved, timed
 from ewa_kernels.kernels import forms
 from ewa_kernels.kernels import moe_ffn as kernels
@@ -46,21 +47,11 @@ class Operands:
     """The operands of a shape, and what each form makes of them."""
 
     def __init__(self, case: Case, device: str, dtype: torch.dtype):
-        torch.manual_seed(0)
-        e, d, f, t = case.num_experts, case.d_model, case.d_ff, case.num_tokens
-
-        def random(*size: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*size, device=device) * scale).to(dtype)
-
-        self.case, self.grad_y = case, random(t, d)
-        self.inputs = Inputs(
-            random(t, d),
-            random(e, case.num_up, d, scale=d**-0.5),
-            random(e, case.num_up) if case.bias else None,
-            random(e, d, f, scale=f**-0.5),
-            random(e, d) if case.bias else None,
-            None,
-        )
+        made = problem.make(replace(case, dtype=dtype), device)
+        leaves: dict[str, Any] = dict.fromkeys(Inputs._fields)
+        leaves |= {name: leaf.detach() for name, leaf in made.leaves.items()}
+        self.case, self.grad_y = case, made.grad_y
+        self.inputs = Inputs(**leaves)
 
     def problem(self, form: str) -> Problem:
         options = Options(self.case.activation, self.case.gated, 0.0, backend_of(form), False)
@@ -94,11 +85,6 @@ class Operands:
             return [grad for grad in grads if grad is not None]
 
         return backward
-
-
-def differs(ours: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest relative error, in norm."""
-    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(ours, expected, strict=True))
 
 
 def measure(operands: Operands, watch: Stopwatch, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:

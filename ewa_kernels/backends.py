@@ -96,22 +96,17 @@ def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dty
             return "it is for CUDA devices"
         if torch.version.hip:
             return "it is for NVIDIA's GPUs"
-        return extension.WHY_NOT_CUDA or parameter_pass.old_driver() or _too_old(device)
+        return extension.WHY_NOT_CUDA or parameter_pass.old_driver() or parameter_pass.too_old(device)
     # Triton, in all its forms.
     if triton_kernels.WHY_NOT is not None:
         return triton_kernels.WHY_NOT
     if device.type == "cuda":
-        return _too_old(device)
+        return parameter_pass.too_old(device)
     if device.type != "cpu":
         return "it is for CUDA devices"
     if not triton_kernels.INTERPRETED:
         return "on the CPU it needs Triton's interpreter: set TRITON_INTERPRET=1 before ewa_kernels is imported"
     return None
-
-
-def _too_old(device: torch.device) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
-    return None if capability >= (8, 0) else f"it needs compute capability 8.0, the device has {capability}"
 
 
 def _why_not_auto(operation: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:

@@ -118,6 +118,13 @@ checked_permutation = _define(
 )
 
 
+def _problem(inputs: Inputs, is_given: bool, options: Options, save: bool, *parameter_dtype: torch.dtype) -> Problem:
+    """Of a call by an operation, which knows the sizes on which "auto" depends."""
+    if options.backend == "auto":
+        options = options._replace(backend=forms.backend_for(inputs, is_given, inputs.x.dtype))
+    return Problem.of(inputs, is_given, options, save, None, *parameter_dtype)
+
+
 def _moe_ffn(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, (seed, *partition) = Inputs(*arguments[:6]), arguments[6:9]
     deal = Deal(seeds.on_host(seed), *partition)
@@ -128,12 +135,10 @@ def _moe_ffn(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         # Not in `functional`: a compiled graph knows the values here only.
         if inputs.x.device.type == "cpu":
             checks.partition_values(deal.permutation, deal.expert_offsets, inputs.routing_weights)
-    if backend == "auto":  # of Triton's and the library's
-        backend = forms.backend_for(inputs, is_given, inputs.x.dtype)
-    problem = Problem.of(inputs, is_given, Options(activation, gated, dropout_p, backend, not save), save)
+    problem = _problem(inputs, is_given, Options(activation, gated, dropout_p, backend, not save), save)
     of_backend = kernels.of(problem)
     y, pre_activation, permutation = of_backend.forward(problem, of_backend.prepared(problem, inputs), deal)
-    if pre_activation is not None and problem.backend.startswith("triton"):
+    if save and problem.num_kept > problem.num_rows and problem.backend.startswith("triton"):
         pre_activation[problem.num_rows :].zero_()  # which Triton's forms do not use
     # What is not kept is [0].
     pre_activation = inputs.x.new_empty(0) if pre_activation is None else pre_activation
@@ -167,10 +172,9 @@ def _moe_ffn_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, (seed, permutation, expert_offsets, pre_activation) = Inputs(*arguments[:6]), arguments[6:10]
     activation, gated, dropout_p, output_mask, backend, *parameter_dtype = arguments[10:]
     is_given, save = expert_offsets is not None, pre_activation.shape[0] > 0
-    if backend == "auto":
-        backend = forms.backend_for(inputs, is_given, inputs.x.dtype)
-    options = Options(activation, gated, dropout_p, backend, not save)
-    problem = Problem.of(inputs, is_given, options, save, None, *parameter_dtype)
+    problem = _problem(
+        inputs, is_given, Options(activation, gated, dropout_p, backend, not save), save, *parameter_dtype
+    )
     of_backend = kernels.of(problem)
     grads = of_backend.backward(
         problem,

@@ -121,6 +121,11 @@ def nearest(
     """The entry most like a shape on a device; None if there is none for its kind, and on a CPU."""
     if device.type != "cuda":
         return None
-    kind = (torch.cuda.get_device_capability(device)[0], dtype.itemsize)
-    of_kind = [entry for entry in entries() if (entry.capability, entry.itemsize) == kind]
-    return min(of_kind, key=lambda e: e.distance(gated, num_rows, num_experts, d_model, d_ff), default=None)
+    capability = torch.cuda.get_device_capability(device)[0]
+    return _nearest(capability, dtype.itemsize, gated, num_rows, num_experts, d_model, d_ff)
+
+
+@functools.lru_cache(maxsize=1024)  # an operation asks in each call
+def _nearest(capability: int, itemsize: int, gated: bool, *sizes: int) -> Entry | None:
+    of_kind = [entry for entry in entries() if (entry.capability, entry.itemsize) == (capability, itemsize)]
+    return min(of_kind, key=lambda entry: entry.distance(gated, *sizes), default=None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ewa_kernels.kernels import extension
 from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.kernels.parameter_pass import DTYPES
+from ewa_kernels.kernels.parameter_pass import DTYPES, too_old
 
 if extension.WHY_NOT is None:
     import ewa_kernels._C as _C
@@ -21,8 +21,7 @@ def why_not(device: torch.device) -> str | None:
         return extension.WHY_NOT
     if device.type != "cuda":
         return "it is for CPUs and CUDA devices"
-    is_old = torch.cuda.get_device_capability(device) < (8, 0)
-    return triton_kernels.WHY_NOT or ("it needs compute capability 8.0" if is_old else None)
+    return triton_kernels.WHY_NOT or too_old(device)
 
 
 def merge_experts(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -30,6 +30,12 @@ NUM_OPTIONS = 5
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
+def too_old(device: torch.device) -> str | None:
+    """Why a GPU cannot run kernels of ours, CUDA's or Triton's; None if it can."""
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"it needs compute capability 8.0, the device has {capability}"
+
+
 def old_driver() -> str | None:
     """Why the driver cannot run the CUDA part; None if it can: what was built with its own major version, or older."""
     driver, built = _C.cuda_versions()

@@ -43,10 +43,16 @@ def _round_half(value, random):
 
 
 @triton.jit
-def round_to_bfloat16(value, random):
-    """float32 to the bits of one of two neighbours in bfloat16; `random` 0x7FFF and the lowest bit kept for nearest."""
+def _round_bfloat16(value, random):
+    """float32 to the bits of one of two neighbours in bfloat16."""
     bits = value.to(tl.uint32, bitcast=True)
     return tl.where(value != value, 0x7FC0, (bits + random) >> 16).to(tl.uint16)
+
+
+@triton.jit
+def round_to_bfloat16(value):
+    """float32 to the bits of the nearest bfloat16; of two that are equally near, of the even one."""
+    return _round_bfloat16(value, 0x7FFF + ((value.to(tl.uint32, bitcast=True) >> 16) & 1))
 
 
 @triton.jit
@@ -85,12 +91,11 @@ def average_kernel(
             of_expert = mix32((first_expert + e).to(tl.uint32) ^ keys.to(tl.uint32))
             random = (mix32(of_expert + of_element) >> ((column & 1) * 16).to(tl.uint32)) & 0xFFFF
             if BF16:
-                tl.store(at, round_to_bfloat16(new, random).to(tl.int16, bitcast=True), mask=mask)
+                tl.store(at, _round_bfloat16(new, random).to(tl.int16, bitcast=True), mask=mask)
             else:
                 tl.store(at, _round_half(new, random).to(tl.float16, bitcast=True), mask=mask)
         elif BF16:
-            ties = 0x7FFF + ((new.to(tl.uint32, bitcast=True) >> 16) & 1)
-            tl.store(at, round_to_bfloat16(new, ties).to(tl.int16, bitcast=True), mask=mask)
+            tl.store(at, round_to_bfloat16(new).to(tl.int16, bitcast=True), mask=mask)
         else:
             tl.store(at, new.to(experts.dtype.element_ty), mask=mask)
 

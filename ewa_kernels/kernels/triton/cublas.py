@@ -65,7 +65,7 @@ def backward(
                 pre_activation = _times(layer, grouped_x, up_weight.mT)
             partial_up = sums(layer, up_bias) if need_up_bias else None
             if need_routing:
-                pieces = ceil_div(problem.d_ff, _tile(layer, problem.d_ff).columns)
+                pieces = ceil_div(problem.d_ff, layer.kept(_tile, problem.d_ff).columns)
                 partial_routing = torch.empty(pieces, problem.num_rows, dtype=torch.float32, device=x.device)
             grad_hidden = _times(layer, grouped_grad_y, down_weight)
             hidden = torch.empty_like(grad_hidden) if need_down_weight else None
@@ -131,10 +131,8 @@ def gather(
 ) -> tuple[Any, Any]:
     """x, if needed, and grad_y by slot `[slots, D]`, or None; deals the tokens, unless that was done."""
     problem, x = layer.problem, layer.tensors["x"] if need_x else None
-    slots = problem.num_rows
-    if not problem.is_given:
-        slots = problem.num_experts * ceil_div(problem.num_rows, problem.num_experts)
-    grouped_x, grouped_grad_y = (None if t is None else t.new_empty(slots, problem.d_model) for t in (x, grad_y))
+    shape = (problem.num_kept, problem.d_model)
+    grouped_x, grouped_grad_y = (None if t is None else t.new_empty(shape) for t in (x, grad_y))
     _launch(
         layer,
         rows.gather_kernel,
@@ -202,27 +200,31 @@ def _bias_gradients(layer: Layer, partial_up: Tensor | None, partial_down: Tenso
         None if partial is None else torch.empty_like(bias)
         for bias, partial in zip(biases, (partial_up, partial_down), strict=True)
     ]
-    tile = ROWS_TILES[0]
-    columns = [0 if grad is None else ceil_div(grad.shape[1], tile.columns) for grad in grads]
-    if any(columns):
+    if partial_up is not None or partial_down is not None:
         results = dict(zip(("grad_up_bias", "grad_down_bias"), grads, strict=True))
-        num_programs = layer.problem.num_experts * sum(columns)
-        launch = layer.kept(_make, rows.sums_kernel, tile, num_programs, *(grad is None for grad in grads))
+        launch = layer.kept(_sums, *(grad is not None for grad in grads))
         launch(layer.tensors, groups=layer.groups(ROWS), partial_up=partial_up, partial_down=partial_down, **results)
     return grads
 
 
+def _sums(layer: Layer, need_up: bool, need_down: bool) -> Launch:
+    problem, tile = layer.problem, ROWS_TILES[0]
+    up_tiles, down_tiles = (ceil_div(width, tile.columns) for width in (problem.num_up, problem.d_model))
+    num_programs = problem.num_experts * (need_up * up_tiles + need_down * down_tiles)
+    return Launch(rows.sums_kernel, num_programs, {**layer.numbers(ROWS), **tile.constants}, tile, ROWS)
+
+
 def _launch(layer: Layer, kernel: Any, num_columns: int, **tensors: Tensor | None) -> None:
     """A kernel on all row blocks and column tiles."""
-    tile = layer.kept(_tile, num_columns)
-    num_programs = layer.num_blocks(ROWS) * ceil_div(num_columns, tile.columns)
-    launch = layer.kept(_make, kernel, tile, num_programs, *(tensor is None for tensor in tensors.values()))
+    launch = layer.kept(_pass, kernel, num_columns, *(tensor is None for tensor in tensors.values()))
     launch(layer.tensors, groups=layer.groups(ROWS), **tensors)
 
 
-def _make(layer: Layer, kernel: Any, tile: RowsTile, num_programs: int, *is_none: bool) -> Launch:
+def _pass(layer: Layer, kernel: Any, num_columns: int, *is_none: bool) -> Launch:
     """`is_none`: of tensors that may be; a kernel is compiled for some."""
-    return Launch(kernel, num_programs, {**layer.numbers(ROWS), **tile.constants, "ROWS": ROWS}, tile, ROWS)
+    tile = _tile(layer, num_columns)
+    num_programs = layer.num_blocks(ROWS) * ceil_div(num_columns, tile.columns)
+    return Launch(kernel, num_programs, {**layer.numbers(ROWS), **tile.constants}, tile, ROWS)
 
 
 # --- products ---

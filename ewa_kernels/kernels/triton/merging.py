@@ -51,9 +51,8 @@ def merge_kernel(
     total = total / num_experts
     if BF16:
         # As PyTorch rounds float64: to float32 first.
-        rounded = total.to(tl.float32)
-        ties = 0x7FFF + ((rounded.to(tl.uint32, bitcast=True) >> 16) & 1)
-        tl.store(mean + column, round_to_bfloat16(rounded, ties).to(tl.int16, bitcast=True), mask=mask)
+        rounded = round_to_bfloat16(total.to(tl.float32))
+        tl.store(mean + column, rounded.to(tl.int16, bitcast=True), mask=mask)
     else:
         if mean.dtype.element_ty == tl.float16:
             total = total.to(tl.float32)

@@ -19,7 +19,7 @@ from ewa_kernels.kernels.triton.tiles import NUMBERS, load_choices, rows_of_bloc
 @triton.jit
 def _work(num_columns, groups, num_rows, num_experts, num_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """What a program has: a row block, of an expert, from a first row to the expert's end, and to the end of the
-    block's slots; what to add to a row for its slot; and a column tile."""
+    block's slots; what to add to a row for its slot; a column tile, and its columns."""
     tiles = tl.cdiv(num_columns, COLUMNS)
     block = tl.program_id(0) // tiles
     column_tile = tl.program_id(0) - block * tiles
@@ -30,7 +30,8 @@ def _work(num_columns, groups, num_rows, num_experts, num_blocks, ROWS: tl.const
         start, _ = rows_of_expert(expert, groups, num_rows, num_experts)
         slots = tl.cdiv(num_rows, num_experts)
         to_slot, end_of_slots = expert * slots - start, start + slots
-    return block, expert, first, end, tl.minimum(first + ROWS, end_of_slots), to_slot, column_tile
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    return block, expert, first, end, tl.minimum(first + ROWS, end_of_slots), to_slot, column_tile, column
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def gather_kernel(
     Grid: row blocks × ⌈D / COLUMNS⌉.
     """
     d_model, d_ff, _ = widths(d_model, d_ff, ALIGNED, False)
-    block, _, first, end, last, to_slot, column_tile = _work(
+    block, _, first, end, last, to_slot, _, column = _work(
         d_model, groups, num_rows, num_experts, num_blocks, ROWS, COLUMNS
     )
     if DEAL:
@@ -70,7 +71,6 @@ def gather_kernel(
         token = tokens_of_rows(_existing(dealt, end), num_rows, radix_a, radix_b, rounds, key)
         tl.store(permutation + dealt, token, mask=dealt < end)
         tl.debug_barrier()
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((STEP, COLUMNS), tl.float32)
     for step in range(first, last, STEP):
         row = step + tl.arange(0, STEP)
@@ -110,11 +110,10 @@ def activate_kernel(
     Grid: row blocks × ⌈F / COLUMNS⌉.
     """
     d_model, d_ff, num_up = widths(d_model, d_ff, ALIGNED, GATED)
-    _, expert, first, _end, last, to_slot, column_tile = _work(
+    _, expert, first, _end, last, to_slot, _, column = _work(
         d_ff, groups, num_rows, num_experts, num_blocks, ROWS, COLUMNS
     )
     key = load_seed(seed, seed_low, seed_high) if DROPOUT else 0
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     gate_bias, value_bias = _load_bias(up_bias, expert, column, d_ff, GATED)
     for step in range(first, last, STEP):
         row = step + tl.arange(0, STEP)
@@ -175,11 +174,10 @@ def activate_backward_kernel(
     Grid: row blocks × ⌈F / COLUMNS⌉.
     """
     d_model, d_ff, num_up = widths(d_model, d_ff, ALIGNED, GATED)
-    block, expert, first, end, last, to_slot, column_tile = _work(
+    block, expert, first, end, last, to_slot, column_tile, column = _work(
         d_ff, groups, num_rows, num_experts, num_blocks, ROWS, COLUMNS
     )
     key = load_seed(seed, seed_low, seed_high) if DROPOUT else 0
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     gate_bias, value_bias = _load_bias(up_bias, expert, column, d_ff, GATED)
     gate_total = tl.zeros((STEP, COLUMNS), tl.float32)
     value_total = gate_total
@@ -243,10 +241,9 @@ def scatter_kernel(
     Grid: row blocks × ⌈D / COLUMNS⌉.
     """
     d_model, d_ff, _ = widths(d_model, d_ff, ALIGNED, False)
-    _, expert, first, end, _, to_slot, column_tile = _work(
+    _, expert, first, end, _, to_slot, _, column = _work(
         d_model, groups, num_rows, num_experts, num_blocks, ROWS, COLUMNS
     )
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     own_bias, _ = _load_bias(bias, expert, column, d_model, False)
     for step in range(first, tl.minimum(first + ROWS, end), STEP):
         row = step + tl.arange(0, STEP)
