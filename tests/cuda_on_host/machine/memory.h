@@ -1,0 +1,186 @@
+// Shared and global memory, as threads (the generic proxy) and as TMA and wgmma (the async proxy) see it.
+#pragma once
+
+#include <cstring>
+
+#include "fibres.h"
+
+namespace ewa::machine {
+
+// Dynamic shared memory starts where it is aligned to no more than 16 bytes.
+constexpr uint32_t shared_begin = 1040;
+constexpr int max_shared_bytes = 232448;
+
+inline uint32_t shared_index(const Cta& cta, uint32_t address, uint32_t bytes, uint32_t alignment) {
+    if (address % alignment != 0) {
+        fail("misaligned address in shared memory: " + std::to_string(address));
+        return 0;
+    }
+    if (address < shared_begin || address - shared_begin + bytes > cta.generic.size()) {
+        fail("address outside shared memory: " + std::to_string(address));
+        return 0;
+    }
+    return address - shared_begin;
+}
+
+inline Stamp now(const Fibre& fibre) { return fibre.cta->warps[fibre.thread / 32].now; }
+
+inline bool knows(const Fibre& fibre, Stamp stamp) { return fibre.knows.at(stamp.warp) >= stamp.epoch; }
+
+// A thread arrives, and hands on to those who will wait there; `learn` is for these.
+inline void release(Fibre& fibre, Clock& to) {
+    to.learn(fibre.knows);
+    to.learn(fibre.cta->warps[fibre.thread / 32].now);
+    ++fibre.cta->warps[fibre.thread / 32].now.epoch;
+}
+inline void learn(const Clock& from) { self().knows.learn(from); }
+
+inline void write_shared(Fibre& writer, uint32_t address, const void* from, uint32_t bytes) {
+    Cta& cta = *writer.cta;
+    const uint32_t begin = shared_index(cta, address, bytes, bytes);
+    const Stamp stamp = now(writer);
+    memcpy(&cta.generic[begin], from, bytes);
+    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) cta.writers[i] = stamp;
+    writer.written.push_back({begin, bytes, stamp});
+}
+
+inline void check_race(Stamp writer, const char* where) {
+    if (writer.epoch != 0 && writer.warp != now(self()).warp && !knows(self(), writer))
+        fail(std::string("race: reads ") + where + " what another warp wrote, without a barrier between");
+}
+
+inline void read_shared(void* to, uint32_t address, uint32_t bytes) {
+    Cta& cta = own_cta();
+    const uint32_t begin = shared_index(cta, address, bytes, bytes);
+    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) check_race(cta.writers[i], "in shared memory");
+    memcpy(to, &cta.generic[begin], bytes);
+}
+
+template <class T>
+T read_shared(uint32_t address) {
+    T value;
+    read_shared(&value, address, sizeof(T));
+    return value;
+}
+
+// As TMA writes.
+inline void write_shared_by_tma(Cta& cta, uint32_t begin, const void* from, uint32_t bytes) {
+    memcpy(&cta.generic[begin], from, bytes);
+    memcpy(&cta.async[begin], from, bytes);
+    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) cta.writers[i] = {};
+}
+
+// What threads write to global memory is there at once, but TMA still reads what was there before.
+inline void write_global(void* to, const void* from, size_t bytes) {
+    const auto begin = reinterpret_cast<uintptr_t>(to);
+    if (begin % bytes != 0) fail("misaligned store to global memory");
+    Stale& stale = state.stale[begin / 16];
+    for (size_t i = 0; i < bytes; ++i) {
+        const size_t byte = begin % 16 + i;
+        if (stale.mask >> byte & 1) continue;
+        stale.bytes[byte] = static_cast<uint8_t*>(to)[i];
+        stale.mask |= 1u << byte;
+    }
+    memcpy(to, from, bytes);
+    state.global_writers[begin / 16] = now(self());
+    self().written_global.push_back({begin, bytes, now(self())});
+}
+
+inline void make_current(uintptr_t begin, size_t bytes) {
+    if (state.stale.empty()) return;
+    for (uintptr_t byte = begin; byte < begin + bytes; ++byte) {
+        const auto found = state.stale.find(byte / 16);
+        if (found == state.stale.end()) continue;
+        found->second.mask &= ~(1u << byte % 16);
+        if (found->second.mask == 0) state.stale.erase(found);
+    }
+}
+
+// As TMA reads.
+inline void read_global(void* to, const uint8_t* from, size_t bytes) {
+    memcpy(to, from, bytes);
+    if (state.stale.empty()) return;
+    for (size_t i = 0; i < bytes; ++i) {
+        const auto byte = reinterpret_cast<uintptr_t>(from) + i;
+        const auto found = state.stale.find(byte / 16);
+        if (found != state.stale.end() && found->second.mask >> byte % 16 & 1)
+            static_cast<uint8_t*>(to)[i] = found->second.bytes[byte % 16];
+    }
+}
+
+// As TMA writes, when it has completed.
+inline void write_global_by_tma(uint8_t* to, const void* from, size_t bytes) {
+    memcpy(to, from, bytes);
+    make_current(reinterpret_cast<uintptr_t>(to), bytes);
+}
+
+// A fence shows what its thread wrote and what it knows that others wrote; what it does not know stays hidden.
+template <class Ranges, class Show>
+void show_known(const Fibre* writer, Ranges& ranges, Show&& show) {
+    const auto is_known = [&](const auto& r) { return writer == state.current || knows(self(), r.stamp); };
+    size_t kept = 0;
+    for (const auto& r : ranges)
+        if (is_known(r))
+            show(r);
+        else
+            ranges[kept++] = r;
+    ranges.resize(kept);
+}
+
+inline void fence_shared() {
+    Cta& cta = own_cta();
+    const auto show = [&cta](const Range& r) { memcpy(&cta.async[r.begin], &cta.generic[r.begin], r.bytes); };
+    for (Fibre* writer : cta.fibres)
+        if (!writer->written.empty()) show_known(writer, writer->written, show);
+}
+
+inline void fence_global() {
+    const auto show = [](const GlobalRange& r) { make_current(r.begin, r.bytes); };
+    show_known(nullptr, state.written_global, show);
+    for (auto& cluster : state.clusters)
+        for (auto& cta : cluster->ctas)
+            for (Fibre* writer : cta->fibres) show_known(writer, writer->written_global, show);
+}
+
+}  // namespace ewa::machine
+
+namespace ewa::hopper {
+
+inline int thread_id() { return machine::self().thread; }
+inline uint32_t cluster_rank() { return static_cast<uint32_t>(machine::own_cta().rank); }
+inline uint32_t cluster_id() { return static_cast<uint32_t>(machine::own_cta().cluster->id); }
+inline uint32_t num_clusters() { return static_cast<uint32_t>(machine::state.grid.clusters); }
+inline uint32_t shared_memory() { return (machine::shared_begin + 1023u) & ~1023u; }
+
+inline void fence_proxy_async_shared() {
+    machine::fence_shared();
+    for (machine::Mbarrier* barrier : machine::self().initialised) barrier->fenced = true;
+}
+inline void fence_proxy_async_global() { machine::fence_global(); }
+inline void fence_gpu() {}
+inline void griddepcontrol_wait() {}
+inline void griddepcontrol_launch_dependents() {}
+
+inline uint32_t load_shared_u32(uint32_t at) { return machine::read_shared<uint32_t>(at); }
+inline float load_shared_f32(uint32_t at) { return machine::read_shared<float>(at); }
+inline float2 load_shared_f32x2(uint32_t at) { return machine::read_shared<float2>(at); }
+inline uint4 load_shared_u32x4(uint32_t at) { return machine::read_shared<uint4>(at); }
+inline void store_shared_u32(uint32_t at, uint32_t v) { machine::write_shared(machine::self(), at, &v, 4); }
+inline void store_shared_f32(uint32_t at, float v) { machine::write_shared(machine::self(), at, &v, 4); }
+inline void store_shared_u32x4(uint32_t at, uint4 v) { machine::write_shared(machine::self(), at, &v, 16); }
+
+inline int load_constant_i32(const int* at) { return *at; }
+inline float load_constant_f32(const float* at) { return *at; }
+inline uint4 load_global_u32x4(const void* at) {
+    const auto address = reinterpret_cast<uintptr_t>(at);
+    if (address % 16 != 0) machine::fail("misaligned load from global memory");
+    const auto writer = machine::state.global_writers.find(address / 16);
+    if (writer != machine::state.global_writers.end()) machine::check_race(writer->second, "in global memory");
+    uint4 v;
+    memcpy(&v, at, 16);
+    return v;
+}
+inline void store_global_f32(float* at, float v) { machine::write_global(at, &v, 4); }
+inline void store_global_u32x4(void* at, uint4 v) { machine::write_global(at, &v, 16); }
+
+}  // namespace ewa::hopper
