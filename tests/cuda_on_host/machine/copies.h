@@ -8,7 +8,7 @@ namespace ewa::machine {
 
 inline void complete(const Load& load) {
     Cta& cta = *load.to_cta;
-    for_each_chunk(*load.map, load.to, load.at, [&cta](uint32_t to, uint8_t* from, size_t first, size_t last) {
+    for_each_chunk(load.map, load.to, load.at, [&cta](uint32_t to, uint8_t* from, size_t first, size_t last) {
         uint8_t chunk[16] = {};
         if (last > first) read_global(chunk + first, from + first, last - first);
         write_shared_by_tma(cta, to - shared_begin, chunk, 16);
@@ -18,7 +18,7 @@ inline void complete(const Load& load) {
     if (barrier.phase != load.phase)
         fail("TMA load completes in a later phase of mbarrier " + std::to_string(load.barrier) +
              " than it began in: expect_tx too small, or given to another phase");
-    barrier.bytes -= load.map->box_bytes();
+    barrier.bytes -= load.map.box_bytes();
     complete_if_done(barrier);
 }
 
@@ -30,7 +30,7 @@ inline void load(int rank, uint32_t to, const TensorMap* map, uint32_t barrier, 
         Cta& cta = *cta_of_cluster(i);
         if (cta.running == 0) fail("TMA load to a CTA that has ended");
         check_box_address(cta, *map, to);
-        const Load next{&cta, to, barrier, mbarrier_at(cta, barrier, true).phase, map, at};
+        const Load next{&cta, to, barrier, mbarrier_at(cta, barrier, true).phase, *map, at};
         ++cta.loads_in_flight;
         if (state.options.tma == When::at_once)
             complete(next);
@@ -43,8 +43,8 @@ inline void load(int rank, uint32_t to, const TensorMap* map, uint32_t barrier, 
 inline void read(Store& store) {
     if (store.has_read) return;
     store.has_read = true;
-    store.data.reserve(static_cast<size_t>(store.map->box_bytes()));
-    for_each_chunk(*store.map, store.from, store.at, [&store](uint32_t from, uint8_t*, size_t, size_t) {
+    store.data.reserve(static_cast<size_t>(store.map.box_bytes()));
+    for_each_chunk(store.map, store.from, store.at, [&store](uint32_t from, uint8_t*, size_t, size_t) {
         const uint8_t* chunk = &store.from_cta->async[from - shared_begin];
         store.data.insert(store.data.end(), chunk, chunk + 16);
     });
@@ -55,7 +55,7 @@ inline void complete(Store& store) {
     read(store);
     store.is_done = true;
     size_t chunk = 0;
-    for_each_chunk(*store.map, store.from, store.at, [&](uint32_t, uint8_t* to, size_t first, size_t last) {
+    for_each_chunk(store.map, store.from, store.at, [&](uint32_t, uint8_t* to, size_t first, size_t last) {
         if (last > first) write_global_by_tma(to + first, &store.data[chunk + first], last - first);
         chunk += 16;
     });
@@ -65,7 +65,7 @@ inline void store(int rank, const TensorMap* map, uint32_t from, std::array<int,
     preempt();
     check_tensor_map(*map, rank);
     check_box_address(own_cta(), *map, from);
-    self().open_stores.stores.push_back({&own_cta(), map, from, at, false, false, {}});
+    self().open_stores.stores.push_back({&own_cta(), *map, from, at, false, false, {}});
     if (state.options.tma == When::at_once) complete(self().open_stores.stores.back());
 }
 

@@ -106,13 +106,13 @@ struct TensorMap {
 struct Load {
     Cta* to_cta;
     uint32_t to, barrier, phase;
-    const TensorMap* map;
+    TensorMap map;
     std::array<int, 3> at;
 };
 
 struct Store {
     Cta* from_cta;
-    const TensorMap* map;
+    TensorMap map;
     uint32_t from;
     std::array<int, 3> at;
     bool has_read = false, is_done = false;
