@@ -1,4 +1,4 @@
-"""The model of sm_90a on the host, which kernels of csrc/hopper must pass: right programs are right, faults are found."""
+"""The model of sm_90a on the host for kernels of csrc/hopper: right programs are right in it, and faults are found."""
 
 import os
 import re
@@ -39,14 +39,14 @@ PROGRAMS = {
     "named barriers: number 16": "named barrier 16",
     "named barriers: half a warp": "diverged: .*named_barrier_sync",
     "flags": "",
-    "flags: no wait": "race: reads in global memory",
+    "flags: no wait": f"race: reads in global memory|{VALUES}",
     "flags: never set": "livelock: 2 threads wait:.* a flag, which is 0",
     "flags: of clusters that cannot start": "livelock: 2 threads wait:.*cluster 1",
     "who waits": r"deadlock: 96 threads wait:;  cluster 0 CTA 1 warp 0, 32 lanes: named_barrier_sync 4 of 96 threads;"
     r".*warp 2, 32 lanes: mbarrier_wait 2056 parity 0 \(phase 0 lacks 2 arrivals and 256 bytes\)$",
     "lanes": "",
     "lanes: some end": "diverged: .*warp_uniform",
-    "lanes: two instructions": "diverged: .*(named_barrier_sync and in warp_uniform|warp_uniform and in named_barrier_sync)",
+    "lanes: two instructions": "diverged: lanes of a warp are in (named_barrier_sync and in )?warp_uniform",
     "matrices": "",
     "matrices: misaligned": "misaligned address in shared memory",
     "shared memory: outside": "outside shared memory",
@@ -169,7 +169,7 @@ def test_each_program_is_judged(programs):
 
 @pytest.mark.parametrize(("name", "expected"), PROGRAMS.items(), ids=PROGRAMS)
 def test_program(name, expected, programs):
-    """A right one is right whenever things happen; a fault shows with every seed, in one mode at least, and as itself."""
+    """A right one is right whenever things happen; a fault shows as itself, in one mode at least with every seed."""
     said = {}
     for line in run(programs, name, str(SEEDS)).splitlines():
         mode, _, what = line.partition(": ")
@@ -180,7 +180,7 @@ def test_program(name, expected, programs):
     if expected == "":
         assert everything == [""] * len(everything)
         return
-    assert all(re.search(expected, what) for what in everything if what)
+    assert [what for what in everything if what and not re.search(expected, what)] == []
     assert any(all(lines) for lines in said.values()), said
 
 

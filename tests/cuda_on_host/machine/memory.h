@@ -112,6 +112,7 @@ inline void read_global(void* to, const uint8_t* from, size_t bytes) {
 inline void write_global_by_tma(uint8_t* to, const void* from, size_t bytes) {
     memcpy(to, from, bytes);
     make_current(reinterpret_cast<uintptr_t>(to), bytes);
+    if (!state.global_writers.empty()) state.global_writers.erase(reinterpret_cast<uintptr_t>(to) / 16);
 }
 
 // A fence shows what its thread wrote and what it knows that others wrote; what it does not know stays hidden.
