@@ -205,9 +205,10 @@ EWA_PTX void tma_load_3d(uint32_t to, const TensorMap* map, uint32_t barrier, in
 }
 // To the same address of every CTA of the cluster in the mask, where the same barrier gets the whole box's bytes.
 EWA_PTX void tma_load_multicast_2d(uint32_t to, const TensorMap* map, uint32_t barrier, int x, int y, uint16_t mask) {
-    asm volatile("cp.async.bulk.tensor.2d." EWA_TMA_LOAD ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-                 "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(mask)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d." EWA_TMA_LOAD ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(mask)
+        : "memory");
 }
 EWA_PTX void tma_load_multicast_3d(uint32_t to, const TensorMap* map, uint32_t barrier, int x, int y, int z,
                                    uint16_t mask) {

@@ -1,19 +1,20 @@
-// A model of sm_90a on the host: the names of csrc/hopper/instructions.cuh, which includes this file where the compiler
-// is not nvcc. Threads are fibres, shared memory is bytes, and what is asynchronous happens as late as it may, at once or
-// at random; `launch` (launch.h) runs a grid and returns what was wrong, or an empty string.
+// A model of sm_90a on the host: the names of csrc/hopper/instructions.cuh, which includes this file where the
+// compiler is not nvcc. Threads are fibres, shared memory is bytes, and what is asynchronous happens as late as it may,
+// at once or at random; `launch` (launch.h) runs a grid and returns what was wrong, or an empty string.
 //
 // What it does not cover:
 // - Plain accesses through pointers: only load_… and store_… are seen.
-// - Races within a warp, and those of a write with an earlier read. Generic writes are seen by all at once; a generic
-//   read of what another warp wrote without a barrier between is an error. fence_gpu is not asked for.
+// - Races within a warp, and those of a thread's write with another's earlier read. Generic writes are seen by all at
+//   once; a generic read of what another warp wrote without a barrier between is an error. fence_gpu is not asked for.
 // - Where the fence between the proxies stands: it may be on the writer's side or the reader's. It is not asked for
 //   between the end of a TMA store and the release of a flag.
-// - Registers: reads of accumulators in flight show as NaN; a missing wgmma.fence is seen as "no fence since the last
-//   wait" for accumulators that are not in flight. Spills, bank conflicts and time do not exist.
-// - Convergence is seen where lanes are in different aligned instructions, or have ended; lanes at the same
-//   instruction in two places of a program are taken for converged.
-// - Swizzles other than 128 bytes in descriptors, and boxes narrower than the swizzle; wgmma's A from registers; clusters
-//   of more than two; griddepcontrol (launches are one after the other). float32 sums are rounded as the host does.
+// - Registers: reads of accumulators in flight show as NaN; a missing wgmma_fence is seen as "none since the last wait"
+//   for accumulators that are not in flight. Spills, bank conflicts and time do not exist.
+// - Convergence is seen where lanes are in different aligned instructions, or have ended; lanes at the same instruction
+//   in two places of a program are taken for converged.
+// - Descriptors of other swizzles than 128 bytes, boxes narrower than the swizzle, A from registers, clusters of more
+//   than two, the L2 and its hints. griddepcontrol does nothing: launches come one after the other.
+// - A loop that polls a flag some times and then goes on by itself may be taken for a livelock.
 #pragma once
 
 #define __device__

@@ -36,7 +36,8 @@ inline void check_tensor_map(const TensorMap& map, int rank) {
     if (map.swizzle != 0 && inner_bytes < map.swizzle) fail("TMA: the model knows no rows narrower than the swizzle");
 }
 
-// Hardware asks for 128 bytes; below a whole pattern the swizzle would begin in its middle, which no kernel of ours wants.
+// Hardware asks for 128 bytes. Where no whole pattern begins, the swizzle would start in its middle, which no kernel of
+// ours wants.
 inline void check_box_address(const Cta& cta, const TensorMap& map, uint32_t address) {
     shared_index(cta, address, static_cast<uint32_t>(map.box_bytes()), map.swizzle == 0 ? 128 : 8 * map.swizzle);
 }

@@ -1,6 +1,5 @@
-// Every name of csrc/hopper/instructions.cuh, for nvcc to compile; not to be run.
-#include "hopper/instructions.cuh"
-
+// Every name of csrc/hopper/instructions.cuh, and the small GEMM, for nvcc to compile; not to be run.
+#include "gemm.h"
 
 namespace {
 
@@ -95,3 +94,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     v = unpack<Operand::f16>(pack<Operand::bf16>(v.x, v.y) ^ pack<Operand::f16>(v.x, v.y));
     store_global_f32(out + 1, v.x + unpack<Operand::bf16>(multiply_high(r[0], t[0])).y);
 }
+
+#define MAP const __grid_constant__ TensorMap
+template __global__ void programs::gemm<Major::k>(MAP, MAP, MAP, int, int, int);
+template __global__ void programs::gemm<Major::mn>(MAP, MAP, MAP, int, int, int);

@@ -1,6 +1,8 @@
 // The small GEMM, right and with faults.
 #include "gemm.h"
 
+#include "programs.h"
+
 namespace programs {
 namespace {
 
@@ -12,7 +14,8 @@ template <Major kMajor, int kStages, Fault kFault>
 std::string check(const Options& options, Size size) {
     const auto [m, n, k, clusters] = size;
     constexpr bool along_k = kMajor == Major::k;
-    Matrix a = along_k ? Matrix(m, k) : Matrix(k, m), b = along_k ? Matrix(n, k, Operand::bf16, 2) : Matrix(k, n), c(m, n);
+    Matrix a = along_k ? Matrix(m, k) : Matrix(k, m), c(m, n);
+    Matrix b = along_k ? Matrix(n, k, Operand::bf16, 2) : Matrix(k, n, Operand::bf16, 2);
     for (uint16_t& bits : c.bits) bits = 0x7FC0;
     const TensorMap map_a = along_k ? a.map(64, 128) : a.map(64, 64), map_b = b.map(64, 64), map_c = c.map(64, 64);
     const int steps = (k + 63) / 64, tiles_m = (m + 255) / 256, tiles_n = (n + 127) / 128;

@@ -2,9 +2,11 @@
 // of B. One warpgroup loads, two multiply 64 rows each; the last ones' tiles leave by TMA while the next is multiplied.
 #pragma once
 
-#include "programs.h"
+#include "hopper/instructions.cuh"
 
 namespace programs {
+
+using namespace ewa::hopper;
 
 enum class Fault {
     none, early_release, no_wait_before_release, wrong_leading, wrong_parity, lost_arrival, no_proxy_fence,
@@ -29,6 +31,8 @@ struct Gemm {
     __device__ uint32_t full(int i) const { return shared + barriers + i % kStages * 8; }
     __device__ uint32_t empty(int i) const { return full(i) + kStages * 8; }
     __device__ static uint32_t parity(int i) { return i / kStages & 1; }
+
+    __device__ static uint32_t lane() { return static_cast<uint32_t>(thread_id()) % 32; }
 
     __device__ void initialise() const {
         if (thread_id() == 0) {
@@ -60,7 +64,8 @@ struct Gemm {
                     tma_load_2d(to, &a, full(i), step * depth, row);
                     tma_load_multicast_2d(half, &b, full(i), step * depth, mine, 3);
                 } else {
-                    for (int j = 0; j < 2; ++j) tma_load_2d(to + j * atom_bytes, &a, full(i), row + j * 64, step * depth);
+                    for (int j = 0; j < 2; ++j)
+                        tma_load_2d(to + j * atom_bytes, &a, full(i), row + j * 64, step * depth);
                     tma_load_multicast_2d(half, &b, full(i), mine, step * depth, 3);
                 }
             }
@@ -72,10 +77,10 @@ struct Gemm {
 
     __device__ void release(int i) const {
         if (kFault == Fault::release_by_one_warp) {
-            if (thread_id() / 32 % 4 == 0 && thread_id() % 32 < 8) mbarrier_arrive_cluster(empty(i), lane_id() & 1);
+            if (thread_id() / 32 % 4 == 0 && thread_id() % 32 < 8) mbarrier_arrive_cluster(empty(i), lane() & 1);
             return;
         }
-        if (lane_id() < 2) mbarrier_arrive_cluster(empty(i), kFault == Fault::lost_arrival ? rank : lane_id());
+        if (lane() < 2) mbarrier_arrive_cluster(empty(i), kFault == Fault::lost_arrival ? rank : lane());
     }
 
     // One warpgroup; returns the next step.
@@ -108,7 +113,7 @@ struct Gemm {
     // 64 rows × 128 columns by slices of 64 columns, through two slots.
     __device__ void store(const float (&d)[columns / 2], int row, int column) const {
         const int group = warp_uniform(thread_id() / 128), first = thread_id() % 128 == 0;
-        const uint32_t own_row = thread_id() % 128 / 32 * 16 + (lane_id() & 15);
+        const uint32_t own_row = thread_id() % 128 / 32 * 16 + (lane() & 15);
 #pragma unroll
         for (int slice = 0; slice < 2; ++slice) {
             const uint32_t slot = shared + slices + static_cast<uint32_t>(group * 2 + slice) * slice_bytes;
@@ -117,7 +122,7 @@ struct Gemm {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const float* v = &d[slice * 32 + j * 8];
-                stmatrix_x4(slot + swizzled_offset(own_row, 2 * j + (lane_id() >> 4)), pack<Operand::bf16>(v[0], v[1]),
+                stmatrix_x4(slot + swizzled_offset(own_row, 2 * j + (lane() >> 4)), pack<Operand::bf16>(v[0], v[1]),
                             pack<Operand::bf16>(v[2], v[3]), pack<Operand::bf16>(v[4], v[5]),
                             pack<Operand::bf16>(v[6], v[7]));
             }

@@ -68,7 +68,10 @@ std::string hand_off(const Options& options) {
     });
     std::vector<float> values;
     for (int i = 0; i < tiles * tile_rows * 64; ++i) values.push_back(x(i / 64, i % 64));
-    return compare(said, values, [&before](int i) { return before(i / 64 % tile_rows, i % 64) + i / 64 / tile_rows + 1; });
+    return compare(said, values, [&before](int i) {
+        const int row = i / 64;
+        return before(row % tile_rows, i % 64) + row / tile_rows + 1;
+    });
 }
 
 }  // namespace

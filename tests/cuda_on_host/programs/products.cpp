@@ -21,8 +21,9 @@ void fill(uint32_t at, const Matrix& from) {
     constexpr bool along_k = kMajor == Major::k;
     for (int i = thread_id(); i < from.rows * 32; i += 128) {
         const int mn = along_k ? i / 32 : i / 64 * 2, k = along_k ? i % 32 * 2 : i % 64;
-        const uint32_t low = from.bits[mn * 64 + k], high = along_k ? from.bits[mn * 64 + k + 1] : from.bits[mn * 64 + 64 + k];
-        store_shared_u32(at + offset_of<kMajor>(mn, k), low | high << 16);
+        const uint16_t* low = &from.bits[mn * 64 + k];
+        const uint32_t high = low[along_k ? 1 : 64];
+        store_shared_u32(at + offset_of<kMajor>(mn, k), *low | high << 16);
     }
 }
 
@@ -93,10 +94,12 @@ std::string descriptors(const Options&) {
     const auto is = [](uint64_t d, uint64_t start, uint64_t leading, uint64_t stride) {
         return d == (start | leading << 16 | stride << 32 | 1ull << 62);
     };
-    const bool right = is(make_descriptor<k>(0x2400), 0x240, 1, 64) && is(make_descriptor<mn>(0x2400), 0x240, 512, 64) &&
+    const bool right = is(make_descriptor<k>(0x2400), 0x240, 1, 64) &&
+                       is(make_descriptor<mn>(0x2400), 0x240, 512, 64) &&
                        is(make_descriptor<k>(0x37C00) + descriptor_next_k16<k>, 0x37C2, 1, 64) &&
                        is(make_descriptor<mn>(0) + descriptor_next_k16<mn>, 128, 512, 64) &&
-                       is(make_descriptor<mn>(0) + descriptor_next_64_rows, 512, 512, 64) && descriptor_step(2048) == 128;
+                       is(make_descriptor<mn>(0) + descriptor_next_64_rows, 512, 512, 64) &&
+                       descriptor_step(2048) == 128;
     return right ? "" : "values: a descriptor";
 }
 

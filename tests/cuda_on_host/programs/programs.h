@@ -35,8 +35,10 @@ struct Matrix {
     Operand type;
     std::vector<uint16_t> bits;
 
-    Matrix(int rows, int columns, Operand type = Operand::bf16, uint32_t seed = 1) : rows(rows), columns(columns), type(type) {
-        for (uint32_t i = 0; i < static_cast<uint32_t>(rows * columns); ++i) bits.push_back(of(small_number(i + 977 * seed)));
+    Matrix(int rows, int columns, Operand type = Operand::bf16, uint32_t seed = 1)
+        : rows(rows), columns(columns), type(type) {
+        const auto size = static_cast<uint32_t>(rows * columns);
+        for (uint32_t i = 0; i < size; ++i) bits.push_back(of(small_number(i + 977 * seed)));
     }
     uint16_t of(float v) const { return type == Operand::bf16 ? nearest<BFloat16>(v).bits : nearest<Half>(v).bits; }
     float operator()(int row, int column) const {
@@ -54,7 +56,8 @@ std::string compare(std::string said, const std::vector<T>& values, Expected&& e
     for (size_t i = 0; said.empty() && i < values.size(); ++i) {
         const auto right = static_cast<T>(expected(static_cast<int>(i)));
         if (!(values[i] == right))
-            said = "values: " + std::to_string(values[i]) + " at " + std::to_string(i) + ", not " + std::to_string(right);
+            said = "values: " + std::to_string(values[i]) + " at " + std::to_string(i) + ", not " +
+                   std::to_string(right);
     }
     return said;
 }
