@@ -297,6 +297,7 @@ EWA_PTX void store_shared_u32x4(uint32_t at, uint4 v) {
 // What no one writes while the kernel runs.
 EWA_PTX int load_constant_i32(const int* at) { return __ldg(at); }
 EWA_PTX float load_constant_f32(const float* at) { return __ldg(at); }
+EWA_PTX uint32_t load_constant_u16(const uint16_t* at) { return __ldg(at); }
 EWA_PTX uint4 load_global_u32x4(const void* at) {
     uint4 v;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -341,6 +342,17 @@ EWA_PTX float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+EWA_PTX float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// The larger one; a NaN if one of them is.
+EWA_PTX float max_nan(float a, float b) {
+    float c;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
 }
 EWA_PTX uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 

@@ -172,6 +172,7 @@ inline void store_shared_u32x4(uint32_t at, uint4 v) { machine::write_shared(mac
 
 inline int load_constant_i32(const int* at) { return *at; }
 inline float load_constant_f32(const float* at) { return *at; }
+inline uint32_t load_constant_u16(const uint16_t* at) { return *at; }
 inline uint4 load_global_u32x4(const void* at) {
     const auto address = reinterpret_cast<uintptr_t>(at);
     if (address % 16 != 0) machine::fail("misaligned load from global memory");

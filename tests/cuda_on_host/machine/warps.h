@@ -167,6 +167,8 @@ inline void ldmatrix_x4_transposed(uint32_t row, uint32_t (&r)[4]) {
 }
 
 inline float exp2_approx(float x) { return std::exp2(x) < 1.17549435e-38f ? 0.0f : std::exp2(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
+inline float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::max(a, b); }
 inline uint32_t multiply_high(uint32_t a, uint32_t b) {
     return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
 }

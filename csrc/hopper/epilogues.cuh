@@ -1,0 +1,227 @@
+// What is done with a tile of a product while the next is multiplied.
+//
+// An epilogue has `begin(tile)`, called before the product, and `slice(d, slot, tile, row, n)`, called by a warpgroup
+// for every 64 rows × `slice_columns` columns of accumulators: it leaves `outputs` blocks of 64 × 64 in shared memory
+// from `slot` on, swizzled, which then go where `Maps::out` says; or, if it `scatters`, where its `scatter` puts them.
+// `row`: the slice's first, of the expert; n: its number in the tile. `d`: this thread's accumulators, see `wgmma`.
+#pragma once
+
+#include "../random.h"
+#include "activations.cuh"
+#include "instructions.cuh"
+#include "schedule.h"
+
+namespace ewa::hopper {
+
+// This thread's first row of the 16 of its warp, of a slice's 64; it has the one 8 further down too.
+__device__ __forceinline__ int own_row() { return thread_id() % 128 / 32 * 16 + thread_id() % 32 / 4; }
+// And its first column of every 8; it has the next one too.
+__device__ __forceinline__ int own_column() { return thread_id() % 4 * 2; }
+
+// Columns 16 j … 16 j + 15 of a slice: what this thread has of them, in the order of its accumulators.
+template <Operand kType>
+__device__ __forceinline__ void put_columns(uint32_t block, int j, const float* v) {
+    const uint32_t lane = thread_id() % 32, row = thread_id() % 128 / 32 * 16 + (lane & 15);
+    stmatrix_x4(block + swizzled_offset(row, 2 * j + (lane >> 4)), pack<kType>(v[0], v[1]), pack<kType>(v[2], v[3]),
+                pack<kType>(v[4], v[5]), pack<kType>(v[6], v[7]));
+}
+
+// out = d.
+template <Operand kType>
+struct StoreTile {
+    static constexpr int outputs = 1, slice_columns = 64, scratch_bytes = 0;
+    static constexpr bool gated = false, scatters = false;
+    struct Arguments {
+        int wanted;
+    };
+
+    __device__ StoreTile(const Arguments&, uint32_t) {}
+    __device__ __forceinline__ void begin(const Tile&) {}
+    __device__ __forceinline__ void slice(const float* d, uint32_t slot, const Tile&, int, int) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) put_columns<kType>(slot, j, d + 8 * j);
+    }
+};
+
+// A vector of numbers of one of three types, or none.
+struct Vector {
+    enum Type { none, float32, bfloat16, float16 };
+    const void* data;
+    int type;
+
+    __device__ __forceinline__ float operator[](int64_t i) const {
+        if (type == none) return 0.0f;
+        if (type == float32) return load_constant_f32(static_cast<const float*>(data) + i);
+        const uint32_t bits = load_constant_u16(static_cast<const uint16_t*>(data) + i);
+        return type == bfloat16 ? unpack<Operand::bf16>(bits).x : unpack<Operand::f16>(bits).x;
+    }
+};
+
+// First grouped row of an expert, where groups are equal.
+__device__ __forceinline__ int64_t first_row_of(int expert, int num_rows, int num_experts) {
+    return static_cast<int64_t>(expert) * num_rows / num_experts;
+}
+
+// Biases of a tile's columns, in shared memory; each warpgroup has its own.
+template <int kColumns>
+struct Biases {
+    uint32_t at;
+
+    // `index(i)`: which of the vector's, or −1 for none.
+    template <class Index>
+    __device__ __forceinline__ void load(const Vector& bias, Index&& index) const {
+        for (int i = thread_id() % 128; i < kColumns; i += 128) {
+            const int64_t k = index(i);
+            store_shared_f32(at + 4 * i, k >= 0 ? bias[k] : 0.0f);
+        }
+    }
+    // Four accumulators, of two columns and two rows, and their biases; `column`: the first of eight of the tile.
+    __device__ __forceinline__ void add(float (&v)[4], const float* d, int column) const {
+        const float2 b = load_shared_f32x2(at + 4 * (column + own_column()));
+        v[0] = d[0] + b.x;
+        v[1] = d[1] + b.y;
+        v[2] = d[2] + b.x;
+        v[3] = d[3] + b.y;
+    }
+};
+
+// y[permutation[row]] = d + bias.
+template <Operand kType, int kColumns>
+struct StoreScattered {
+    static constexpr int outputs = 1, slice_columns = 64, scratch_bytes = kColumns * 4;
+    static constexpr bool gated = false, scatters = true;
+
+    struct Arguments {
+        Vector bias;             // [E, D]
+        const int* permutation;  // [R]
+        void* y;                 // [R, D]
+        int d_model, num_rows, num_experts;
+    };
+    const Arguments& with;
+    Biases<kColumns> biases;
+
+    __device__ StoreScattered(const Arguments& arguments, uint32_t scratch) : with(arguments), biases{scratch} {}
+
+    __device__ __forceinline__ void begin(const Tile& tile) {
+        biases.load(with.bias, [&](int i) {
+            const int column = tile.column * kColumns + i;
+            return column < with.d_model ? static_cast<int64_t>(tile.expert) * with.d_model + column : -1;
+        });
+    }
+
+    __device__ __forceinline__ void slice(const float* d, uint32_t slot, const Tile&, int, int n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float v[8];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float sum[4];
+                biases.add(sum, d + 8 * j + 4 * h, n * 64 + 16 * j + 8 * h);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) v[4 * h + i] = sum[i];
+            }
+            put_columns<kType>(slot, j, v);
+        }
+    }
+
+    // Eight threads have 64 columns of a row, 16 bytes each.
+    __device__ __forceinline__ void scatter(uint32_t slot, const Tile& tile, int row, int column) {
+        const int64_t start = first_row_of(tile.expert, with.num_rows, with.num_experts);
+        const int size = static_cast<int>(first_row_of(tile.expert + 1, with.num_rows, with.num_experts) - start);
+        const int chunk = thread_id() % 8, inside = column + 8 * chunk;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int r = thread_id() % 128 / 8 + 16 * i;
+            if (row + r < size && inside < with.d_model) {
+                const int64_t to = load_constant_i32(with.permutation + start + row + r);
+                store_global_u32x4(static_cast<uint16_t*>(with.y) + to * with.d_model + inside,
+                                   load_shared_u32x4(slot + swizzled_offset(r, chunk)));
+            }
+        }
+    }
+};
+
+// hidden = activation(d + bias), or activation(gate + bias) · (value + bias), with dropout. Out: hidden, then
+// pre_activation, or its gates and its values, unless nobody wants it.
+//
+// Gated, the first half of a tile's columns are gates and the second their values, so that a thread has both.
+template <Operand kType, int kColumns, class Activation, bool kGated, bool kDropout>
+struct StoreHidden {
+    static constexpr int outputs = kGated ? 3 : 2, slice_columns = kGated ? 128 : 64;
+    static constexpr int scratch_bytes = kColumns * 4;  // biases
+    static constexpr bool gated = kGated, scatters = false;
+    static_assert(!kGated || kColumns == 128);
+
+    struct Arguments {
+        Vector bias;  // [E, F or 2F]
+        int d_ff;
+        int num_rows, num_experts;  // grouped rows
+        uint64_t seed;              // of dropout
+        uint32_t threshold;         // bits below it drop
+        float scale;
+        int wanted;  // outputs
+    };
+    const Arguments& with;
+    Biases<kColumns> biases;
+
+    __device__ StoreHidden(const Arguments& arguments, uint32_t scratch) : with(arguments), biases{scratch} {}
+
+    __device__ __forceinline__ void begin(const Tile& tile) {
+        constexpr int width = kGated ? kColumns / 2 : kColumns;  // of hidden
+        const int64_t first = static_cast<int64_t>(tile.expert) * with.d_ff * (kGated ? 2 : 1);
+        biases.load(with.bias, [&](int i) {
+            const int column = tile.column * width + i % width, of_values = i / width * with.d_ff;
+            return column < with.d_ff ? first + of_values + column : -1;
+        });
+    }
+
+    __device__ __forceinline__ void drop(float (&v)[4], const uint32_t (&of_rows)[2], const DropoutKeys& keys, int column) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t of_column = keys.of_column(column + i);
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                v[2 * h + i] *= dropout_bits(of_rows[h], of_column) < with.threshold ? 0.0f : with.scale;
+        }
+    }
+
+    __device__ __forceinline__ void slice(const float* d, uint32_t slot, const Tile& tile, int row, int n) {
+        uint32_t of_rows[2] = {};
+        const DropoutKeys keys(with.seed);
+        if constexpr (kDropout) {
+            const int64_t start = first_row_of(tile.expert, with.num_rows, with.num_experts);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) of_rows[h] = keys.of_row(start + row + own_row() + 8 * h);
+        }
+        const int first = tile.column * (kGated ? kColumns / 2 : kColumns) + n * 64;  // of hidden
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float pre[8], value[8], hidden[8];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int column = 16 * j + 8 * h;
+                float p[4], q[4], out[4];
+                biases.add(p, d + 8 * j + 4 * h, n * 64 + column);
+                if (kGated) biases.add(q, d + 32 + 8 * j + 4 * h, 64 + column);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    out[i] = Activation::value(p[i]);
+                    if (kGated) out[i] *= q[i];
+                }
+                if constexpr (kDropout) drop(out, of_rows, keys, first + column + own_column());
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    pre[4 * h + i] = p[i];
+                    if (kGated) value[4 * h + i] = q[i];
+                    hidden[4 * h + i] = out[i];
+                }
+            }
+            // At once: what waits for its turn takes registers.
+            put_columns<kType>(slot, j, hidden);
+            put_columns<kType>(slot + atom_bytes, j, pre);
+            if (kGated) put_columns<kType>(slot + 2 * atom_bytes, j, value);
+        }
+    }
+};
+
+}  // namespace ewa::hopper

@@ -1,0 +1,38 @@
+// Which tile a cluster works on: known beforehand, so that all roles of a kernel count alike and nobody asks.
+#pragma once
+
+#include <cstdint>
+
+#include "../platform.h"
+
+namespace ewa::hopper {
+
+constexpr int tile_rows = 128;  // of a CTA; the two of a cluster have one below the other
+constexpr int step_depth = 64;  // of the index that is summed over
+
+// A [M, K] · B [K, N] of every expert, in pairs of tiles.
+struct Work {
+    int pairs;        // of tiles of an expert's M rows; the last may have none
+    int columns;      // tiles of N
+    int num_experts;
+    int steps;        // of K
+
+    EWA_ANYWHERE int tiles() const { return num_experts * pairs * columns; }
+};
+
+struct Tile {
+    int expert, row, column;  // first row and column tile
+};
+
+// Tile `index` of the CTA of this rank. So many pairs, one after the other, share a column of B in the L2 cache.
+EWA_ANYWHERE Tile tile_at(const Work& work, int index, int rank) {
+    constexpr int group = 8;
+    const int of_expert = work.pairs * work.columns;
+    const int expert = index / of_expert, rest = index - expert * of_expert;
+    const int first = rest / (group * work.columns) * group;
+    const int left = work.pairs - first, size = left < group ? left : group;
+    const int inside = rest - first * work.columns, column = inside / size;
+    return {expert, ((first + inside - column * size) * 2 + rank) * tile_rows, column};
+}
+
+}  // namespace ewa::hopper

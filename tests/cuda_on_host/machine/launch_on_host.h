@@ -1,0 +1,23 @@
+// What csrc/hopper/launch.cuh has for a device, for the model: a launch runs the grid and returns what was wrong.
+#pragma once
+
+namespace ewa::hopper {
+
+inline machine::Options options_of_launches;
+inline int multiprocessors_of_launches = 4;  // fewer than any device has: the grid would take long
+
+inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string&) {
+    return machine::make_tensor_map(const_cast<void*>(tensor.data), 2, {tensor.columns, tensor.rows, tensor.experts},
+                                    {tensor.row_stride * 2, tensor.expert_stride * 2}, {64, box_rows, 1});
+}
+
+template <class Shape, class Epilogue>
+std::string launch_product(const Maps<Epilogue::outputs>& maps, const Work& work,
+                           const typename Epilogue::Arguments& arguments, int, void*) {
+    const int clusters = std::min(work.tiles(), multiprocessors_of_launches / 2);
+    const machine::Grid grid{clusters, 2, num_threads, (Product<Shape, Epilogue>::shared_bytes + 15) / 16 * 16};
+    return machine::launch(grid, options_of_launches,
+                           [&] { product_kernel<Shape, Epilogue>(maps, work, arguments); });
+}
+
+}  // namespace ewa::hopper
