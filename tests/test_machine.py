@@ -14,12 +14,13 @@ SEEDS = 3
 
 # What is said of each program of cuda_on_host/programs: nothing, or how its fault shows.
 VALUES = "values: "
-RACE = "race: reads in shared memory"
+RACE = "race: (reads|writes) in shared memory"
 UNINITIALISED = "is not initialised|no barrier between its initialisation"
 BYTES = "expect_tx too small|more bytes|deadlock|ends while TMA loads"
 PROGRAMS = {
     "phases": "",
     "phases: no wait": RACE,
+    "phases: no wait to write": f"{RACE}|more arrivals",
     "phases: wrong parity": RACE,
     "phases: not initialised": "is not initialised",
     "phases: no barrier after initialisation": UNINITIALISED,
@@ -34,6 +35,7 @@ PROGRAMS = {
     "cluster barrier: does not arrive": "cluster_wait without cluster_arrive",
     "named barriers": "",
     "named barriers: no wait": RACE,
+    "named barriers: no wait to write": RACE,
     "named barriers: mismatched counts": f"mismatched counts (128 and 96|96 and 128)|{RACE}",
     "named barriers: not whole warps": "number of threads 120",
     "named barriers: number 16": "named barrier 16",
@@ -65,20 +67,21 @@ PROGRAMS = {
     "load 2-D: outside": "",
     "load 2-D: too few bytes": BYTES,
     "load 2-D: too many bytes": r"deadlock: .*lacks 0 arrivals and 16 bytes",
-    "load 2-D: no wait": f"{VALUES}.*nan|ends while TMA loads to it are in flight",
+    "load 2-D: no wait": f"{VALUES}.*nan|{RACE}|ends while TMA loads to it are in flight",
+    "load 2-D: over what is read": f"{RACE}|deadlock",
     "load 2-D: misaligned": "misaligned address in shared memory",
     "load 2-D: in flight at the end": f"ends while TMA loads to it are in flight|{VALUES}",
     "load and store 3-D": "",
-    "load and store 3-D: no wait for reading": VALUES,
+    "load and store 3-D: no wait for reading": "what a TMA store may still read",
     "load and store 3-D: no wait at the end": "before its TMA stores have read shared memory",
-    "load and store 3-D: not committed": "a TMA store that was not committed",
+    "load and store 3-D: not committed": "a TMA store that was not committed|what a TMA store may still read",
     "store 2-D": "",
     "store 2-D: no fence": f"{VALUES}.*nan",
     "store 2-D: fence by some": f"{VALUES}.*nan",
-    "store 2-D: no wait for reading": VALUES,
+    "store 2-D: no wait for reading": "what a TMA store may still read",
     "multicast": "",
-    "multicast: bytes of the own half": BYTES,
-    "multicast: after exit": "TMA load to a CTA that has ended",
+    "multicast: bytes of the own half": f"{BYTES}|{RACE}",
+    "multicast: after exit": "TMA load to a CTA that has ended|ends while TMA loads",
     "tensor map: misaligned": "TMA: misaligned tensor",
     "tensor map: stride": "TMA: misaligned stride",
     "tensor map: wider than the swizzle": "wider than the swizzle",
@@ -133,8 +136,8 @@ PROGRAMS = {
     "gemm: too few bytes expected": BYTES,
     "gemm: no wait for the products": f"{VALUES}nan|written while wgmma was in flight",
     "gemm: no wgmma_fence": "wgmma without wgmma_fence",
-    "gemm: slot written while it is read": VALUES,
-    "gemm: slot without a barrier": VALUES,
+    "gemm: slot written while it is read": "what a TMA store may still read",
+    "gemm: slot without a barrier": f"{VALUES}|{RACE}",
     "gemm: no fence after initialisation": "no fence_mbarrier_init before TMA or the peer",
     "gemm: ends before the peer has done with it": "has ended|ends while",
     "gemm: the peer's half of B": VALUES,

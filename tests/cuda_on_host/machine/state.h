@@ -217,7 +217,11 @@ struct Cta {
     Cluster* cluster = nullptr;
     int rank = 0, running = 0;
     std::vector<uint8_t> generic, async;  // shared memory as the two proxies see it
-    std::vector<Stamp> writers;           // of each 4 bytes, if a thread wrote them last
+    // Of each 4 bytes: who wrote them last, if that was a thread; the warps that have read them since, and when; how
+    // many TMA stores of them were not yet waited for.
+    std::vector<Stamp> writers;
+    std::vector<uint32_t> readers, read_epochs;
+    std::vector<uint8_t> stores;
     std::unordered_map<uint32_t, Mbarrier> mbarriers;
     std::array<NamedBarrier, 16> named;
     std::vector<Warp> warps;

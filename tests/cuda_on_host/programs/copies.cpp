@@ -6,7 +6,7 @@ namespace {
 
 enum class Fault {
     none, too_few_bytes, too_many_bytes, no_wait, misaligned, not_fenced, no_wait_read, no_wait_at_end, no_commit,
-    after_exit, in_flight_at_end, no_arrival, half_at_one,
+    after_exit, over_what_is_read, in_flight_at_end, half_at_one,
 };
 
 // The first thread initialises a barrier for the cluster, and is the only one to go on issuing.
@@ -50,6 +50,13 @@ std::string load_2d(const Options& options) {
                 if (kSwizzle == 64) offset = row * 64 + ((column / 8 ^ row / 2 % 4) * 16) + column % 8 * 2;
                 seen[i] = bf16_at(to + offset);
             }
+            // The next box: when the other warp has read this one.
+            if (kFault != Fault::over_what_is_read) named_barrier_sync(1, 64);
+            if (thread_id() == 0 && kFault != Fault::no_wait) {
+                mbarrier_arrive_expect_tx(barrier, bytes);
+                tma_load_2d(to, &map, barrier, 0, 0);
+            }
+            if (kFault != Fault::no_wait) mbarrier_wait(barrier, 1);
         });
     });
     return compare(said, seen, [&from](int i) {
@@ -231,6 +238,7 @@ const std::vector<Program> copy_programs = {
     {"load 2-D: too few bytes", load_2d<128, 0, 0, Fault::too_few_bytes>},
     {"load 2-D: too many bytes", load_2d<128, 0, 0, Fault::too_many_bytes>},
     {"load 2-D: no wait", load_2d<128, 0, 0, Fault::no_wait>},
+    {"load 2-D: over what is read", load_2d<128, 0, 0, Fault::over_what_is_read>},
     {"load 2-D: misaligned", load_2d<128, 0, 0, Fault::misaligned>},
     {"load 2-D: in flight at the end", load_2d<128, 0, 0, Fault::in_flight_at_end>},
     {"load and store 3-D", there_and_back_3d<Fault::none>},
