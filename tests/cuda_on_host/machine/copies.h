@@ -66,17 +66,9 @@ inline void store(int rank, const TensorMap* map, uint32_t from, std::array<int,
     preempt();
     check_tensor_map(*map, rank);
     check_box_address(own_cta(), *map, from);
-    const uint32_t begin = from - shared_begin, end = begin + static_cast<uint32_t>(map->box_bytes());
-    for (uint32_t i = begin / 4; i < end / 4; ++i) ++own_cta().stores[i];
+    begin_async_read(own_cta(), from - shared_begin, static_cast<uint32_t>(map->box_bytes()));
     self().open_stores.stores.push_back({&own_cta(), *map, from, at, false, false, {}});
     if (state.options.tma == When::at_once) complete(self().open_stores.stores.back());
-}
-
-// Whoever knows of this wait may write there again.
-inline void end_reading(const Store& store) {
-    const uint32_t begin = store.from - shared_begin, bytes = static_cast<uint32_t>(store.map.box_bytes());
-    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) --store.from_cta->stores[i];
-    note_read(begin, bytes);
 }
 
 // All groups but the last `left`: read them, or complete them. Others may also happen now.
@@ -87,7 +79,7 @@ inline void wait_for_stores(size_t left, bool only_read) {
         const bool is_new = waited && !groups[i].waited_read;
         groups[i].waited_read |= waited;
         for (Store& store : groups[i].stores) {
-            if (is_new) end_reading(store);
+            if (is_new) end_async_read(own_cta(), store.from - shared_begin, static_cast<uint32_t>(store.map.box_bytes()));
             if (waited || by_chance(state.options.tma)) read(store);
             if ((waited && !only_read) || (store.has_read && by_chance(state.options.tma))) complete(store);
         }

@@ -65,7 +65,7 @@ inline void start(Cluster& cluster, int id) {
         cta->async = cta->generic;
         cta->writers.assign(static_cast<size_t>(grid.shared_bytes / 4), {});
         cta->readers.assign(cta->writers.size(), 0);
-        cta->stores.assign(cta->writers.size(), 0);
+        cta->async_reads.assign(cta->writers.size(), 0);
         cta->read_epochs.resize(cta->writers.size() * cta->warps.size());
         cta->mbarriers.clear();
         cta->named = {};

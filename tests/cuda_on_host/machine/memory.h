@@ -41,7 +41,8 @@ inline void check_overwrite(const Fibre& writer, const Cta& cta, uint32_t begin,
         return stamp.epoch != 0 && stamp.warp != now(writer).warp && !knows(writer, stamp);
     };
     for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) {
-        if (cta.stores[i] > 0) return fail("race: writes in shared memory what a TMA store may still read");
+        if (cta.async_reads[i] > 0)
+            return fail("race: writes in shared memory what a TMA store or wgmma may still read");
         if (others(cta.writers[i])) return fail("race: writes in shared memory over what another warp wrote");
         for (uint32_t left = cta.readers[i]; left != 0; left &= left - 1) {
             const auto warp = static_cast<uint32_t>(__builtin_ctz(left));
@@ -73,6 +74,15 @@ inline void note_read(uint32_t begin, uint32_t bytes) {
         cta.readers[i] |= 1u << warp;
         cta.read_epochs[i * cta.warps.size() + warp] = cta.warps[warp].now.epoch;
     }
+}
+
+// TMA or wgmma reads from here on, until a thread has waited for it: whoever knows of that may write there again.
+inline void begin_async_read(Cta& cta, uint32_t begin, uint32_t bytes) {
+    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) ++cta.async_reads[i];
+}
+inline void end_async_read(Cta& cta, uint32_t begin, uint32_t bytes) {
+    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) --cta.async_reads[i];
+    note_read(begin, bytes);
 }
 
 inline void read_shared(void* to, uint32_t address, uint32_t bytes) {
