@@ -79,7 +79,8 @@ inline void wait_for_stores(size_t left, bool only_read) {
         const bool is_new = waited && !groups[i].waited_read;
         groups[i].waited_read |= waited;
         for (Store& store : groups[i].stores) {
-            if (is_new) end_async_read(own_cta(), store.from - shared_begin, static_cast<uint32_t>(store.map.box_bytes()));
+            const auto bytes = static_cast<uint32_t>(store.map.box_bytes());
+            if (is_new) end_async_read(own_cta(), store.from - shared_begin, bytes);
             if (waited || by_chance(state.options.tma)) read(store);
             if ((waited && !only_read) || (store.has_read && by_chance(state.options.tma))) complete(store);
         }

@@ -7,8 +7,9 @@ namespace {
 constexpr int rounds = 5;
 
 enum class Fault {
-    none, no_wait, no_wait_to_write, wrong_parity, too_many_arrivals, not_initialised, no_init_fence, no_init_barrier, lost_arrival,
-    after_exit, second_arrive, no_arrive, wrong_count, odd_count, no_such_barrier, half_a_warp, never_set, wrong_order,
+    none, no_wait, no_wait_to_write, wrong_parity, not_initialised, no_init_fence, no_init_barrier,
+    lost_arrival, second_arrive, no_arrive, wrong_count, odd_count, no_such_barrier, half_a_warp, never_set,
+    wrong_order,
 };
 
 // Warp 0 writes a number for each lane, warp 1 adds it up, through one slot that two barriers guard.
