@@ -19,6 +19,7 @@ UNINITIALISED = "is not initialised|no barrier between its initialisation"
 BYTES = "expect_tx too small|more bytes|deadlock|ends while TMA loads"
 PROGRAMS = {
     "phases": "",
+    "phases, polled": "",
     "phases: no wait": RACE,
     "phases: no wait to write": f"{RACE}|more arrivals",
     "phases: wrong parity": RACE,
@@ -80,6 +81,7 @@ PROGRAMS = {
     "store 2-D: fence by some": f"{VALUES}.*nan",
     "store 2-D: no wait for reading": "what a TMA store or wgmma may still read",
     "multicast": "",
+    "multicast 3-D": "",
     "multicast: bytes of the own half": f"{BYTES}|{RACE}",
     "multicast: after exit": "TMA load to a CTA that has ended|ends while TMA loads",
     "tensor map: misaligned": "TMA: misaligned tensor",

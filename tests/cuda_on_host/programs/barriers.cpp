@@ -13,7 +13,7 @@ enum class Fault {
 };
 
 // Warp 0 writes a number for each lane, warp 1 adds it up, through one slot that two barriers guard.
-template <Fault kFault>
+template <Fault kFault, bool kPolls = false>
 std::string phases(const Options& options) {
     std::vector<float> sums(32, 0.0f);
     const std::string said = launch({1, 1, 64, 4096}, options, [&] {
@@ -30,7 +30,10 @@ std::string phases(const Options& options) {
                 store_shared_f32(slot, static_cast<float>(i + lane_id()));
                 mbarrier_arrive(full);
             } else {
-                if (kFault != Fault::no_wait) mbarrier_wait(full, kFault == Fault::wrong_parity ? parity ^ 1 : parity);
+                if (kPolls)
+                    while (!mbarrier_try_wait(full, parity)) continue;
+                else if (kFault != Fault::no_wait)
+                    mbarrier_wait(full, kFault == Fault::wrong_parity ? parity ^ 1 : parity);
                 sums[lane_id()] += load_shared_f32(slot);
                 mbarrier_arrive(empty);
             }
@@ -179,6 +182,7 @@ std::string who_waits(const Options& options) {
 
 const std::vector<Program> barrier_programs = {
     {"phases", phases<Fault::none>},
+    {"phases, polled", phases<Fault::none, true>},
     {"phases: no wait", phases<Fault::no_wait>},
     {"phases: no wait to write", phases<Fault::no_wait_to_write>},
     {"phases: wrong parity", phases<Fault::wrong_parity>},

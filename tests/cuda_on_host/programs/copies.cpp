@@ -127,10 +127,11 @@ std::string store_2d(const Options& options) {
 }
 
 // Each CTA loads half of a box of 32 rows, for both.
-template <Fault kFault>
+template <Fault kFault, bool k3d = false>
 std::string multicast(const Options& options) {
     Matrix from(32, 64);
-    const TensorMap map = from.map(64, 16);
+    const TensorMap halves = make_tensor_map(from.bits.data(), 2, {64, 16, 2}, {128, 2048}, {64, 16, 1});
+    const TensorMap map = k3d ? halves : from.map(64, 16);
     std::vector<float> seen(2 * 32 * 64, NAN);
     const std::string said = launch({1, 2, 64, 8192}, options, [&] {
         const uint32_t to = shared_memory(), barrier = to + 4096, rank = cluster_rank();
@@ -140,7 +141,10 @@ std::string multicast(const Options& options) {
                 mbarrier_arrive_expect_tx(barrier, kFault == Fault::too_few_bytes ? 2048 : 4096);
                 if (kFault == Fault::after_exit)
                     for (int i = 0; i < 1000; ++i) mbarrier_wait(barrier, 1);
-                tma_load_multicast_2d(to + rank * 2048, &map, barrier, 0, 16 * rank, 3);
+                if (k3d)
+                    tma_load_multicast_3d(to + rank * 2048, &map, barrier, 0, 0, static_cast<int>(rank), 3);
+                else
+                    tma_load_multicast_2d(to + rank * 2048, &map, barrier, 0, static_cast<int>(rank) * 16, 3);
             }
             mbarrier_wait(barrier, 0);
             for (int i = thread_id(); i < 32 * 64; i += 64)
@@ -250,6 +254,7 @@ const std::vector<Program> copy_programs = {
     {"store 2-D: fence by some", store_2d<Fault::half_at_one>},
     {"store 2-D: no wait for reading", store_2d<Fault::no_wait_read>},
     {"multicast", multicast<Fault::none>},
+    {"multicast 3-D", multicast<Fault::none, true>},
     {"multicast: bytes of the own half", multicast<Fault::too_few_bytes>},
     {"multicast: after exit", multicast<Fault::after_exit>},
     {"tensor map: misaligned", bad_tensor_map<0>},
