@@ -30,6 +30,7 @@ inline void load(int rank, uint32_t to, const TensorMap* map, uint32_t barrier, 
         Cta& cta = *cta_of_cluster(i);
         if (cta.running == 0) fail("TMA load to a CTA that has ended");
         check_box_address(cta, *map, to);
+        check_overwrite(self(), cta, to - shared_begin, static_cast<uint32_t>(map->box_bytes()));
         const Load next{&cta, to, barrier, mbarrier_at(cta, barrier, true).phase, *map, at};
         ++cta.loads_in_flight;
         if (state.options.tma == When::at_once)
@@ -65,6 +66,7 @@ inline void store(int rank, const TensorMap* map, uint32_t from, std::array<int,
     preempt();
     check_tensor_map(*map, rank);
     check_box_address(own_cta(), *map, from);
+    begin_async_read(own_cta(), from - shared_begin, static_cast<uint32_t>(map->box_bytes()));
     self().open_stores.stores.push_back({&own_cta(), *map, from, at, false, false, {}});
     if (state.options.tma == When::at_once) complete(self().open_stores.stores.back());
 }
@@ -74,8 +76,11 @@ inline void wait_for_stores(size_t left, bool only_read) {
     auto& groups = self().store_groups;
     for (size_t i = 0; i < groups.size(); ++i) {
         const bool waited = i + left < groups.size();
+        const bool is_new = waited && !groups[i].waited_read;
         groups[i].waited_read |= waited;
         for (Store& store : groups[i].stores) {
+            const auto bytes = static_cast<uint32_t>(store.map.box_bytes());
+            if (is_new) end_async_read(own_cta(), store.from - shared_begin, bytes);
             if (waited || by_chance(state.options.tma)) read(store);
             if ((waited && !only_read) || (store.has_read && by_chance(state.options.tma))) complete(store);
         }

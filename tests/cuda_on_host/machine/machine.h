@@ -4,8 +4,9 @@
 //
 // What it does not cover:
 // - Plain accesses through pointers: only load_… and store_… are seen.
-// - Races within a warp, and those of a thread's write with another's earlier read. Generic writes are seen by all at
-//   once; a generic read of what another warp wrote without a barrier between is an error. fence_gpu is not asked for.
+// - Races within a warp. Between warps, accesses to shared memory without a barrier between are an error if one of them
+//   writes, be it by threads, a TMA load, a TMA store or wgmma, which read until they are waited for; in global memory
+//   only a thread's read of what another wrote is. Generic writes are seen by all at once. fence_gpu is not asked for.
 // - Where the fence between the proxies stands: it may be on the writer's side or the reader's. It is not asked for
 //   between the end of a TMA store and the release of a flag.
 // - Registers: reads of accumulators in flight show as NaN; a missing wgmma_fence is seen as "none since the last wait"

@@ -35,12 +35,30 @@ inline void release(Fibre& fibre, Clock& to) {
 }
 inline void learn(const Clock& from) { self().knows.learn(from); }
 
+// Before `writer`, or TMA for it, writes to shared memory: it must know of all that others did there.
+inline void check_overwrite(const Fibre& writer, const Cta& cta, uint32_t begin, uint32_t bytes) {
+    const auto others = [&writer](Stamp stamp) {
+        return stamp.epoch != 0 && stamp.warp != now(writer).warp && !knows(writer, stamp);
+    };
+    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) {
+        if (cta.async_reads[i] > 0)
+            return fail("race: writes in shared memory what a TMA store or wgmma may still read");
+        if (others(cta.writers[i])) return fail("race: writes in shared memory over what another warp wrote");
+        for (uint32_t left = cta.readers[i]; left != 0; left &= left - 1) {
+            const auto warp = static_cast<uint32_t>(__builtin_ctz(left));
+            if (others({cta.warps[warp].now.warp, cta.read_epochs[i * cta.warps.size() + warp]}))
+                return fail("race: writes in shared memory what another warp may still read");
+        }
+    }
+}
+
 inline void write_shared(Fibre& writer, uint32_t address, const void* from, uint32_t bytes) {
     Cta& cta = *writer.cta;
     const uint32_t begin = shared_index(cta, address, bytes, bytes);
     const Stamp stamp = now(writer);
+    check_overwrite(writer, cta, begin, bytes);
     memcpy(&cta.generic[begin], from, bytes);
-    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) cta.writers[i] = stamp;
+    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) cta.writers[i] = stamp, cta.readers[i] = 0;
     writer.written.push_back({begin, bytes, stamp});
 }
 
@@ -49,10 +67,29 @@ inline void check_race(Stamp writer, const char* where) {
         fail(std::string("race: reads ") + where + " what another warp wrote, without a barrier between");
 }
 
+inline void note_read(uint32_t begin, uint32_t bytes) {
+    Cta& cta = own_cta();
+    const auto warp = static_cast<size_t>(self().thread / 32);
+    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) {
+        cta.readers[i] |= 1u << warp;
+        cta.read_epochs[i * cta.warps.size() + warp] = cta.warps[warp].now.epoch;
+    }
+}
+
+// TMA or wgmma reads from here on, until a thread has waited for it: whoever knows of that may write there again.
+inline void begin_async_read(Cta& cta, uint32_t begin, uint32_t bytes) {
+    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) ++cta.async_reads[i];
+}
+inline void end_async_read(Cta& cta, uint32_t begin, uint32_t bytes) {
+    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) --cta.async_reads[i];
+    note_read(begin, bytes);
+}
+
 inline void read_shared(void* to, uint32_t address, uint32_t bytes) {
     Cta& cta = own_cta();
     const uint32_t begin = shared_index(cta, address, bytes, bytes);
     for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) check_race(cta.writers[i], "in shared memory");
+    note_read(begin, bytes);
     memcpy(to, &cta.generic[begin], bytes);
 }
 
@@ -67,7 +104,7 @@ T read_shared(uint32_t address) {
 inline void write_shared_by_tma(Cta& cta, uint32_t begin, const void* from, uint32_t bytes) {
     memcpy(&cta.generic[begin], from, bytes);
     memcpy(&cta.async[begin], from, bytes);
-    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) cta.writers[i] = {};
+    for (uint32_t i = begin / 4; i < (begin + bytes) / 4; ++i) cta.writers[i] = {}, cta.readers[i] = 0;
 }
 
 // What threads write to global memory is there at once, but TMA still reads what was there before.

@@ -14,29 +14,35 @@ inline float operand(uint16_t bits, Operand type) {
     return type == Operand::bf16 ? widen(BFloat16{bits}) : widen(Half{bits});
 }
 
-// 16 bytes where the descriptor says: for K-major 8 k of one row, for MN-major 8 rows of one k.
-inline void read_chunk(const Cta& cta, uint64_t descriptor, Major major, int mn, int k, uint16_t (&to)[8]) {
+// Of 16 bytes where the descriptor says: for K-major 8 k of one row, for MN-major 8 rows of one k.
+inline uint32_t chunk_at(const Cta& cta, uint64_t descriptor, Major major, int mn, int k) {
     const auto field = [descriptor](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3FFF) << 4; };
     const uint32_t start = field(0), leading = field(16), stride = field(32);
     const auto u = [](int v) { return static_cast<uint32_t>(v); };
     const uint32_t address = major == Major::k
                                  ? start + u(mn / 8) * stride + u(mn % 8) * 128 + u(k) * 2
                                  : start + u(mn / 64) * leading + u(k / 8) * stride + u(k % 8) * 128 + u(mn % 64) * 2;
-    memcpy(to, &cta.async[shared_index(cta, address ^ (address >> 7 & 7) << 4, 16, 16)], 16);
+    return shared_index(cta, address ^ (address >> 7 & 7) << 4, 16, 16);
+}
+
+template <class Act>
+void for_each_operand_chunk(const Cta& cta, uint64_t descriptor, Major major, int first, int count, Act&& act) {
+    for (int mn = 0; mn < count; mn += major == Major::k ? 1 : 8)
+        for (int k = 0; k < 16; k += major == Major::k ? 8 : 1)
+            act(chunk_at(cta, descriptor, major, first + mn, k), mn, k);
 }
 
 // to[k][mn], for mn from `first` on.
 inline void decode(const Cta& cta, uint64_t descriptor, Major major, Operand type, int first, int count, float* to,
                    int width) {
-    uint16_t chunk[8];
-    for (int mn = 0; mn < count; mn += major == Major::k ? 1 : 8)
-        for (int k = 0; k < 16; k += major == Major::k ? 8 : 1) {
-            read_chunk(cta, descriptor, major, first + mn, k, chunk);
-            for (int i = 0; i < 8; ++i) {
-                const int column = major == Major::k ? mn : mn + i, row = major == Major::k ? k + i : k;
-                to[row * width + column] = operand(chunk[i], type);
-            }
+    for_each_operand_chunk(cta, descriptor, major, first, count, [&](uint32_t at, int mn, int k) {
+        uint16_t chunk[8];
+        memcpy(chunk, &cta.async[at], 16);
+        for (int i = 0; i < 8; ++i) {
+            const int column = major == Major::k ? mn : mn + i, row = major == Major::k ? k + i : k;
+            to[row * width + column] = operand(chunk[i], type);
         }
+    });
 }
 
 // The row and column of accumulator i of a lane, in the warp's 16 rows.
@@ -107,6 +113,18 @@ inline void check_descriptor(uint64_t descriptor) {
     if ((descriptor >> 49 & 7) != 0) fail("descriptor: a base offset");
 }
 
+inline void begin_operand_reads(Cta& cta, int warp_number, const Shape& shape) {
+    Warp& warp = cta.warps[static_cast<size_t>(warp_number)];
+    OperandReads reads{warp.group, {}};
+    const auto begin = [&](uint32_t chunk, int, int) {
+        begin_async_read(cta, chunk, 16);
+        reads.chunks.push_back(chunk);
+    };
+    for_each_operand_chunk(cta, shape.a, shape.major_a, warp_number % 4 * 16, 16, begin);
+    for_each_operand_chunk(cta, shape.b, shape.major_b, 0, shape.n, begin);
+    warp.operand_reads.push_back(std::move(reads));
+}
+
 inline void issue(const Shape& shape, float* accumulators) {
     Warp& own = own_warp();
     const int lane = self().lane();
@@ -125,6 +143,7 @@ inline void issue(const Shape& shape, float* accumulators) {
         Accumulators* to = put_in_flight(warp, shape);
         ++to->in_flight;
         warp.products.push_back({shape, warp.group, to});
+        begin_operand_reads(own_cta(), warp_number, shape);
         if (state.options.wgmma == When::at_once) execute_one(own_cta(), warp_number);
         return nullptr;
     });
@@ -133,8 +152,10 @@ inline void issue(const Shape& shape, float* accumulators) {
 // Groups that were committed, but the last `left`.
 inline void wait_for_products(uint64_t left) {
     together("wgmma_wait", [left](Warp& warp) -> Waiters* {
-        while (!warp.products.empty() && warp.products.front().group + left < warp.group)
-            execute_one(own_cta(), self().thread / 32);
+        const auto is_over = [&](const auto& list) { return !list.empty() && list.front().group + left < warp.group; };
+        while (is_over(warp.products)) execute_one(own_cta(), self().thread / 32);
+        for (; is_over(warp.operand_reads); warp.operand_reads.pop_front())
+            for (const uint32_t chunk : warp.operand_reads.front().chunks) end_async_read(own_cta(), chunk, 16);
         warp.fenced = false;
         return nullptr;
     });

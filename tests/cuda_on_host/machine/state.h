@@ -161,6 +161,12 @@ struct Product {
 
 // --- threads ---
 
+// Chunks of 16 bytes that products of a group read.
+struct OperandReads {
+    uint64_t group;
+    std::vector<uint32_t> chunks;
+};
+
 struct Warp {
     // An instruction that lanes execute together.
     const char* instruction = nullptr;
@@ -172,6 +178,7 @@ struct Warp {
     bool fenced = false;  // by wgmma.fence
     uint64_t group = 0;   // the one that is open
     std::deque<Product> products;
+    std::deque<OperandReads> operand_reads;  // not yet waited for
     std::vector<std::unique_ptr<Accumulators>> accumulators_in_flight;
 
     Stamp now;  // its number, and the epoch that it is in
@@ -217,7 +224,11 @@ struct Cta {
     Cluster* cluster = nullptr;
     int rank = 0, running = 0;
     std::vector<uint8_t> generic, async;  // shared memory as the two proxies see it
-    std::vector<Stamp> writers;           // of each 4 bytes, if a thread wrote them last
+    // Of each 4 bytes: who wrote them last, if that was a thread; the warps that have read them since, and when; how
+    // many TMA stores and wgmma that read them were not yet waited for.
+    std::vector<Stamp> writers;
+    std::vector<uint32_t> readers, read_epochs;
+    std::vector<uint16_t> async_reads;
     std::unordered_map<uint32_t, Mbarrier> mbarriers;
     std::array<NamedBarrier, 16> named;
     std::vector<Warp> warps;

@@ -7,12 +7,13 @@ namespace {
 constexpr int rounds = 5;
 
 enum class Fault {
-    none, no_wait, wrong_parity, too_many_arrivals, not_initialised, no_init_fence, no_init_barrier, lost_arrival,
-    after_exit, second_arrive, no_arrive, wrong_count, odd_count, no_such_barrier, half_a_warp, never_set, wrong_order,
+    none, no_wait, no_wait_to_write, wrong_parity, not_initialised, no_init_fence, no_init_barrier,
+    lost_arrival, second_arrive, no_arrive, wrong_count, odd_count, no_such_barrier, half_a_warp, never_set,
+    wrong_order,
 };
 
 // Warp 0 writes a number for each lane, warp 1 adds it up, through one slot that two barriers guard.
-template <Fault kFault>
+template <Fault kFault, bool kPolls = false>
 std::string phases(const Options& options) {
     std::vector<float> sums(32, 0.0f);
     const std::string said = launch({1, 1, 64, 4096}, options, [&] {
@@ -25,11 +26,14 @@ std::string phases(const Options& options) {
         for (int i = 0; i < rounds; ++i) {
             const uint32_t parity = i & 1;
             if (warp_id() == 0) {
-                mbarrier_wait(empty, parity ^ 1);
+                if (kFault != Fault::no_wait_to_write) mbarrier_wait(empty, parity ^ 1);
                 store_shared_f32(slot, static_cast<float>(i + lane_id()));
                 mbarrier_arrive(full);
             } else {
-                if (kFault != Fault::no_wait) mbarrier_wait(full, kFault == Fault::wrong_parity ? parity ^ 1 : parity);
+                if (kPolls)
+                    while (!mbarrier_try_wait(full, parity)) continue;
+                else if (kFault != Fault::no_wait)
+                    mbarrier_wait(full, kFault == Fault::wrong_parity ? parity ^ 1 : parity);
                 sums[lane_id()] += load_shared_f32(slot);
                 mbarrier_arrive(empty);
             }
@@ -112,7 +116,10 @@ std::string named_barriers(const Options& options) {
         const int first = kFault == Fault::no_such_barrier ? 16 : 1;
         for (int i = 0; i < rounds; ++i) {
             if (warp_id() == 0) {
-                if (i > 0) named_barrier_sync(2, 128);
+                if (i > 0 && kFault == Fault::no_wait_to_write)
+                    named_barrier_arrive(2, 128);
+                else if (i > 0)
+                    named_barrier_sync(2, 128);
                 store_shared_f32(slot, static_cast<float>(i));
                 named_barrier_arrive(first, kFault == Fault::odd_count ? 120 : 128);
             } else {
@@ -175,7 +182,9 @@ std::string who_waits(const Options& options) {
 
 const std::vector<Program> barrier_programs = {
     {"phases", phases<Fault::none>},
+    {"phases, polled", phases<Fault::none, true>},
     {"phases: no wait", phases<Fault::no_wait>},
+    {"phases: no wait to write", phases<Fault::no_wait_to_write>},
     {"phases: wrong parity", phases<Fault::wrong_parity>},
     {"phases: not initialised", phases<Fault::not_initialised>},
     {"phases: no barrier after initialisation", phases<Fault::no_init_barrier>},
@@ -190,6 +199,7 @@ const std::vector<Program> barrier_programs = {
     {"cluster barrier: does not arrive", cluster_barrier<Fault::no_arrive>},
     {"named barriers", named_barriers<Fault::none>},
     {"named barriers: no wait", named_barriers<Fault::no_wait>},
+    {"named barriers: no wait to write", named_barriers<Fault::no_wait_to_write>},
     {"named barriers: mismatched counts", named_barriers<Fault::wrong_count>},
     {"named barriers: not whole warps", named_barriers<Fault::odd_count>},
     {"named barriers: number 16", named_barriers<Fault::no_such_barrier>},

@@ -6,7 +6,7 @@ namespace {
 
 enum class Fault {
     none, too_few_bytes, too_many_bytes, no_wait, misaligned, not_fenced, no_wait_read, no_wait_at_end, no_commit,
-    after_exit, in_flight_at_end, no_arrival, half_at_one,
+    after_exit, over_what_is_read, in_flight_at_end, half_at_one,
 };
 
 // The first thread initialises a barrier for the cluster, and is the only one to go on issuing.
@@ -50,6 +50,13 @@ std::string load_2d(const Options& options) {
                 if (kSwizzle == 64) offset = row * 64 + ((column / 8 ^ row / 2 % 4) * 16) + column % 8 * 2;
                 seen[i] = bf16_at(to + offset);
             }
+            // The next box: when the other warp has read this one.
+            if (kFault != Fault::over_what_is_read) named_barrier_sync(1, 64);
+            if (thread_id() == 0 && kFault != Fault::no_wait) {
+                mbarrier_arrive_expect_tx(barrier, bytes);
+                tma_load_2d(to, &map, barrier, 0, 0);
+            }
+            if (kFault != Fault::no_wait) mbarrier_wait(barrier, 1);
         });
     });
     return compare(said, seen, [&from](int i) {
@@ -120,10 +127,11 @@ std::string store_2d(const Options& options) {
 }
 
 // Each CTA loads half of a box of 32 rows, for both.
-template <Fault kFault>
+template <Fault kFault, bool k3d = false>
 std::string multicast(const Options& options) {
     Matrix from(32, 64);
-    const TensorMap map = from.map(64, 16);
+    const TensorMap halves = make_tensor_map(from.bits.data(), 2, {64, 16, 2}, {128, 2048}, {64, 16, 1});
+    const TensorMap map = k3d ? halves : from.map(64, 16);
     std::vector<float> seen(2 * 32 * 64, NAN);
     const std::string said = launch({1, 2, 64, 8192}, options, [&] {
         const uint32_t to = shared_memory(), barrier = to + 4096, rank = cluster_rank();
@@ -133,7 +141,10 @@ std::string multicast(const Options& options) {
                 mbarrier_arrive_expect_tx(barrier, kFault == Fault::too_few_bytes ? 2048 : 4096);
                 if (kFault == Fault::after_exit)
                     for (int i = 0; i < 1000; ++i) mbarrier_wait(barrier, 1);
-                tma_load_multicast_2d(to + rank * 2048, &map, barrier, 0, 16 * rank, 3);
+                if (k3d)
+                    tma_load_multicast_3d(to + rank * 2048, &map, barrier, 0, 0, static_cast<int>(rank), 3);
+                else
+                    tma_load_multicast_2d(to + rank * 2048, &map, barrier, 0, static_cast<int>(rank) * 16, 3);
             }
             mbarrier_wait(barrier, 0);
             for (int i = thread_id(); i < 32 * 64; i += 64)
@@ -231,6 +242,7 @@ const std::vector<Program> copy_programs = {
     {"load 2-D: too few bytes", load_2d<128, 0, 0, Fault::too_few_bytes>},
     {"load 2-D: too many bytes", load_2d<128, 0, 0, Fault::too_many_bytes>},
     {"load 2-D: no wait", load_2d<128, 0, 0, Fault::no_wait>},
+    {"load 2-D: over what is read", load_2d<128, 0, 0, Fault::over_what_is_read>},
     {"load 2-D: misaligned", load_2d<128, 0, 0, Fault::misaligned>},
     {"load 2-D: in flight at the end", load_2d<128, 0, 0, Fault::in_flight_at_end>},
     {"load and store 3-D", there_and_back_3d<Fault::none>},
@@ -242,6 +254,7 @@ const std::vector<Program> copy_programs = {
     {"store 2-D: fence by some", store_2d<Fault::half_at_one>},
     {"store 2-D: no wait for reading", store_2d<Fault::no_wait_read>},
     {"multicast", multicast<Fault::none>},
+    {"multicast 3-D", multicast<Fault::none, true>},
     {"multicast: bytes of the own half", multicast<Fault::too_few_bytes>},
     {"multicast: after exit", multicast<Fault::after_exit>},
     {"tensor map: misaligned", bad_tensor_map<0>},

@@ -58,15 +58,18 @@ std::string matrices(const Options& options) {
 }
 
 std::string numbers(const Options& options) {
-    std::vector<float> values(8);
+    std::vector<float> values(10);
     const std::string said = launch({1, 1, 32, 4096}, options, [&] {
         if (thread_id() != 0) return;
         const float2 b = unpack<Operand::bf16>(pack<Operand::bf16>(1.00390625f, -3.0f));
         const float2 h = unpack<Operand::f16>(pack<Operand::f16>(1.00390625f, 1e6f));
-        values = {b.x, b.y, h.x, h.y, exp2_approx(3.0f), exp2_approx(-130.0f),
+        store_shared_f32(shared_memory() + 8, 5.0f);
+        store_shared_f32(shared_memory() + 12, 6.0f);
+        const float2 s = load_shared_f32x2(shared_memory() + 8);
+        values = {s.x, s.y, b.x, b.y, h.x, h.y, exp2_approx(3.0f), exp2_approx(-130.0f),
                   static_cast<float>(multiply_high(1u << 31, 6)), static_cast<float>(pack<Operand::bf16>(1.0f, 0.0f))};
     });
-    const float right[] = {1.0f, -3.0f, 1.00390625f, INFINITY, 8.0f, 0.0f, 3.0f, 16256.0f};
+    const float right[] = {5.0f, 6.0f, 1.0f, -3.0f, 1.00390625f, INFINITY, 8.0f, 0.0f, 3.0f, 16256.0f};
     return compare(said, values, [&right](int i) { return right[i]; });
 }
 
