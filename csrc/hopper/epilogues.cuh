@@ -1,13 +1,15 @@
 // What is done with a tile of a product while the next is multiplied.
 //
-// An epilogue has `begin(tile)`, called before the product, and `slice(d, slot, tile, row, n)`, called by a warpgroup
+// An epilogue has `begin(tile)`, called before the product, and `slice(d, slot, in, tile, row, n)`, called by a warpgroup
 // for every 64 rows × `slice_columns` columns of accumulators: it leaves `outputs` blocks of 64 × 64 in shared memory
 // from `slot` on, swizzled, which then go where `Maps::out` says; or, if it `scatters`, where its `scatter` puts them.
-// `row`: the slice's first, of the expert; n: its number in the tile. `d`: this thread's accumulators, see `wgmma`.
+// From `in` on are `inputs` such blocks of what `Maps::in` says, of the same rows and columns. `row`: the slice's first,
+// of the expert; n: its number in the tile. `d`: this thread's accumulators, see `wgmma`.
 #pragma once
 
 #include "../random.h"
 #include "activations.cuh"
+#include "deal.cuh"
 #include "instructions.cuh"
 #include "schedule.h"
 
@@ -29,7 +31,7 @@ __device__ __forceinline__ void put_columns(uint32_t block, int j, const float* 
 // out = d.
 template <Operand kType>
 struct StoreTile {
-    static constexpr int outputs = 1, slice_columns = 64, scratch_bytes = 0;
+    static constexpr int outputs = 1, inputs = 0, slice_columns = 64, scratch_bytes = 0;
     static constexpr bool gated = false, scatters = false;
     struct Arguments {
         int wanted;
@@ -37,7 +39,7 @@ struct StoreTile {
 
     __device__ StoreTile(const Arguments&, uint32_t) {}
     __device__ __forceinline__ void begin(const Tile&) {}
-    __device__ __forceinline__ void slice(const float* d, uint32_t slot, const Tile&, int, int) {
+    __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t, const Tile&, int, int) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) put_columns<kType>(slot, j, d + 8 * j);
     }
@@ -56,11 +58,6 @@ struct Vector {
         return type == bfloat16 ? unpack<Operand::bf16>(bits).x : unpack<Operand::f16>(bits).x;
     }
 };
-
-// First grouped row of an expert, where groups are equal.
-__device__ __forceinline__ int64_t first_row_of(int expert, int num_rows, int num_experts) {
-    return static_cast<int64_t>(expert) * num_rows / num_experts;
-}
 
 // Biases of a tile's columns, in shared memory; each warpgroup has its own.
 template <int kColumns>
@@ -88,7 +85,7 @@ struct Biases {
 // y[permutation[row]] = d + bias.
 template <Operand kType, int kColumns>
 struct StoreScattered {
-    static constexpr int outputs = 1, slice_columns = 64, scratch_bytes = kColumns * 4;
+    static constexpr int outputs = 1, inputs = 0, slice_columns = 64, scratch_bytes = kColumns * 4;
     static constexpr bool gated = false, scatters = true;
 
     struct Arguments {
@@ -109,7 +106,7 @@ struct StoreScattered {
         });
     }
 
-    __device__ __forceinline__ void slice(const float* d, uint32_t slot, const Tile&, int, int n) {
+    __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t, const Tile&, int, int n) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             float v[8];
@@ -141,13 +138,49 @@ struct StoreScattered {
     }
 };
 
+struct Dropout {
+    uint64_t seed;
+    uint32_t threshold;  // bits below it drop
+    float scale;
+};
+
+// What this thread's elements of 64 grouped rows are multiplied by.
+template <bool kDropout>
+struct Dropped {
+    uint32_t threshold, of_rows[2], column_key;
+    float scale;
+
+    __device__ __forceinline__ Dropped(const Dropout& dropout, int64_t first_row) {
+        if constexpr (kDropout) {
+            const DropoutKeys keys(dropout.seed);
+            threshold = dropout.threshold;
+            scale = dropout.scale;
+            column_key = keys.column;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) of_rows[h] = keys.of_row(first_row + own_row() + 8 * h);
+        }
+    }
+    // Four elements, of two columns and two rows; `column`: the first of eight.
+    __device__ __forceinline__ void multiply(float (&v)[4], int column) const {
+        if constexpr (kDropout) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const uint32_t of_column = mix32(static_cast<uint32_t>(column + own_column() + i) ^ column_key);
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                    v[2 * h + i] *= dropout_bits(of_rows[h], of_column) < threshold ? 0.0f : scale;
+            }
+        }
+    }
+};
+
 // hidden = activation(d + bias), or activation(gate + bias) · (value + bias), with dropout. Out: hidden, then
 // pre_activation, or its gates and its values, unless nobody wants it.
 //
 // Gated, the first half of a tile's columns are gates and the second their values, so that a thread has both.
 template <Operand kType, int kColumns, class Activation, bool kGated, bool kDropout>
 struct StoreHidden {
-    static constexpr int outputs = kGated ? 3 : 2, slice_columns = kGated ? 128 : 64;
+    static constexpr int outputs = kGated ? 3 : 2, inputs = 0, slice_columns = kGated ? 128 : 64;
     static constexpr int scratch_bytes = kColumns * 4;  // biases
     static constexpr bool gated = kGated, scatters = false;
     static_assert(!kGated || kColumns == 128);
@@ -156,9 +189,7 @@ struct StoreHidden {
         Vector bias;  // [E, F or 2F]
         int d_ff;
         int num_rows, num_experts;  // grouped rows
-        uint64_t seed;              // of dropout
-        uint32_t threshold;         // bits below it drop
-        float scale;
+        Dropout dropout;
         int wanted;  // outputs
     };
     const Arguments& with;
@@ -175,24 +206,8 @@ struct StoreHidden {
         });
     }
 
-    __device__ __forceinline__ void drop(float (&v)[4], const uint32_t (&of_rows)[2], const DropoutKeys& keys, int column) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const uint32_t of_column = keys.of_column(column + i);
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-                v[2 * h + i] *= dropout_bits(of_rows[h], of_column) < with.threshold ? 0.0f : with.scale;
-        }
-    }
-
-    __device__ __forceinline__ void slice(const float* d, uint32_t slot, const Tile& tile, int row, int n) {
-        uint32_t of_rows[2] = {};
-        const DropoutKeys keys(with.seed);
-        if constexpr (kDropout) {
-            const int64_t start = first_row_of(tile.expert, with.num_rows, with.num_experts);
-#pragma unroll
-            for (int h = 0; h < 2; ++h) of_rows[h] = keys.of_row(start + row + own_row() + 8 * h);
-        }
+    __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t, const Tile& tile, int row, int n) {
+        Dropped<kDropout> dropped(with.dropout, first_row_of(tile.expert, with.num_rows, with.num_experts) + row);
         const int first = tile.column * (kGated ? kColumns / 2 : kColumns) + n * 64;  // of hidden
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -208,7 +223,7 @@ struct StoreHidden {
                     out[i] = Activation::value(p[i]);
                     if (kGated) out[i] *= q[i];
                 }
-                if constexpr (kDropout) drop(out, of_rows, keys, first + column + own_column());
+                dropped.multiply(out, first + column);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     pre[4 * h + i] = p[i];
@@ -220,6 +235,65 @@ struct StoreHidden {
             put_columns<kType>(slot, j, hidden);
             put_columns<kType>(slot + atom_bytes, j, pre);
             if (kGated) put_columns<kType>(slot + 2 * atom_bytes, j, value);
+        }
+    }
+};
+
+// From d = grad_hidden and pre_activation: grad_pre, and hidden once more. In: pre_activation, or its gates and values;
+// out: grad_pre, or those of the gates and of the values, then hidden.
+template <Operand kType, class Activation, bool kGated, bool kDropout>
+struct StoreGradPre {
+    static constexpr int outputs = kGated ? 3 : 2, inputs = kGated ? 2 : 1, slice_columns = 64, scratch_bytes = 0;
+    static constexpr bool gated = false, scatters = false;  // what is multiplied has no gates
+
+    struct Arguments {
+        int num_rows, num_experts;  // grouped rows
+        int columns;                // of a tile
+        Dropout dropout;
+        int wanted;
+    };
+    const Arguments& with;
+
+    __device__ StoreGradPre(const Arguments& arguments, uint32_t) : with(arguments) {}
+    __device__ __forceinline__ void begin(const Tile&) {}
+
+    __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t in, const Tile& tile, int row, int n) {
+        Dropped<kDropout> dropped(with.dropout, first_row_of(tile.expert, with.num_rows, with.num_experts) + row);
+        const uint32_t lane = thread_id() % 32, own = thread_id() % 128 / 32 * 16 + (lane & 15);
+        const int first = tile.column * with.columns + n * 64;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            uint32_t gates[4], values[4];
+            const uint32_t at = in + swizzled_offset(own, 2 * j + (lane >> 4));
+            ldmatrix_x4(at, gates);
+            if (kGated) ldmatrix_x4(at + atom_bytes, values);
+            float grad_gate[8], grad_value[8], hidden[8];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float grad[4], out[4], kept[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+                dropped.multiply(kept, first + 16 * j + 8 * h);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float2 pair = unpack<kType>(gates[2 * h + i / 2]);
+                    const ActivationAndSlope act = Activation::both(i % 2 == 0 ? pair.x : pair.y);
+                    grad[i] = d[8 * j + 4 * h + i];
+                    if (kDropout) grad[i] *= kept[i];
+                    out[i] = act.value;
+                    if (kGated) {
+                        const float2 of_value = unpack<kType>(values[2 * h + i / 2]);
+                        const float value = i % 2 == 0 ? of_value.x : of_value.y;
+                        grad_value[4 * h + i] = grad[i] * act.value;
+                        grad[i] *= value;
+                        out[i] *= value;
+                    }
+                    if (kDropout) out[i] *= kept[i];
+                    grad_gate[4 * h + i] = grad[i] * act.slope;
+                    hidden[4 * h + i] = out[i];
+                }
+            }
+            put_columns<kType>(slot, j, grad_gate);
+            if (kGated) put_columns<kType>(slot + atom_bytes, j, grad_value);
+            put_columns<kType>(slot + (outputs - 1) * atom_bytes, j, hidden);
         }
     }
 };

@@ -306,6 +306,7 @@ EWA_PTX uint4 load_global_u32x4(const void* at) {
                  : "memory");
     return v;
 }
+EWA_PTX void store_global_i32(int* at, int v) { asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory"); }
 EWA_PTX void store_global_f32(float* at, float v) {
     asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(v) : "memory");
 }

@@ -42,7 +42,7 @@ inline EncodeTiled encode_tiled() {
 
 // A box is `box_rows` rows of 64 columns. Adds what went wrong to `error`.
 inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string& error) {
-    TensorMap map;
+    TensorMap map{};
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(tensor.columns), static_cast<cuuint64_t>(tensor.rows),
                                 static_cast<cuuint64_t>(tensor.experts)};
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(tensor.row_stride) * 2,
@@ -63,7 +63,7 @@ inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string& er
 }
 
 template <class Shape, class Epilogue>
-std::string launch_product(const Maps<Epilogue::outputs>& maps, const Work& work,
+std::string launch_product(const Maps<Epilogue>& maps, const Work& work, const Gather& rows,
                            const typename Epilogue::Arguments& arguments, int multiprocessors, void* stream) {
     constexpr int bytes = Product<Shape, Epilogue>::shared_bytes;
     const auto kernel = product_kernel<Shape, Epilogue>;
@@ -77,7 +77,7 @@ std::string launch_product(const Maps<Epilogue::outputs>& maps, const Work& work
     }
     const int clusters = work.tiles() < multiprocessors / 2 ? work.tiles() : multiprocessors / 2;
     if (error == cudaSuccess) {
-        kernel<<<2 * clusters, num_threads, bytes, static_cast<cudaStream_t>(stream)>>>(maps, work, arguments);
+        kernel<<<2 * clusters, num_threads, bytes, static_cast<cudaStream_t>(stream)>>>(maps, work, rows, arguments);
         error = cudaGetLastError();
     }
     return error == cudaSuccess ? std::string() : cudaGetErrorString(error);

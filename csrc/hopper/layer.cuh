@@ -1,98 +1,168 @@
 // The products of layer.h for one 16-bit type; bfloat16.cu and float16.cu are compiled side by side.
 #pragma once
 
+#include <type_traits>
+
 #include "epilogues.cuh"
 #include "launch.cuh"
 #include "layer.h"
 
 namespace ewa::hopper {
-namespace {
 
-int tiles_of(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
+inline int tiles_of(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
 
-// Rows of slots of `columns`.
-Operand3d by_slot(const Layer& layer, const void* data, int64_t columns, int64_t row_stride = 0) {
+// Rows by slot, of `columns`; those of a wider tensor are `row_stride` apart.
+inline Operand3d by_slot(const Layer& layer, const void* data, int64_t columns, int64_t row_stride = 0) {
     if (row_stride == 0) row_stride = columns;
     return {data, columns, layer.slots(), layer.num_experts, row_stride, row_stride * layer.slots()};
 }
 
-Vector vector_of(const Bias& bias) { return {bias.data, bias.type}; }
-
-// [E, F or 2F, D], or of a gated projection half of it.
-Operand3d up_weight_of(const Layer& layer, const void* data, bool values) {
-    const int64_t half = static_cast<int64_t>(layer.d_ff) * layer.d_model;
-    const auto* from = static_cast<const uint16_t*>(data) + (values ? half : 0);
-    return {from, layer.d_model, layer.d_ff, layer.num_experts, layer.d_model, layer.gated ? 2 * half : half};
+// A weight of every expert, [rows, columns].
+inline Operand3d weight_of(const Layer& layer, const void* data, int64_t rows, int64_t columns) {
+    return {data, columns, rows, layer.num_experts, columns, rows * columns};
 }
 
-template <Operand kType, class Act, bool kGated, bool kDropout>
-std::string up(const Layer& layer, const void* x, const void* up_weight, Bias bias, void* hidden, void* pre) {
-    // With 192 columns dropout would spill registers; gated, 128 are 64 of hidden.
-    constexpr int columns = kGated || kDropout ? 128 : 192;
-    using OfProduct = Shape<kType, Major::k, Major::k, columns, 4, true>;
-    using Epilogue = StoreHidden<kType, columns, Act, kGated, kDropout>;
-    std::string error;
-    Maps<Epilogue::outputs> maps;
-    maps.a = make_map(by_slot(layer, x, layer.d_model), tile_rows, error);
-    for (int i = 0; i < 2; ++i)
-        maps.b[i] = make_map(up_weight_of(layer, up_weight, kGated && i == 1), columns / 2, error);
-    maps.out[0] = make_map(by_slot(layer, hidden, layer.d_ff), 64, error);
-    for (int i = 1; i < Epilogue::outputs; ++i) {  // pre_activation, or gates and values
-        if (pre == nullptr) continue;
-        const auto* first = static_cast<uint16_t*>(pre) + (i == 2 ? layer.d_ff : 0);
-        maps.out[i] = make_map(by_slot(layer, first, layer.d_ff, (kGated ? 2 : 1) * int64_t{layer.d_ff}), 64, error);
+inline const void* after(const void* data, int64_t elements) { return static_cast<const uint16_t*>(data) + elements; }
+
+inline Vector vector_of(const Bias& bias) { return {bias.data, bias.type}; }
+
+inline Dropout dropout_of(const Layer& layer) { return {layer.seed, layer.threshold, layer.scale}; }
+
+inline Gather gather_of(const Layer& layer, const Rows& rows) {
+    const Deal deal{rows.seed, static_cast<uint32_t>(layer.num_rows), rows.radix_a, rows.radix_b, rows.rounds};
+    return {rows.data, layer.d_model,    layer.num_rows, layer.num_experts,
+            deal,      rows.permutation, rows.dealt,     rows.top_k};
+}
+
+template <Operand kType>
+struct Products {
+    // --- up projection ---
+
+    template <class Act, bool kGated, bool kDropout, bool kGathers>
+    static std::string up(const Layer& layer, const Operands& o) {
+        // With 192 columns dropout would spill registers; gated, 128 are 64 of hidden.
+        constexpr int columns = kGated || kDropout ? 128 : 192, width = kGated ? columns / 2 : columns;
+        using OfProduct = Shape<kType, Major::k, Major::k, columns, 4, true, kGathers>;
+        using Epilogue = StoreHidden<kType, columns, Act, kGated, kDropout>;
+        const int d = layer.d_model, f = layer.d_ff, num_up = kGated ? 2 * f : f;
+        std::string error;
+        Maps<Epilogue> maps;
+        if (!kGathers) maps.a = make_map(by_slot(layer, o.rows.data, d), tile_rows, error);
+        for (int i = 0; i < 2; ++i) {  // gated: gates, and values
+            Operand3d weight = weight_of(layer, after(o.b, kGated ? int64_t{i} * f * d : 0), f, d);
+            weight.expert_stride = int64_t{num_up} * d;
+            maps.b[i] = make_map(weight, columns / 2, error);
+        }
+        maps.out[0] = make_map(by_slot(layer, o.hidden, f), 64, error);
+        for (int i = 1; i < Epilogue::outputs && o.pre_activation != nullptr; ++i)
+            maps.out[i] = make_map(by_slot(layer, after(o.pre_activation, (i - 1) * int64_t{f}), f, num_up), 64, error);
+        const Work work{tiles_of(layer.slots(), 2 * tile_rows), tiles_of(f, width), layer.num_experts,
+                        tiles_of(d, step_depth)};
+        const typename Epilogue::Arguments arguments{
+            vector_of(o.bias), f, layer.num_rows, layer.num_experts, dropout_of(layer),
+            o.pre_activation == nullptr ? 1 : Epilogue::outputs};
+        if (!error.empty()) return error;
+        return launch_product<OfProduct, Epilogue>(maps, work, gather_of(layer, o.rows), arguments, layer.multiprocessors,
+                                                   layer.stream);
     }
-    if (!error.empty()) return error;
-    const Work work{tiles_of(layer.slots(), 2 * tile_rows), tiles_of(layer.d_ff, kGated ? columns / 2 : columns),
-                    layer.num_experts, tiles_of(layer.d_model, step_depth)};
-    const typename Epilogue::Arguments arguments{
-        vector_of(bias),  layer.d_ff,  layer.num_rows, layer.num_experts, layer.seed, layer.threshold, layer.scale,
-        pre == nullptr ? 1 : Epilogue::outputs};
-    return launch_product<OfProduct, Epilogue>(maps, work, arguments, layer.multiprocessors, layer.stream);
-}
 
-template <Operand kType, class Act, bool kGated>
-std::string up_by_form(const Layer& layer, const void* x, const void* up_weight, Bias bias, void* hidden, void* pre) {
-    return (layer.threshold != 0 ? up<kType, Act, kGated, true> : up<kType, Act, kGated, false>)(layer, x, up_weight,
-                                                                                               bias, hidden, pre);
-}
+    template <class Act, bool kGated>
+    static std::string up_of(const Layer& layer, const Operands& o) {
+        // To keep the binary small: rows are found by the product for the activations that most models have.
+        constexpr bool can_gather = std::is_same_v<Act, Gelu> || std::is_same_v<Act, Silu>;
+        if (o.rows.by_token && !can_gather) return "rows by token are for gelu and silu";
+        const bool drops = layer.threshold != 0;
+        if (o.rows.by_token) return (drops ? up<Act, kGated, true, can_gather> : up<Act, kGated, false, can_gather>)(layer, o);
+        return (drops ? up<Act, kGated, true, false> : up<Act, kGated, false, false>)(layer, o);
+    }
 
-template <Operand kType, class Act>
-std::string up_by_gate(const Layer& layer, const void* x, const void* up_weight, Bias bias, void* hidden, void* pre) {
-    return (layer.gated ? up_by_form<kType, Act, true> : up_by_form<kType, Act, false>)(layer, x, up_weight, bias,
-                                                                                       hidden, pre);
-}
+    // --- down projection, and gradients of x ---
 
-template <Operand kType>
-std::string up_projection_of(const Layer& layer, const void* x, const void* up_weight, Bias bias, void* hidden,
-                             void* pre) {
-    constexpr decltype(&up_by_gate<kType, Gelu>) table[] = {
-        up_by_gate<kType, Gelu>,  up_by_gate<kType, GeluTanh>, up_by_gate<kType, QuickGelu>, up_by_gate<kType, Silu>,
-        up_by_gate<kType, Relu>, up_by_gate<kType, Relu2>,    up_by_gate<kType, Identity>,
-    };
-    return table[static_cast<int>(layer.activation)](layer, x, up_weight, bias, hidden, pre);
-}
+    template <Major kMajorB>
+    static std::string scattered(const Layer& layer, const Operands& o, int size_k, const Operand3d& b) {
+        constexpr int columns = 256;
+        using OfProduct = Shape<kType, Major::k, kMajorB, columns, 4, false>;
+        using Epilogue = StoreScattered<kType, columns>;
+        std::string error;
+        Maps<Epilogue> maps;
+        maps.a = make_map(by_slot(layer, o.a, size_k), tile_rows, error);
+        maps.b[0] = maps.b[1] = make_map(b, kMajorB == Major::k ? columns / 2 : 64, error);
+        if (!error.empty()) return error;
+        const Work work{tiles_of(layer.slots(), 2 * tile_rows), tiles_of(layer.d_model, columns), layer.num_experts,
+                        tiles_of(size_k, step_depth)};
+        const typename Epilogue::Arguments arguments{vector_of(o.bias), o.permutation,  o.out,
+                                                     layer.d_model,   layer.num_rows, layer.num_experts};
+        return launch_product<OfProduct, Epilogue>(maps, work, {}, arguments, layer.multiprocessors, layer.stream);
+    }
 
-template <Operand kType>
-std::string down_projection_of(const Layer& layer, const void* hidden, const void* down_weight, Bias bias,
-                 const int32_t* permutation, void* y) {
-    constexpr int columns = 256;
-    using OfProduct = Shape<kType, Major::k, Major::k, columns, 4, false>;
-    using Epilogue = StoreScattered<kType, columns>;
-    std::string error;
-    Maps<Epilogue::outputs> maps;
-    maps.a = make_map(by_slot(layer, hidden, layer.d_ff), tile_rows, error);
-    const int64_t size = static_cast<int64_t>(layer.d_model) * layer.d_ff;
-    maps.b[0] = make_map({down_weight, layer.d_ff, layer.d_model, layer.num_experts, layer.d_ff, size}, columns / 2, error);
-    maps.b[1] = maps.b[0];
-    maps.out[0] = maps.a;  // scattered: not by TMA
-    if (!error.empty()) return error;
-    const Work work{tiles_of(layer.slots(), 2 * tile_rows), tiles_of(layer.d_model, columns), layer.num_experts,
-                    tiles_of(layer.d_ff, step_depth)};
-    const typename Epilogue::Arguments arguments{vector_of(bias), permutation,    y,
-                                                 layer.d_model,   layer.num_rows, layer.num_experts};
-    return launch_product<OfProduct, Epilogue>(maps, work, arguments, layer.multiprocessors, layer.stream);
-}
+    // --- grad_pre ---
 
-}  // namespace
+    template <class Act, bool kGated, bool kDropout>
+    static std::string grad_pre(const Layer& layer, const Operands& o) {
+        constexpr int columns = 128;
+        // Gated, three blocks go out and two come in: a stage less.
+        using OfProduct = Shape<kType, Major::k, Major::mn, columns, kGated ? 3 : 4, true>;
+        using Epilogue = StoreGradPre<kType, Act, kGated, kDropout>;
+        const int f = layer.d_ff, num_up = kGated ? 2 * f : f;
+        std::string error;
+        Maps<Epilogue> maps;
+        maps.a = make_map(by_slot(layer, o.a, layer.d_model), tile_rows, error);
+        maps.b[0] = maps.b[1] = make_map(weight_of(layer, o.b, layer.d_model, f), 64, error);
+        for (int i = 0; i < Epilogue::inputs; ++i) {
+            maps.in[i] = make_map(by_slot(layer, after(o.pre_activation, int64_t{i} * f), f, num_up), 64, error);
+            maps.out[i] = make_map(by_slot(layer, after(o.out, int64_t{i} * f), f, num_up), 64, error);
+        }
+        maps.out[Epilogue::outputs - 1] = make_map(by_slot(layer, o.hidden, f), 64, error);
+        if (!error.empty()) return error;
+        const Work work{tiles_of(layer.slots(), 2 * tile_rows), tiles_of(f, columns), layer.num_experts,
+                        tiles_of(layer.d_model, step_depth)};
+        const typename Epilogue::Arguments arguments{layer.num_rows, layer.num_experts, columns, dropout_of(layer),
+                                                     Epilogue::outputs};
+        return launch_product<OfProduct, Epilogue>(maps, work, {}, arguments, layer.multiprocessors, layer.stream);
+    }
+
+    // --- gradients of weights ---
+
+    static std::string weight(const Layer& layer, const Operands& o) {
+        constexpr int columns = 256;
+        using OfProduct = Shape<kType, Major::mn, Major::mn, columns, 4, false>;
+        using Epilogue = StoreTile<kType>;
+        std::string error;
+        Maps<Epilogue> maps;
+        maps.a = make_map(by_slot(layer, o.a, o.size_m), 64, error);
+        maps.b[0] = maps.b[1] = make_map(by_slot(layer, o.b, o.size_n), 64, error);
+        maps.out[0] = make_map(weight_of(layer, o.out, o.size_m, o.size_n), 64, error);
+        if (!error.empty()) return error;
+        const Work work{tiles_of(o.size_m, 2 * tile_rows), tiles_of(o.size_n, columns), layer.num_experts,
+                        tiles_of(layer.slots(), step_depth)};
+        return launch_product<OfProduct, Epilogue>(maps, work, {}, {Epilogue::outputs}, layer.multiprocessors,
+                                                   layer.stream);
+    }
+
+    // --- all of them ---
+
+    template <bool kGated, class Act>
+    static std::string activated(Call call, const Layer& layer, const Operands& o) {
+        if (call == Call::up) return up_of<Act, kGated>(layer, o);
+        return (layer.threshold != 0 ? grad_pre<Act, kGated, true> : grad_pre<Act, kGated, false>)(layer, o);
+    }
+
+    template <bool kGated>
+    static std::string activated(Call call, const Layer& layer, const Operands& o) {
+        constexpr decltype(&activated<kGated, Gelu>) table[] = {
+            activated<kGated, Gelu>, activated<kGated, GeluTanh>, activated<kGated, QuickGelu>, activated<kGated, Silu>,
+            activated<kGated, Relu>, activated<kGated, Relu2>,    activated<kGated, Identity>,
+        };
+        return table[static_cast<int>(layer.activation)](call, layer, o);
+    }
+
+    static std::string run(Call call, const Layer& layer, const Operands& o) {
+        const int f = layer.d_ff, num_up = layer.gated ? 2 * f : f;
+        if (call == Call::down) return scattered<Major::k>(layer, o, f, weight_of(layer, o.b, layer.d_model, f));
+        if (call == Call::grad_x) return scattered<Major::mn>(layer, o, num_up, weight_of(layer, o.b, num_up, layer.d_model));
+        if (call == Call::grad_weight) return weight(layer, o);
+        return (layer.gated ? activated<true> : activated<false>)(call, layer, o);
+    }
+};
+
 }  // namespace ewa::hopper

@@ -17,6 +17,17 @@ struct Bias {
     int type = none;
 };
 
+// Where a product's rows are: by slot; or by token, each loaded where it is needed.
+struct Rows {
+    const void* data = nullptr;
+    bool by_token = false;
+    const int32_t* permutation = nullptr;  // by token: [R], of choices; null: dealt, by what follows
+    int top_k = 1;                         // R = T · top_k
+    uint64_t seed = 0;
+    uint32_t radix_a = 1, radix_b = 1, rounds = 0;
+    int32_t* dealt = nullptr;  // [R]: where the permutation goes, if it is dealt
+};
+
 struct Layer {
     bool is_bfloat16 = true;  // else float16
     int num_rows = 0, num_experts = 0, d_model = 0, d_ff = 0;
@@ -31,13 +42,30 @@ struct Layer {
     int slots() const { return (num_rows + num_experts - 1) / num_experts; }  // of an expert
 };
 
-// hidden [E, slots, F] and, unless null, pre_activation [E, slots, F or 2F] = x [E, slots, D] · up_weightᵀ
-// [E, F or 2F, D] + bias. Returns what went wrong, or nothing.
-std::string up_projection(const Layer& layer, const void* x, const void* up_weight, Bias bias, void* hidden,
-                          void* pre_activation);
+// What a product reads and writes; the others are null. Weights are the layer's: up_weight [E, F or 2F, D], down_weight
+// [E, D, F].
+struct Operands {
+    Rows rows;
+    const void* a = nullptr;  // by slot
+    const void* b = nullptr;
+    Bias bias;
+    const int32_t* permutation = nullptr;  // [R]
+    void* pre_activation = nullptr;        // [E, slots, F or 2F]
+    void* hidden = nullptr;                // [E, slots, F]
+    void* out = nullptr;
+    int size_m = 0, size_n = 0;
+};
 
-// y [R, D] at permutation[row] = hidden [E, slots, F] · down_weightᵀ [E, D, F] + bias.
-std::string down_projection(const Layer& layer, const void* hidden, const void* down_weight, Bias bias,
-                            const int32_t* permutation, void* y);
+enum class Call {
+    up,           // hidden = activation(rows · bᵀ + bias), of what becomes pre_activation unless that is null
+    down,         // out [R, D] at permutation[row] = a [F] · bᵀ + bias
+    grad_pre,     // out = grad_pre [F or 2F], and hidden, from a [D] · b, b being down_weight, and pre_activation
+    grad_x,       // out [R, D] at permutation[row] = a [F or 2F] · b, b being up_weight
+    grad_weight,  // out [E, M, N] = aᵀ b, a [M] and b [N] by slot. One holds zeros, the other is finite, where a smaller
+                  // group has no row
+};
+
+// Returns what went wrong, or nothing.
+std::string run(Call call, const Layer& layer, const Operands& operands);
 
 }  // namespace ewa::hopper

@@ -1,6 +1,6 @@
 // C = A · B for every expert on the tensor cores of sm_90a, and what is done with a tile of it.
 //
-// One warpgroup loads by TMA, two multiply. A cluster is two CTAs, whose tiles lie one below the other: each loads half
+// One warpgroup loads, by TMA or, rows of x that it finds by itself, by cp.async; two multiply. A cluster is two CTAs, whose tiles lie one below the other: each loads half
 // of what both need of B, and sends it to both. The stages of operands are a ring; a stage is full when its bytes have
 // arrived, and empty when the warps of both CTAs have read it.
 //
@@ -8,6 +8,7 @@
 // multiplies, the other does with its tile what is left to do.
 #pragma once
 
+#include "deal.cuh"
 #include "instructions.cuh"
 #include "schedule.h"
 
@@ -17,13 +18,13 @@ constexpr int warpgroup_threads = 128, num_threads = 3 * warpgroup_threads;
 constexpr int alignment = 1024;  // of stages and slots in shared memory
 constexpr int shared_limit = 232448;
 
-// kColumns: of a tile. kMajorA, kMajorB: what is contiguous in memory.
-template <Operand kType, Major kMajorA, Major kMajorB, int kColumns, int kStages, bool kPingpong>
+// kColumns: of a tile. kMajorA, kMajorB: what is contiguous in memory. kGathers: A is `Gather::x`.
+template <Operand kType, Major kMajorA, Major kMajorB, int kColumns, int kStages, bool kPingpong, bool kGathers = false>
 struct Shape {
     static constexpr Operand type = kType;
     static constexpr Major major_a = kMajorA, major_b = kMajorB;
     static constexpr int columns = kColumns, stages = kStages;
-    static constexpr bool pingpong = kPingpong;
+    static constexpr bool pingpong = kPingpong, gathers = kGathers;
     static constexpr int blocks = pingpong ? 2 : 1;  // of 64 rows, of a warpgroup's tile
     static constexpr uint32_t a_bytes = tile_rows * swizzle_bytes, b_bytes = columns * swizzle_bytes;
     static constexpr uint32_t stage_bytes = a_bytes + b_bytes;
@@ -31,14 +32,15 @@ struct Shape {
     static constexpr int loading_registers = 40, multiplying_registers = 232;
     static_assert(loading_registers + 2 * multiplying_registers <= 504);
     static_assert(columns % (major_b == Major::mn ? 128 : 16) == 0, "each CTA of a cluster loads half of B");
+    static_assert(!gathers || (major_a == Major::k && stages >= 3));
 };
 
 // Operands as TMA sees them, [rows of an expert][columns] for each expert: boxes of 64 × 64 for what is MN-major and
 // for output, {64 k, 128 rows} for A and {64 k, half a tile's columns} for B that are K-major. `b[1]`: what the second
 // CTA loads; the same as b[0] but for gated projections.
-template <int kOutputs>
+template <class Epilogue>
 struct Maps {
-    TensorMap a, b[2], out[kOutputs];
+    TensorMap a, b[2], out[Epilogue::outputs], in[Epilogue::inputs > 0 ? Epilogue::inputs : 1];
 };
 
 // Named barriers. Number 0 is that of all threads.
@@ -49,18 +51,23 @@ template <class Shape, class Epilogue>
 struct Product {
     using Accumulators = float[Shape::blocks][Shape::columns / 2];
     // Of output of a warpgroup. One is filled while TMA reads the other; threads are done when the next is begun.
-    static constexpr uint32_t slots = Epilogue::scatters ? 1 : 2;
+    static constexpr uint32_t slots = Epilogue::scatters || Epilogue::outputs + Epilogue::inputs > 4 ? 1 : 2;
     static constexpr uint32_t slot_bytes = Epilogue::outputs * atom_bytes;
+    static constexpr uint32_t input_slots = 2, input_bytes = Epilogue::inputs * atom_bytes;  // of a warpgroup
     static constexpr uint32_t slots_at = Shape::stages * Shape::stage_bytes;
-    static constexpr uint32_t scratch_at = slots_at + 2 * slots * slot_bytes;
+    static constexpr uint32_t inputs_at = slots_at + 2 * slots * slot_bytes;
+    static constexpr uint32_t scratch_at = inputs_at + 2 * input_slots * input_bytes;
     static constexpr uint32_t barriers_at = scratch_at + 2 * Epilogue::scratch_bytes;
-    static constexpr int shared_bytes = barriers_at + 2 * Shape::stages * 8 + alignment;
+    static constexpr uint32_t input_barriers_at = barriers_at + 2 * Shape::stages * 8;
+    static constexpr int shared_bytes =
+        input_barriers_at + (Epilogue::inputs > 0 ? 4 * input_slots * 8 : 0) + alignment;
     static_assert(shared_bytes <= shared_limit);
     static_assert(Epilogue::scratch_bytes % 16 == 0);
     static constexpr int readers = Shape::pingpong ? 8 : 16;  // warps of both CTAs that read a stage
 
     const Work& work;
-    const Maps<Epilogue::outputs>& maps;
+    const Gather& rows;
+    const Maps<Epilogue>& maps;
     const typename Epilogue::Arguments& arguments;
     uint32_t shared, rank;
 
@@ -68,13 +75,28 @@ struct Product {
     __device__ uint32_t full(int step) const { return shared + barriers_at + step % Shape::stages * 8; }
     __device__ uint32_t empty(int step) const { return full(step) + Shape::stages * 8; }
     __device__ static uint32_t parity(int step) { return step / Shape::stages & 1; }
+    // Inputs of a warpgroup's slice, and their barriers.
+    __device__ uint32_t input(int group, uint32_t slice) const {
+        return shared + inputs_at + (group * input_slots + slice % input_slots) * input_bytes;
+    }
+    __device__ uint32_t input_full(int group, uint32_t slice) const {
+        return shared + input_barriers_at + (group * input_slots + slice % input_slots) * 8;
+    }
+    __device__ uint32_t input_empty(int group, uint32_t slice) const {
+        return input_full(group, slice) + 2 * input_slots * 8;
+    }
+    __device__ static uint32_t input_parity(uint32_t slice) { return slice / input_slots & 1; }
     __device__ static int lane() { return thread_id() % 32; }
 
     __device__ __forceinline__ void initialise() const {
         if (thread_id() == 0) {
             for (int i = 0; i < Shape::stages; ++i) {
-                mbarrier_init(full(i), 1);
+                mbarrier_init(full(i), Shape::gathers ? 1 + warpgroup_threads : 1);
                 mbarrier_init(empty(i), readers);
+            }
+            for (int i = 0; Epilogue::inputs > 0 && i < 4; ++i) {  // two of each warpgroup
+                mbarrier_init(input_full(i / 2, i), 1);
+                mbarrier_init(input_empty(i / 2, i), warpgroup_threads / 32);
             }
             fence_mbarrier_init();
         }
@@ -119,8 +141,89 @@ struct Product {
                 load_b(stage(step) + Shape::a_bytes, step, tile, k);
             }
         }
-        // When all stages are free, the peer neither writes to us nor arrives here any more.
+        drain(step);
+    }
+
+    // When all stages are free, the peer neither writes to us nor arrives here any more.
+    __device__ __forceinline__ void drain(int step) const {
         for (const int end = step + Shape::stages; step < end; ++step) mbarrier_wait(empty(step), parity(step) ^ 1);
+    }
+
+    // A warpgroup: thread t copies 16 bytes, chunk t mod 8, of rows t / 8 + 16 i. Which tokens they are its warp finds
+    // out once for a tile, a row a lane.
+    __device__ __forceinline__ void gather() const {
+        const int thread = thread_id() - 2 * warpgroup_threads, chunk = thread % 8;
+        const int first = thread / 32 * 4, own = first + lane() % 4 + 16 * (lane() / 4);
+        int step = 0;
+        for (int index = cluster_id(); index < work.tiles(); index += num_clusters()) {
+            const Tile tile = tile_at(work, index, rank);
+            const int64_t start = first_row_of(tile.expert, rows.num_rows, rows.num_experts);
+            const int size = static_cast<int>(first_row_of(tile.expert + 1, rows.num_rows, rows.num_experts) - start);
+            int token = -1;  // there is no such row: zeros
+            if (tile.row + own < size) {
+                const int64_t row = start + tile.row + own;
+                token = rows.permutation != nullptr
+                            ? load_constant_i32(rows.permutation + row) / rows.top_k
+                            : static_cast<int>(token_of_row(rows.deal, static_cast<uint32_t>(row)));
+                if (rows.dealt != nullptr && tile.column == 0) store_global_i32(rows.dealt + row, token);
+            }
+            uint32_t offsets[8];  // of 16 bytes; all bits: none
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int of_row = shuffle(token, lane() / 8 + 4 * i);
+                offsets[i] = of_row < 0 ? ~0u : static_cast<uint32_t>(of_row) * (rows.columns / 8) + chunk;
+            }
+#pragma unroll 1
+            for (int k = 0; k < work.steps * step_depth; k += step_depth, ++step) {
+                mbarrier_wait(empty(step), parity(step) ^ 1);
+                if (thread == 0) {
+                    mbarrier_arrive_expect_tx(full(step), Shape::b_bytes);
+                    load_b(stage(step) + Shape::a_bytes, step, tile, k);
+                }
+                const bool inside = k + 8 * chunk < rows.columns;
+                const uint32_t to = stage(step) + swizzled_offset(thread / 8, chunk);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const bool there = inside && offsets[i] != ~0u;
+                    const uint64_t offset = there ? uint64_t{offsets[i]} * 16 + k * 2 : 0;
+                    cp_async_16(to + i * 16 * swizzle_bytes, static_cast<const char*>(rows.x) + offset, there ? 16 : 0);
+                }
+                cp_async_commit();
+                if (step >= 2) gathered<2>(step - 2);
+            }
+        }
+        if (step >= 2) gathered<1>(step - 2);
+        if (step >= 1) gathered<0>(step - 1);
+        if (thread == 0) drain(step);
+    }
+
+    // So many groups of copies may still be under way; the one before them is that of `step`. Two steps late, so that
+    // nobody waits; the fence is on this side, where it holds up no product.
+    template <int kUnderWay>
+    __device__ __forceinline__ void gathered(int step) const {
+        cp_async_wait<kUnderWay>();
+        fence_proxy_async_shared();
+        mbarrier_arrive(full(step));
+    }
+
+    // One thread, of a warp of its own: what slices read beside the product.
+    __device__ __forceinline__ void load_inputs() const {
+        constexpr int slices = Shape::columns / 64 * Shape::blocks;
+        int turn = 0;
+        for (int index = cluster_id(); index < work.tiles(); index += num_clusters(), ++turn) {
+            const Tile tile = tile_at(work, index, rank);
+            const int group = turn % 2;
+#pragma unroll 1
+            for (int i = 0; i < slices; ++i) {
+                const uint32_t slice = turn / 2 * slices + i, barrier = input_full(group, slice);
+                const int column = tile.column * Shape::columns + i / Shape::blocks * 64;
+                mbarrier_wait(input_empty(group, slice), input_parity(slice) ^ 1);
+                mbarrier_arrive_expect_tx(barrier, input_bytes);
+                for (int j = 0; j < Epilogue::inputs; ++j)
+                    tma_load_3d(input(group, slice) + j * atom_bytes, &maps.in[j], barrier, column,
+                                tile.row + i % Shape::blocks * 64, tile.expert);
+            }
+        }
     }
 
     // --- the warpgroups that multiply ---
@@ -161,10 +264,12 @@ struct Product {
 #pragma unroll
             for (int m = 0; m < Shape::blocks; ++m, ++count) {
                 const uint32_t slot = shared + slots_at + (group * slots + count % slots) * slot_bytes;
-                if (leads && !Epilogue::scatters) tma_store_wait_read<1>();
+                if (leads && !Epilogue::scatters) tma_store_wait_read<slots - 1>();
                 named_barrier_sync(own_warpgroup + group, warpgroup_threads);
                 const int row = tile.row + (Shape::pingpong ? m : group) * 64;
-                epilogue.slice(&d[m][n * Epilogue::slice_columns / 2], slot, tile, row, n);
+                if (Epilogue::inputs > 0) mbarrier_wait(input_full(group, count), input_parity(count));
+                epilogue.slice(&d[m][n * Epilogue::slice_columns / 2], slot, input(group, count), tile, row, n);
+                if (Epilogue::inputs > 0 && lane() == 0) mbarrier_arrive(input_empty(group, count));
                 if (!Epilogue::scatters) fence_proxy_async_shared();
                 named_barrier_sync(own_warpgroup + group, warpgroup_threads);
                 constexpr int width = Shape::columns / Epilogue::slice_columns * 64;  // of output, of a tile
@@ -222,7 +327,16 @@ struct Product {
         const int group = warp_uniform(thread_id() / warpgroup_threads);
         if (group == 2) {
             setmaxnreg_dec<Shape::loading_registers>();
-            if (warp_uniform(thread_id() / 32) == 2 * warpgroup_threads / 32 && elect_one()) load();
+            const int warp = warp_uniform(thread_id() / 32) % 4;
+            if constexpr (Shape::gathers) {
+                gather();
+            } else {
+                if (warp == 0 && elect_one()) load();
+            }
+            if constexpr (Epilogue::inputs > 0) {
+                static_assert(Shape::pingpong && !Shape::gathers);
+                if (warp == 1 && elect_one()) load_inputs();
+            }
         } else {
             setmaxnreg_inc<Shape::multiplying_registers>();
             consume(group);
@@ -233,9 +347,9 @@ struct Product {
 // Grid: clusters of two, at most as many as run at once.
 template <class Shape, class Epilogue>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(num_threads, 1)
-    product_kernel(const __grid_constant__ Maps<Epilogue::outputs> maps, const __grid_constant__ Work work,
-                   const __grid_constant__ typename Epilogue::Arguments arguments) {
-    Product<Shape, Epilogue>{work, maps, arguments, shared_memory(), cluster_rank()}.run();
+    product_kernel(const __grid_constant__ Maps<Epilogue> maps, const __grid_constant__ Work work,
+                   const __grid_constant__ Gather rows, const __grid_constant__ typename Epilogue::Arguments arguments) {
+    Product<Shape, Epilogue>{work, rows, maps, arguments, shared_memory(), cluster_rank()}.run();
 }
 
 }  // namespace ewa::hopper

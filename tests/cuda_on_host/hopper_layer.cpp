@@ -1,4 +1,4 @@
-// csrc/hopper/layer.h for Python, in the model of the machine. tests/test_hopper.py has the structure's fields.
+// csrc/hopper/layer.h for Python, in the model of the machine. tests/test_hopper.py has the structures' fields.
 #include "hopper/layer.h"
 
 #include "hopper/launch.cuh"
@@ -26,14 +26,8 @@ void set_machine(uint32_t seed, int copies, int products, int multiprocessors) {
     ewa::hopper::multiprocessors_of_launches = multiprocessors;
 }
 
-const char* up_projection(const ewa::hopper::Layer* layer, const void* x, const void* up_weight, const void* bias,
-                          int bias_type, void* hidden, void* pre_activation) {
-    return say(ewa::hopper::up_projection(*layer, x, up_weight, {bias, bias_type}, hidden, pre_activation));
-}
-
-const char* down_projection(const ewa::hopper::Layer* layer, const void* hidden, const void* down_weight,
-                            const void* bias, int bias_type, const int32_t* permutation, void* y) {
-    return say(ewa::hopper::down_projection(*layer, hidden, down_weight, {bias, bias_type}, permutation, y));
+const char* run(int call, const ewa::hopper::Layer* layer, const ewa::hopper::Operands* operands) {
+    return say(ewa::hopper::run(static_cast<ewa::hopper::Call>(call), *layer, *operands));
 }
 
 }  // extern "C"

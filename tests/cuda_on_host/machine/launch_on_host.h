@@ -12,12 +12,12 @@ inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string&) {
 }
 
 template <class Shape, class Epilogue>
-std::string launch_product(const Maps<Epilogue::outputs>& maps, const Work& work,
+std::string launch_product(const Maps<Epilogue>& maps, const Work& work, const Gather& rows,
                            const typename Epilogue::Arguments& arguments, int, void*) {
     const int clusters = std::min(work.tiles(), multiprocessors_of_launches / 2);
     const machine::Grid grid{clusters, 2, num_threads, (Product<Shape, Epilogue>::shared_bytes + 15) / 16 * 16};
     return machine::launch(grid, options_of_launches,
-                           [&] { product_kernel<Shape, Epilogue>(maps, work, arguments); });
+                           [&] { product_kernel<Shape, Epilogue>(maps, work, rows, arguments); });
 }
 
 }  // namespace ewa::hopper

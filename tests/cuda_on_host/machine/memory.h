@@ -219,6 +219,7 @@ inline uint4 load_global_u32x4(const void* at) {
     memcpy(&v, at, 16);
     return v;
 }
+inline void store_global_i32(int* at, int v) { machine::write_global(at, &v, 4); }
 inline void store_global_f32(float* at, float v) { machine::write_global(at, &v, 4); }
 inline void store_global_u32x4(void* at, uint4 v) { machine::write_global(at, &v, 16); }
 
