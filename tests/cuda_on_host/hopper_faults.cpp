@@ -1,0 +1,190 @@
+// One small product by the kernels of csrc/hopper, -DPROGRAM says which, in a mode of the model and for several seeds;
+// prints a line for each: what the model said, or else where values are wrong, or nothing. Arguments: mode, seeds.
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "hopper/epilogues.cuh"
+#include "hopper/launch.cuh"
+
+namespace {
+
+using namespace ewa;
+using namespace ewa::hopper;
+using machine::When;
+
+constexpr int num_experts = 2;
+constexpr uint16_t nobody_wrote = 0x7FC0;  // NaN
+
+// Small whole numbers, whose sums are exact in float32 in whatever order.
+float small_number(size_t i) { return static_cast<float>((static_cast<uint32_t>(i) * 2654435761u >> 13) % 7) - 3.0f; }
+
+uint16_t rounded(float v) { return nearest<BFloat16>(v).bits; }
+
+// [experts][rows][columns]
+struct Tensor {
+    int rows, columns;
+    std::vector<uint16_t> bits;
+
+    Tensor(int rows, int columns, int seed) : rows(rows), columns(columns) {
+        for (int i = 0; i < num_experts * rows * columns; ++i)
+            bits.push_back(seed == 0 ? nobody_wrote : rounded(small_number(static_cast<size_t>(i + 977 * seed))));
+    }
+    uint16_t& at(int expert, int row, int column) {
+        return bits[static_cast<size_t>((expert * rows + row) * columns + column)];
+    }
+    float operator()(int expert, int row, int column) { return widen(BFloat16{at(expert, row, column)}); }
+    TensorMap map(int box_rows) {
+        std::string error;
+        const int64_t size = int64_t{rows} * columns;
+        return make_map({bits.data(), columns, rows, num_experts, columns, size}, box_rows, error);
+    }
+};
+
+int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
+
+// A [M, K] · B [K, N], each stored with the index first that is not contiguous.
+template <class Shape>
+struct Operands {
+    int m, n, k;
+    Tensor a, b;
+
+    Operands(int m, int n, int k)
+        : m(m),
+          n(n),
+          k(k),
+          a(Shape::major_a == Major::k ? Tensor(m, k, 1) : Tensor(k, m, 1)),
+          b(Shape::major_b == Major::k ? Tensor(n, k, 2) : Tensor(k, n, 2)) {}
+
+    float product(int expert, int row, int column) {
+        float sum = 0.0f;
+        for (int i = 0; i < k; ++i)
+            sum += (Shape::major_a == Major::k ? a(expert, row, i) : a(expert, i, row)) *
+                   (Shape::major_b == Major::k ? b(expert, column, i) : b(expert, i, column));
+        return sum;
+    }
+    template <class Epilogue>
+    Maps<Epilogue::outputs> maps() {
+        Maps<Epilogue::outputs> maps;
+        maps.a = a.map(Shape::major_a == Major::k ? tile_rows : 64);
+        maps.b[0] = maps.b[1] = b.map(Shape::major_b == Major::k ? Shape::columns / 2 : 64);
+        return maps;
+    }
+    Work work() const {
+        return {tiles_of(m, 2 * tile_rows), tiles_of(n, Shape::columns), num_experts, tiles_of(k, step_depth)};
+    }
+};
+
+// What is said, or the first place where values are not as expected.
+std::string compare(const std::string& said, const std::vector<uint16_t>& values,
+                    const std::vector<uint16_t>& expected) {
+    if (!said.empty()) return said;
+    for (size_t i = 0; i < values.size(); ++i)
+        if (values[i] != expected[i])
+            return "values: " + std::to_string(widen(BFloat16{values[i]})) + " at " + std::to_string(i) + ", not " +
+                   std::to_string(widen(BFloat16{expected[i]}));
+    return {};
+}
+
+// As for gradients of weights: both operands MN-major, more steps than stages, and clipped in every direction.
+std::string cooperative() {
+    using Of = Shape<Operand::bf16, Major::mn, Major::mn, 128, 3, false>;
+    using Epilogue = StoreTile<Operand::bf16>;
+    static Operands<Of> with(200, 136, 424);
+    static const std::vector<uint16_t> expected = [] {
+        Tensor c(with.m, with.n, 0);
+        for (int e = 0; e < num_experts; ++e)
+            for (int i = 0; i < c.rows; ++i)
+                for (int j = 0; j < c.columns; ++j) c.at(e, i, j) = rounded(with.product(e, i, j));
+        return c.bits;
+    }();
+    Tensor c(with.m, with.n, 0);
+    auto maps = with.maps<Epilogue>();
+    maps.out[0] = c.map(64);
+    return compare(launch_product<Of, Epilogue>(maps, with.work(), {1}, 0, nullptr), c.bits, expected);
+}
+
+// Up projection: more tiles than clusters, two outputs.
+std::string pingpong() {
+    using Of = Shape<Operand::bf16, Major::k, Major::k, 64, 3, true>;
+    using Epilogue = StoreHidden<Operand::bf16, 64, Relu, false, false>;
+    static Operands<Of> with(301, 136, 136);
+    static std::vector<float> bias;
+    static const std::vector<uint16_t> expected = [] {
+        Tensor hidden(with.m, with.n, 0), pre(with.m, with.n, 0);
+        for (size_t i = 0; i < static_cast<size_t>(num_experts * with.n); ++i) bias.push_back(small_number(i + 5));
+        for (int e = 0; e < num_experts; ++e)
+            for (int i = 0; i < with.m; ++i)
+                for (int j = 0; j < with.n; ++j) {
+                    const float sum = with.product(e, i, j) + bias[static_cast<size_t>(e * with.n + j)];
+                    pre.at(e, i, j) = rounded(sum);
+                    hidden.at(e, i, j) = rounded(sum > 0.0f ? sum : 0.0f);
+                }
+        hidden.bits.insert(hidden.bits.end(), pre.bits.begin(), pre.bits.end());
+        return hidden.bits;
+    }();
+    Tensor hidden(with.m, with.n, 0), pre(with.m, with.n, 0);
+    auto maps = with.maps<Epilogue>();
+    maps.out[0] = hidden.map(64);
+    maps.out[1] = pre.map(64);
+    const Epilogue::Arguments arguments{
+        {bias.data(), Vector::float32}, with.n, num_experts * with.m, num_experts, 0, 0, 1.0f, 2};
+    const std::string said = launch_product<Of, Epilogue>(maps, with.work(), arguments, 0, nullptr);
+    hidden.bits.insert(hidden.bits.end(), pre.bits.begin(), pre.bits.end());
+    return compare(said, hidden.bits, expected);
+}
+
+// Down projection: the second expert has a row more than the first. Rows that are no one's go to a row of their own.
+std::string scattered() {
+    using Of = Shape<Operand::bf16, Major::k, Major::k, 64, 3, false>;
+    using Epilogue = StoreScattered<Operand::bf16, 64>;
+    constexpr int slots = 301, num_rows = 2 * slots - 1;
+    static Operands<Of> with(slots, 136, 264);
+    static std::vector<float> bias;
+    static std::vector<int> permutation(4 * 512, num_rows);
+    static const std::vector<uint16_t> expected = [] {
+        for (size_t i = 0; i < static_cast<size_t>(num_experts * with.n); ++i) bias.push_back(small_number(i + 5));
+        for (int i = 0; i < num_rows; ++i) permutation[static_cast<size_t>(i)] = i * 7 % num_rows;
+        std::vector<uint16_t> y(static_cast<size_t>((num_rows + 1) * with.n), nobody_wrote);
+        for (int row = 0; row < num_rows; ++row) {
+            const int e = row < slots - 1 ? 0 : 1, inside = row - e * (slots - 1);
+            for (int j = 0; j < with.n; ++j)
+                y[static_cast<size_t>(permutation[static_cast<size_t>(row)] * with.n + j)] =
+                    rounded(with.product(e, inside, j) + bias[static_cast<size_t>(e * with.n + j)]);
+        }
+        return y;
+    }();
+    std::vector<uint16_t> y(expected.size(), nobody_wrote);
+    auto maps = with.maps<Epilogue>();
+    maps.out[0] = maps.a;  // not used
+    const Epilogue::Arguments arguments{
+        {bias.data(), Vector::float32}, permutation.data(), y.data(), with.n, num_rows, num_experts};
+    return compare(launch_product<Of, Epilogue>(maps, with.work(), arguments, 0, nullptr), y, expected);
+}
+
+struct Mode {
+    const char* name;
+    When copies, products;
+};
+constexpr Mode modes[] = {
+    {"late", When::late, When::late},
+    {"random", When::random, When::random},
+    {"at_once", When::at_once, When::at_once},
+    {"late_products", When::at_once, When::late},
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc != 3) return 2;
+    for (const Mode& mode : modes)
+        for (int seed = 1; strcmp(mode.name, argv[1]) == 0 && seed <= atoi(argv[2]); ++seed) {
+            options_of_launches.seed = static_cast<uint32_t>(seed);
+            options_of_launches.tma = mode.copies;
+            options_of_launches.wgmma = mode.products;
+            std::string said = PROGRAM();
+            for (char& c : said)
+                if (c == '\n') c = ';';
+            printf("%s\n", said.c_str());
+        }
+}

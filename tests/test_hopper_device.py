@@ -1,0 +1,107 @@
+"""What nvcc makes of the kernels of csrc/hopper: nothing is spilled or serialised, and the instructions are there."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "tests/cuda_on_host/hopper_device.cu"
+
+
+@dataclass
+class Kernel:
+    name: str  # a part of the mangled name
+    columns: int
+    products: int  # of a step: 4 of 16 k, for each block of 64 rows
+    stores: bool  # by TMA
+
+
+KERNELS = {
+    "gelu": Kernel("4GeluELb0ELb0E", 192, 8, True),
+    "silu, gated": Kernel("4SiluELb1ELb0E", 128, 8, True),
+    "gelu, dropout": Kernel("4GeluELb0ELb1E", 128, 8, True),
+    "scattered": Kernel("14StoreScattered", 256, 4, False),
+}
+PRODUCING, MULTIPLYING = 0x28, 0xE8  # registers of a thread
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The cubin, and what ptxas said of each kernel."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    cubin = tmp_path_factory.mktemp("device") / "hopper.cubin"
+    command = [nvcc, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-O3", "-DNDEBUG", "-Xptxas", "-v"]
+    result = subprocess.run(
+        [*command, f"-I{ROOT / 'csrc'}", "-cubin", SOURCE, "-o", cubin], capture_output=True, text=True
+    )
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said
+    return cubin, said
+
+
+@pytest.fixture(scope="module")
+def code(compiled):
+    """Instructions of each kernel by its mangled name."""
+    triton = importlib.util.find_spec("triton")
+    folders = [] if triton is None else [Path(triton.origin).parent / "backends/nvidia/bin"]
+    nvdisasm = shutil.which("nvdisasm") or next((shutil.which(folder / "nvdisasm") for folder in folders), None)
+    if nvdisasm is None:
+        pytest.skip("no nvdisasm")
+    text = subprocess.run([nvdisasm, "-c", compiled[0]], capture_output=True, text=True, check=True).stdout
+    names_and_code = re.split(r"^\.text\.(\S+):\n", text, flags=re.MULTILINE)[1:]
+    instructions = [re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", part) for part in names_and_code[1::2]]
+    return dict(zip(names_and_code[::2], instructions, strict=True))
+
+
+def opcode(instruction):
+    return re.sub(r"^@!?U?P\w+ ", "", instruction).split()[0]
+
+
+def test_nothing_is_spilled_or_serialised(compiled):
+    # C7504 to C7515 say that setmaxnreg is ignored, or that products wait for one another.
+    said = compiled[1]
+    assert not re.search(r"C75\d\d", said), said
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert spills == [("0", "0", "0")] * len(KERNELS), said
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_instructions(kernel, code):
+    (instructions,) = (some for name, some in code.items() if kernel.name in name)
+    opcodes = [opcode(instruction) for instruction in instructions]
+
+    def having(pattern):
+        return [i for i, name in zip(instructions, opcodes, strict=True) if re.match(pattern, name)]
+
+    highest = max(int(number) for i in instructions for number in re.findall(r"\bR(\d+)\b", i))
+    print(f"{kernel.name}: registers up to R{highest}, {len(instructions)} instructions")
+    assert highest < MULTIPLYING
+    registers = sorted(int(re.search(r"0x[0-9a-f]+", i).group(), 16) for i in having("USETMAXREG"))
+    assert registers == [PRODUCING, MULTIPLYING]
+    assert having("LDL|STL") == []
+
+    # All products of a step, and then a wait that leaves them in flight; after the last step one for all.
+    between, waits = [0], []
+    for instruction, name in zip(instructions, opcodes, strict=True):
+        if name.startswith("HGMMA"):
+            assert f"HGMMA.64x{kernel.columns}x16.F32.BF16" in instruction
+            between[-1] += 1
+        elif name == "WARPGROUP.DEPBAR.LE":
+            waits.append(instruction.split()[-1])
+            between.append(0)
+    assert set(between) == {0, kernel.products}
+    assert {wait for wait, count in zip(waits, between, strict=False) if count} == {"0x1"}
+    assert waits[-1] == "0x0"
+
+    loads = having("UTMALDG")
+    assert any(".MULTICAST" in i for i in loads)
+    assert any(".MULTICAST" not in i for i in loads)
+    assert bool(having("UTMASTG")) == kernel.stores
+    assert bool(having("STG")) != kernel.stores
