@@ -185,12 +185,12 @@ FAULTS = {
         "pingpong", "if (!Epilogue::scatters) fence_proxy_async_shared();", "", VALUES
     ),
     "slot filled while it is read": in_product(
-        "pingpong", "if (leads && !Epilogue::scatters) tma_store_wait_read<1>();", "", RACE, slow=True
+        "pingpong", "if (leads && !Epilogue::scatters) tma_store_wait_read<slots - 1>();", "", RACE, slow=True
     ),
     "slot filled one store too early": in_product(
         "cooperative",
-        "Epilogue::scatters) tma_store_wait_read<1>();",
-        "Epilogue::scatters) tma_store_wait_read<2>();",
+        "Epilogue::scatters) tma_store_wait_read<slots - 1>();",
+        "Epilogue::scatters) tma_store_wait_read<slots>();",
         RACE,
         slow=True,
     ),
@@ -221,6 +221,52 @@ FAULTS = {
         "",
         "before its TMA stores have read shared memory",
         slow=True,
+    ),
+    # --- rows that the product finds by itself ---
+    "no fence of the proxies after a copy": in_product(
+        "gathered",
+        "        fence_proxy_async_shared();\n        mbarrier_arrive(full(step));",
+        "        mbarrier_arrive(full(step));",
+        VALUES,
+    ),
+    "copies are waited for a step too late": in_product(
+        "gathered",
+        "if (step >= 2) gathered<1>(step - 2);\n                mbarrier",
+        "if (step >= 2) gathered<2>(step - 2);\n                mbarrier",
+        f"{VALUES}|{RACE}",
+    ),
+    "the last copies are not waited for": in_product(
+        "gathered", "if (step >= 1) gathered<0>", "if (step >= 1) gathered<1>", f"{VALUES}|{RACE}|cp.async", slow=True
+    ),
+    "tokens of other rows": in_product(
+        "gathered", "shuffle(token, lane() / 8 + 4 * i)", "shuffle(token, lane() / 8 * 4 + i)", VALUES, slow=True
+    ),
+    "copies of rows that are not there": in_product(
+        "gathered", "if (tile.row + own < size) {", "if (tile.row + own <= size) {", VALUES, slow=True
+    ),
+    "a wait for fewer threads": in_product(
+        "gathered", "? 1 + warpgroup_threads : 1", "? 1 + warpgroup_threads / 2 : 1", f"{VALUES}|{RACE}|more arrivals"
+    ),
+    # --- what slices read beside the product ---
+    "no wait for what a slice reads": in_product(
+        "backward",
+        "                if (Epilogue::inputs > 0) mbarrier_wait(input_full(group, count), input_parity(count));\n",
+        "",
+        f"{VALUES}|{RACE}|more arrivals",
+    ),
+    "what a slice reads is released before": in_product(
+        "backward",
+        "                if (Epilogue::inputs > 0) mbarrier_wait(input_full(group, count), input_parity(count));\n",
+        "                if (Epilogue::inputs > 0) mbarrier_wait(input_full(group, count), input_parity(count));\n"
+        "                if (Epilogue::inputs > 0 && lane() == 0) mbarrier_arrive(input_empty(group, count));\n",
+        f"{VALUES}|{RACE}|more arrivals",
+        slow=True,
+    ),
+    "slices in another order": in_product(
+        "backward", "tile.row + i % Shape::blocks * 64", "tile.row + (1 - i % Shape::blocks) * 64", VALUES, slow=True
+    ),
+    "the other warpgroup's blocks": in_product(
+        "backward", "const int group = turn % 2;", "const int group = 1 - turn % 2;", f"{VALUES}|{DEADLOCK}", slow=True
     ),
     "wrong registers of a tile": in_epilogue(
         "cooperative", "slot, j, d + 8 * j);", "slot, j, d + 8 * (j ^ 1));", VALUES, slow=True

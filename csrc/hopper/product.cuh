@@ -175,6 +175,8 @@ struct Product {
             }
 #pragma unroll 1
             for (int k = 0; k < work.steps * step_depth; k += step_depth, ++step) {
+                // Before the wait: with few stages it lasts until those rows have been multiplied.
+                if (step >= 2) gathered<1>(step - 2);
                 mbarrier_wait(empty(step), parity(step) ^ 1);
                 if (thread == 0) {
                     mbarrier_arrive_expect_tx(full(step), Shape::b_bytes);
@@ -189,7 +191,6 @@ struct Product {
                     cp_async_16(to + i * 16 * swizzle_bytes, static_cast<const char*>(rows.x) + offset, there ? 16 : 0);
                 }
                 cp_async_commit();
-                if (step >= 2) gathered<2>(step - 2);
             }
         }
         if (step >= 2) gathered<1>(step - 2);
@@ -197,8 +198,8 @@ struct Product {
         if (thread == 0) drain(step);
     }
 
-    // So many groups of copies may still be under way; the one before them is that of `step`. Two steps late, so that
-    // nobody waits; the fence is on this side, where it holds up no product.
+    // So many groups of copies may still be under way; the one before them is that of `step`. Two steps late, so that it
+    // has landed as a rule; the fence is on this side, where it holds up no product.
     template <int kUnderWay>
     __device__ __forceinline__ void gathered(int step) const {
         cp_async_wait<kUnderWay>();

@@ -3,19 +3,19 @@
 
 namespace ewa::hopper {
 
-constexpr Operand type = Operand::bf16;
-
 // Each `Product` asserts that it keeps within the limit; this is what a CTA can have on sm_90: 227 KiB.
 static_assert(shared_limit == 227 * 1024);
 
-struct Launches {
-    decltype(&up<type, Gelu, false, false>) up_of[3];
-    decltype(&down_projection_of<type>) down;
-};
+using Launch = std::string (*)(const Layer&, const Operands&);
+using Of = Products<Operand::bf16>;
 
-Launches launches() {
-    return {{up<type, Gelu, false, false>, up<type, Silu, true, false>, up<type, Gelu, false, true>},
-            down_projection_of<type>};
-}
+// By `volatile`, so that none is left out.
+volatile Launch launches[] = {
+    Of::up<Gelu, false, false, false>, Of::up<Silu, true, false, false>, Of::up<Gelu, false, true, false>,
+    Of::up<Gelu, false, false, true>,  Of::grad_pre<Gelu, false, false>, Of::grad_pre<Silu, true, false>,
+    Of::weight,
+};
+volatile auto down = Of::scattered<Major::k>;
+volatile auto grad_x = Of::scattered<Major::mn>;
 
 }  // namespace ewa::hopper

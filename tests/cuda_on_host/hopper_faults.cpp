@@ -64,8 +64,8 @@ struct Operands {
         return sum;
     }
     template <class Epilogue>
-    Maps<Epilogue::outputs> maps() {
-        Maps<Epilogue::outputs> maps;
+    Maps<Epilogue> maps() {
+        Maps<Epilogue> maps;
         maps.a = a.map(Shape::major_a == Major::k ? tile_rows : 64);
         maps.b[0] = maps.b[1] = b.map(Shape::major_b == Major::k ? Shape::columns / 2 : 64);
         return maps;
@@ -101,7 +101,7 @@ std::string cooperative() {
     Tensor c(with.m, with.n, 0);
     auto maps = with.maps<Epilogue>();
     maps.out[0] = c.map(64);
-    return compare(launch_product<Of, Epilogue>(maps, with.work(), {1}, 0, nullptr), c.bits, expected);
+    return compare(launch_product<Of, Epilogue>(maps, with.work(), {}, {1}, 0, nullptr), c.bits, expected);
 }
 
 // Up projection: more tiles than clusters, two outputs.
@@ -128,8 +128,8 @@ std::string pingpong() {
     maps.out[0] = hidden.map(64);
     maps.out[1] = pre.map(64);
     const Epilogue::Arguments arguments{
-        {bias.data(), Vector::float32}, with.n, num_experts * with.m, num_experts, 0, 0, 1.0f, 2};
-    const std::string said = launch_product<Of, Epilogue>(maps, with.work(), arguments, 0, nullptr);
+        {bias.data(), Vector::float32}, with.n, num_experts * with.m, num_experts, {0, 0, 1.0f}, 2};
+    const std::string said = launch_product<Of, Epilogue>(maps, with.work(), {}, arguments, 0, nullptr);
     hidden.bits.insert(hidden.bits.end(), pre.bits.begin(), pre.bits.end());
     return compare(said, hidden.bits, expected);
 }
@@ -159,7 +159,65 @@ std::string scattered() {
     maps.out[0] = maps.a;  // not used
     const Epilogue::Arguments arguments{
         {bias.data(), Vector::float32}, permutation.data(), y.data(), with.n, num_rows, num_experts};
-    return compare(launch_product<Of, Epilogue>(maps, with.work(), arguments, 0, nullptr), y, expected);
+    return compare(launch_product<Of, Epilogue>(maps, with.work(), {}, arguments, 0, nullptr), y, expected);
+}
+
+// Rows of tokens in reverse order; the second expert has a row more than the first.
+std::string gathered() {
+    using Of = Shape<Operand::bf16, Major::k, Major::k, 64, 3, true, true>;
+    using Epilogue = StoreTile<Operand::bf16>;
+    constexpr int slots = 301, num_rows = 2 * slots - 1;
+    static Operands<Of> with(slots, 72, 328);
+    static Tensor x(num_rows, 328, 1);
+    static std::vector<int> permutation;
+    static const std::vector<uint16_t> expected = [] {
+        for (int i = 0; i < num_rows; ++i) permutation.push_back(num_rows - 1 - i);
+        Tensor c(with.m, with.n, 0);
+        for (int e = 0; e < num_experts; ++e)
+            for (int i = 0; i < c.rows; ++i)
+                for (int j = 0; j < c.columns; ++j) {
+                    const int row = e * (slots - 1) + i;
+                    float sum = 0.0f;  // of no row
+                    for (int l = 0; (e == 1 || i < slots - 1) && l < with.k; ++l)
+                        sum += x(0, permutation[static_cast<size_t>(row)], l) * with.b(e, j, l);
+                    c.at(e, i, j) = rounded(sum);
+                }
+        return c.bits;
+    }();
+    Tensor c(with.m, with.n, 0);
+    auto maps = with.maps<Epilogue>();
+    maps.out[0] = c.map(64);
+    const Gather rows{x.bits.data(), with.k, num_rows, num_experts, {}, permutation.data(), nullptr, 1};
+    return compare(launch_product<Of, Epilogue>(maps, with.work(), rows, {1}, 0, nullptr), c.bits, expected);
+}
+
+// Gradients of the pre-activation: slices read blocks beside the product.
+std::string backward() {
+    using Of = Shape<Operand::bf16, Major::k, Major::mn, 128, 3, true>;
+    using Epilogue = StoreGradPre<Operand::bf16, Relu2, false, false>;
+    static Operands<Of> with(301, 264, 72);
+    static Tensor pre(301, 264, 3);
+    static const std::vector<uint16_t> expected = [] {
+        Tensor grad(with.m, with.n, 0), hidden(with.m, with.n, 0);
+        for (int e = 0; e < num_experts; ++e)
+            for (int i = 0; i < with.m; ++i)
+                for (int j = 0; j < with.n; ++j) {
+                    const float kept = pre(e, i, j) > 0.0f ? pre(e, i, j) : 0.0f;
+                    grad.at(e, i, j) = rounded(with.product(e, i, j) * 2.0f * kept);
+                    hidden.at(e, i, j) = rounded(kept * kept);
+                }
+        grad.bits.insert(grad.bits.end(), hidden.bits.begin(), hidden.bits.end());
+        return grad.bits;
+    }();
+    Tensor grad(with.m, with.n, 0), hidden(with.m, with.n, 0);
+    auto maps = with.maps<Epilogue>();
+    maps.in[0] = pre.map(64);
+    maps.out[0] = grad.map(64);
+    maps.out[1] = hidden.map(64);
+    const Epilogue::Arguments arguments{num_experts * with.m, num_experts, 128, {0, 0, 1.0f}, 2};
+    const std::string said = launch_product<Of, Epilogue>(maps, with.work(), {}, arguments, 0, nullptr);
+    grad.bits.insert(grad.bits.end(), hidden.bits.begin(), hidden.bits.end());
+    return compare(said, grad.bits, expected);
 }
 
 struct Mode {
@@ -180,7 +238,7 @@ int main(int argc, char** argv) {
     for (const Mode& mode : modes)
         for (int seed = 1; strcmp(mode.name, argv[1]) == 0 && seed <= atoi(argv[2]); ++seed) {
             options_of_launches.seed = static_cast<uint32_t>(seed);
-            options_of_launches.tma = mode.copies;
+            options_of_launches.tma = options_of_launches.cp_async = mode.copies;
             options_of_launches.wgmma = mode.products;
             std::string said = PROGRAM();
             for (char& c : said)
