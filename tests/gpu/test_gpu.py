@@ -16,6 +16,7 @@ from ewa_kernels.kernels import counters
 from ewa_kernels.kernels.triton.backward import backward_kernel, grad_x_kernel, pre_kernel, weights_kernel
 from ewa_kernels.kernels.triton.forward import forward_kernel
 from ewa_kernels.kernels.triton.launch import Launch
+from ewa_kernels.kernels.triton.split import half_kernel
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -422,7 +423,7 @@ def test_weights_at_odd_addresses(form):
     odd = [torch.empty(w.numel() + 1, dtype=w.dtype, device="cuda")[1:].view(w.shape) for w in weights]
     odd = [t.copy_(w.detach()).requires_grad_() for t, w in zip(odd, weights, strict=True)]
     expected = step(x, weights, x, 1, form)
-    launched = (forward_kernel, backward_kernel, pre_kernel, weights_kernel, grad_x_kernel)
+    launched = (forward_kernel, half_kernel, backward_kernel, pre_kernel, weights_kernel, grad_x_kernel)
     compiled = {kernel: len(kernel.device_caches[0][0]) for kernel in launched}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
