@@ -31,10 +31,11 @@ from benchmarks.environment import environment
 from benchmarks.parity import differs
 from benchmarks.timing import Stopwatch, interleaved, timed
 from ewa_kernels.kernels.triton.backward import launch_backward
-from ewa_kernels.kernels.triton.configs import FORWARD_PHASES, PHASES, Tile
+from ewa_kernels.kernels.triton.configs import CANDIDATES, FORWARD_PHASES, PHASES, Tile
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.onchip import launch_onchip
+from ewa_kernels.kernels.triton.split import launch_down, launch_up
 from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
 KERNELS = ("forward", "backward", *PHASES, "onchip")  # a phase: in the whole forward or backward, in several launches
@@ -43,11 +44,7 @@ ROUNDS = 15
 
 def candidates(kernel: str) -> Iterator[Tile]:
     """Worth a try on Hopper; what ships is always among those that are timed."""
-    if kernel in ("forward", "backward"):  # the only ones with a queue
-        for first in (Tile(128, 256, 64, 4 if kernel == "forward" else 16, 8, 3), Tile(128, 128, 64, 4, 4, 3, 2)):
-            yield replace(first, early=True)
-            yield replace(first, backoff=True)
-            yield replace(first, early=True, backoff=True)
+    yield from CANDIDATES.get(kernel, ())
     if kernel == "onchip":
         for m, n, parts, warps, stages in itertools.product((64, 128), (32, 64, 128), (1, 2), (4, 8), (2, 3)):
             yield Tile(m, n, 128, parts, warps, stages)
@@ -102,8 +99,11 @@ class Operands:
             self.permutation = layer.tensors["permutation"]
             if kernel == "onchip":
                 launch_onchip(layer, self.y, self.pre_activation)
-            for form in ("up", "down") if kernel in FORWARD_PHASES else ("single",) * (kernel == "forward"):
-                launch_forward(layer, form, self.y, self.pre_activation, self.hidden)
+            elif kernel == "forward":
+                launch_forward(layer, self.y, self.pre_activation, self.hidden)
+            else:
+                launch_up(layer, self.pre_activation, self.hidden)
+                launch_down(layer, self.y, self.hidden)
             return [self.y, self.pre_activation]
         backend = "triton-single" if kernel == "backward" else "triton-split"
         layer = self._layer(Deal(1, self.permutation), backend, table=table)

@@ -13,6 +13,7 @@ import io
 import json
 import multiprocessing
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -28,19 +29,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from ewa_kernels.kernels import forms
-from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.kernels.triton import averaging, backward, cublas, forward, groups, merging, moe_ffn, onchip, rows
-from ewa_kernels.kernels.triton.configs import (
-    BACKWARD_PHASES,
-    FORWARD_PHASES,
-    PHASES,
-    ROWS_TILES,
-    UNALIGNED_ROWS_TILE,
-    RowsTile,
-    Tile,
-    table,
-    tiles_of,
-)
+from ewa_kernels.kernels.triton import averaging, configs, cublas, groups, merging, moe_ffn, permutation
+from ewa_kernels.kernels.triton.configs import RowsTile, Tile
 from ewa_kernels.problem import Deal, Inputs, Options, Problem
 from ewa_kernels.ptx import hand_off_problems, sum_problems
 
@@ -48,28 +38,32 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 # What a block may have, in bytes (CUDA programming guide, technical specifications).
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+WHERE = "ewa_kernels.kernels.triton"
 # What is launched by which name.
 KERNELS = {
-    "forward": (forward, "forward_kernel"),
-    "backward": (backward, "backward_kernel"),
-    "backward pre": (backward, "pre_kernel"),
-    "backward weights": (backward, "weights_kernel"),
-    "backward x": (backward, "grad_x_kernel"),
-    "onchip": (onchip, "onchip_kernel"),
-    "gather": (rows, "gather_kernel"),
-    "gather backward": (rows, "gather_kernel"),
-    "gather dealt backward": (rows, "gather_kernel"),
-    "activate": (rows, "activate_kernel"),
-    "activate backward": (rows, "activate_backward_kernel"),
-    "scatter": (rows, "scatter_kernel"),
-    "scatter backward": (rows, "scatter_kernel"),
-    "sums backward": (rows, "sums_kernel"),
-    "average": (averaging, "average_kernel"),
-    "merge": (merging, "merge_kernel"),
-    "groups": (groups, "groups_kernel"),
+    "forward": "forward.forward_kernel",
+    "forward up": "split.half_kernel",
+    "forward down": "split.half_kernel",
+    "backward": "backward.backward_kernel",
+    "backward pre": "backward.pre_kernel",
+    "backward weights": "backward.weights_kernel",
+    "backward x": "backward.grad_x_kernel",
+    "onchip": "onchip.onchip_kernel",
+    "gather": "rows.gather_kernel",
+    "gather backward": "rows.gather_kernel",
+    "gather dealt backward": "rows.gather_kernel",
+    "activate": "rows.activate_kernel",
+    "activate backward": "rows.activate_backward_kernel",
+    "scatter": "rows.scatter_kernel",
+    "scatter backward": "rows.scatter_kernel",
+    "sums backward": "rows.sums_kernel",
+    "average": "averaging.average_kernel",
+    "merge": "merging.merge_kernel",
+    "groups": "groups.groups_kernel",
+    "permutation": "permutation.permutation_kernel",
 }
-PASSES = tuple(name for name, (module, _) in KERNELS.items() if module is rows)
-MULTIPLIES = ("forward", "backward", *PHASES, "onchip")
+PASSES = tuple(name for name, path in KERNELS.items() if path.startswith("rows."))
+MULTIPLIES = ("forward", "backward", *configs.PHASES, "onchip")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -77,7 +71,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Case:
     """One kernel in one configuration, and what it is compiled for."""
 
-    kernel: str  # of KERNELS, or "forward up" or "forward down"
+    kernel: str  # of KERNELS
     tile: Tile | RowsTile
     architecture: str
     dtype: str
@@ -97,16 +91,19 @@ class Case:
     def default(self) -> bool:
         """Whether backend="auto" may pick it."""
         if self.kernel not in PASSES:
-            return True
+            return self.tile not in configs.CANDIDATES.get(self.kernel, ())
         known = {(entry.capability, entry.itemsize) for entry in forms.entries()}
         return not self.routed and (self.capability // 10, _torch_dtype(self.dtype).itemsize) in known
 
     @property
     def config(self) -> str:
-        if self.kernel == "groups":
-            return f"{groups.BLOCKS} row blocks, {groups.EXPERTS} experts"
-        if self.kernel == "merge":
-            return f"{merging.BLOCK} columns, {merging.NUM_WARPS} warps"
+        of_others = {
+            "groups": f"{groups.BLOCKS} row blocks, {groups.EXPERTS} experts",
+            "permutation": f"{permutation.BLOCK} rows",
+            "merge": f"{merging.BLOCK} columns, {merging.NUM_WARPS} warps",
+        }
+        if self.kernel in of_others:
+            return of_others[self.kernel]
         if self.kernel == "average":
             words = [f"{averaging.TILE.block_n} columns, {averaging.TILE.num_warps} warps"]
             return ", ".join(words + ["stochastic rounding"] * self.stochastic + ["odd address"] * self.odd_address)
@@ -155,17 +152,20 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
     """Every entry of the tables for an architecture, with its variants."""
     capability = int(architecture.removeprefix("sm_"))
     for dtype in dtypes:
-        tiles = table(capability, _torch_dtype(dtype), "tf32" if dtype == "tf32" else "ieee")
+        tiles = configs.table(capability, _torch_dtype(dtype), "tf32" if dtype == "tf32" else "ieee")
         of_forward = Case("forward", tiles["forward"][0], architecture, dtype)
         for kernel in MULTIPLIES:
             for variant in _variants(kernel):
                 case = replace(of_forward, kernel=kernel, **variant)
-                of_variant = tiles_of(tiles, kernel, case.d_model, case.d_ff, case.dropout or case.routed)
+                of_variant = configs.tiles_of(tiles, kernel, case.d_model, case.d_ff, case.dropout or case.routed)
                 # Other sizes are compiled with the first alone.
                 for tile in of_variant[:1] if "d_model" in variant else of_variant:
                     yield replace(case, tile=tile)
+            if architecture == "sm_90" and dtype == "bfloat16":
+                for tile in configs.CANDIDATES.get(kernel, ()):
+                    yield replace(of_forward, kernel=kernel, tile=tile)
         if dtype == dtypes[0]:  # indices alone
-            yield replace(of_forward, kernel="groups")
+            yield from (replace(of_forward, kernel=kernel) for kernel in ("groups", "permutation"))
         if dtype != "tf32":
             average = replace(of_forward, kernel="average", tile=averaging.TILE)
             yield from (average, replace(average, odd_address=True))
@@ -179,14 +179,14 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
 
 def _variants(kernel: str) -> Iterator[dict[str, Any]]:
     """What makes a difference to a kernel."""
-    if kernel in FORWARD_PHASES:  # a half of "forward", with registers to spare
+    if kernel in configs.FORWARD_PHASES:  # a half of "forward", with registers to spare
         yield from ({"gated": gated} for gated in ((False, True) if kernel == "forward up" else (False,)))
         return
     ragged, unaligned = {"d_model": 1000, "d_ff": 4000}, {"d_model": 770, "d_ff": 3075}  # by 64 and 16, and by 8
     for gated in (False,) if kernel == "backward x" else (False, True):
         yield {"gated": gated}
         yield {"gated": gated, "routed": True}
-        if kernel not in BACKWARD_PHASES[1:]:
+        if kernel not in configs.BACKWARD_PHASES[1:]:
             yield {"gated": gated, "dropout": True}
         if kernel != "onchip":
             yield {"gated": gated, **unaligned}
@@ -198,12 +198,12 @@ def _variants(kernel: str) -> Iterator[dict[str, Any]]:
 
 def _variants_of_pass(kernel: str, dtype: str) -> Iterator[dict[str, Any]]:
     """What makes a difference to a pass over rows."""
-    wide, narrow = ({"tile": tile} for tile in ROWS_TILES)
+    wide, narrow = ({"tile": tile} for tile in configs.ROWS_TILES)
     sizes = {"d_model": 384, "d_ff": 1152}  # for which the narrow tile is
     yield {**narrow, **sizes}
     for gated in (False, True) if kernel.startswith("activate") else (False,):
         yield {**wide, "gated": gated}
-        yield {"tile": UNALIGNED_ROWS_TILE, "gated": gated, "d_model": 770, "d_ff": 3075}
+        yield {"tile": configs.UNALIGNED_ROWS_TILE, "gated": gated, "d_model": 770, "d_ff": 3075}
         if kernel.startswith("activate"):
             yield {**wide, "gated": gated, "dropout": True}
         # PyTorch's products of given groups are for bfloat16; a deal is none.
@@ -264,12 +264,11 @@ def _compile(case: Case) -> tuple[Any, str]:
     triton.knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
     with contextlib.redirect_stdout(log), contextlib.ExitStack() as stack:
-        noted = {
-            (module, name): stack.enter_context(mock.patch.object(module, name, _Noted(getattr(module, name))))
-            for module, name in set(KERNELS.values())
-        }
+        noted = {path: _Noted(pkgutil.resolve_name(f"{WHERE}.{path}")) for path in KERNELS.values()}
+        for path, stand_in in noted.items():
+            stack.enter_context(mock.patch(f"{WHERE}.{path}", stand_in))
         _launch(case)
-        kernel = noted[KERNELS[case.kernel.removesuffix(" up").removesuffix(" down")]].compile()
+        kernel = noted[KERNELS[case.kernel]].compile()
     return kernel, log.getvalue()
 
 
@@ -300,6 +299,8 @@ def _launch(case: Case) -> None:
     problem = replace(Problem.of(inputs, case.routed, options, save=True), kept=kept)
     if kernel == "groups":
         groups.tabulate(given[1], num_tokens, num_tokens // 128, 128)
+    elif kernel == "permutation":
+        permutation.random_permutation(num_tokens, 0, inputs.x.device)
     elif kernel == "merge":
         merging.merge_experts([up_weight, down_weight])
     elif case.kernel in PASSES:
@@ -361,15 +362,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ewa_kernels.aot", description=__doc__)
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="default: all; may be repeated")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: all; may be repeated")
+    parser.add_argument("--kernel", choices=KERNELS, nargs="+", help="default: all")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     arguments = parser.parse_args()
-    if triton_kernels.INTERPRETED:
+    if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
 
     chosen = [
         case
         for architecture in arguments.arch or ARCHITECTURES
         for case in cases(architecture, tuple(arguments.dtype or DTYPES))
+        if case.kernel in (arguments.kernel or KERNELS)
     ]
     reports = []
     for report in compile_all(chosen):

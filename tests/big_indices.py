@@ -56,7 +56,7 @@ def run(first_row, last_rows):
     permutation[first_row:] = torch.arange(first_row, num_rows).flip(0)
     x[first_row:], grad_y[first_row:] = last_rows
     grad_x[first_row:] = grad_y[first_row:]
-    launch_forward(layer(x, permutation), "single", y, pre_activation, hidden)
+    launch_forward(layer(x, permutation), y, pre_activation, hidden)
     results = [y[first_row:].clone(), pre_activation[first_row:].clone()]
     y[first_row:] = torch.nan
     launch_onchip(layer(x, permutation), y, pre_activation)

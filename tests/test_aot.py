@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 from ewa_kernels import aot, ptx
+from ewa_kernels.kernels.triton import configs
 from ewa_kernels.kernels.triton.configs import Tile
 
 # The kernels of this process are the interpreter's.
@@ -45,28 +47,39 @@ def check(reports, returncode):
 
 
 def test_bfloat16_on_hopper():
-    """What each commit is held to; `test_all_dtypes` has the others."""
-    reports, returncode = run_aot("--arch", "sm_90", "--dtype", "bfloat16")
+    """What each commit is held to: the layer in one launch. `test_all_dtypes` has all other kernels and types."""
+    kernels = ("forward", "backward", "onchip")
+    reports, returncode = run_aot("--arch", "sm_90", "--dtype", "bfloat16", "--kernel", *kernels)
     check(reports, returncode)
-    # What nobody multiplies with.
-    others = {"average", "groups", "merge", *aot.PASSES}
-    assert all(report.default for report in reports if report.kernel not in aot.PASSES)
-    # "auto" leaves groups that are given to Triton's forms.
-    assert all(report.default != ("routed" in report.config) for report in reports if report.kernel in aot.PASSES)
-    assert {report.kernel for report in reports} == {*aot.MULTIPLIES, *others}
-    for report in reports:
-        assert 16 <= report.registers <= 255
-        assert (report.wgmma > 0) == (report.kernel not in others)
+    # What waits for a measurement is compiled, and is no default.
+    switches = [report for report in reports if re.search("early|backoff", report.config)]
+    assert len(switches) == len(configs.CANDIDATES["forward"] + configs.CANDIDATES["backward"])
+    assert all(report.default != (report in switches) for report in reports)
+    assert {report.kernel for report in reports} == set(kernels)
+    assert all(16 <= report.registers <= 255 and report.wgmma > 0 for report in reports)
+
+
+# All types for one GPU of each table of tiles. The others differ from those in memory and in ptxas: two types.
+ARCHITECTURES = {"sm_80": aot.DTYPES, "sm_90": aot.DTYPES, "sm_100": aot.DTYPES} | dict.fromkeys(
+    ("sm_86", "sm_89", "sm_120"), ("bfloat16", "float32")
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
-def test_all_dtypes(architecture):
-    reports, returncode = run_aot("--arch", architecture)
+@pytest.mark.parametrize(("architecture", "dtypes"), ARCHITECTURES.items(), ids=ARCHITECTURES)
+def test_all_dtypes(architecture, dtypes):
+    assert set(ARCHITECTURES) == set(aot.ARCHITECTURES)
+    reports, returncode = run_aot("--arch", architecture, *(f"--dtype={dtype}" for dtype in dtypes))
     check(reports, returncode)
-    assert {report.dtype for report in reports} == set(aot.DTYPES)
-    if architecture != "sm_90":
-        assert not any(report.wgmma for report in reports)
+    assert {report.dtype for report in reports} == set(dtypes)
+    assert {report.kernel for report in reports} == set(aot.KERNELS)
+    # "auto" leaves groups that are given to Triton's forms.
+    passes = [report for report in reports if report.kernel in aot.PASSES and report.default]
+    assert not any("routed" in report.config for report in passes)
+    assert bool(passes) == (architecture == "sm_90")
+    for report in reports:
+        multiplies = report.kernel in aot.MULTIPLIES and report.dtype != "float32"
+        assert (report.wgmma > 0) == (multiplies and architecture == "sm_90")
 
 
 class TestTheGate:
@@ -111,7 +124,7 @@ class TestTheGate:
     def test_a_bad_default_is_an_exit_code(self, monkeypatch, capsys):
         bad = aot.Report("forward", "", True, "bfloat16", "sm_90", 255, 8, 8, 1000, 4, False, [])
         monkeypatch.setattr(aot, "compile_all", lambda chosen: iter([bad]))
-        monkeypatch.setattr(aot.triton_kernels, "INTERPRETED", False)
+        monkeypatch.setattr(aot.triton.knobs.runtime, "interpret", False)
         monkeypatch.setattr(sys, "argv", ["aot", "--arch", "sm_90"])
         assert aot.main() == 1
         assert "spills: 8 bytes stored, 8 loaded" in capsys.readouterr().out

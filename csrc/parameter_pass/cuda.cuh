@@ -7,7 +7,7 @@
 #include "parameter_pass.h"
 #include "random.h"
 
-// In an parameter_pass: the coefficients of AdamW for each expert, then what is staged.
+// In a pass: the coefficients of AdamW for each expert, then what is staged.
 extern __shared__ uint4 shared[];
 
 namespace ewa {

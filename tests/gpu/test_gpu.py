@@ -12,10 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import ewa_kernels as ewa
+from ewa_kernels import calls, problem
 from ewa_kernels.kernels import counters
+from ewa_kernels.kernels.triton import configs
 from ewa_kernels.kernels.triton.backward import backward_kernel, grad_x_kernel, pre_kernel, weights_kernel
 from ewa_kernels.kernels.triton.forward import forward_kernel
 from ewa_kernels.kernels.triton.launch import Launch
+from ewa_kernels.kernels.triton.split import half_kernel
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -422,13 +425,30 @@ def test_weights_at_odd_addresses(form):
     odd = [torch.empty(w.numel() + 1, dtype=w.dtype, device="cuda")[1:].view(w.shape) for w in weights]
     odd = [t.copy_(w.detach()).requires_grad_() for t, w in zip(odd, weights, strict=True)]
     expected = step(x, weights, x, 1, form)
-    launched = (forward_kernel, backward_kernel, pre_kernel, weights_kernel, grad_x_kernel)
+    launched = (forward_kernel, half_kernel, backward_kernel, pre_kernel, weights_kernel, grad_x_kernel)
     compiled = {kernel: len(kernel.device_caches[0][0]) for kernel in launched}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours = step(x, odd, x, 1, form)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     assert compiled == {kernel: len(kernel.device_caches[0][0]) for kernel in compiled}
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="tiles for Hopper")
+@pytest.mark.parametrize(
+    ("kernel", "tile"), [(k, t) for k, tiles in configs.CANDIDATES.items() for t in tiles], ids=lambda value: str(value)
+)
+def test_tiles_that_may_become_the_default(kernel, tile, monkeypatch):
+    form = "triton-single" if kernel in ("forward", "backward") else "triton-split"
+    x, weights = tokens(5000, 384).requires_grad_(), [w.requires_grad_() for w in parameters(4, 384, 1536)]
+    expected = step(x, weights, x, 1, form)
+    monkeypatch.setitem(configs.table(90, torch.bfloat16, "ieee"), kernel, (tile,))
+    problem._made.clear()
+    calls._problems.clear()
+    for value, other in zip(step(x, weights, x, 1, form), expected, strict=True):
+        assert (value - other).norm() <= 1e-3 * other.norm()
+    problem._made.clear()
+    calls._problems.clear()
 
 
 class TestMargin:

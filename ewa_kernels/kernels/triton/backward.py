@@ -14,7 +14,8 @@ from ewa_kernels.kernels.counters import give_back, zeroed_counters
 from ewa_kernels.kernels.triton.backward_rows import grad_x_kernel, pre_kernel
 from ewa_kernels.kernels.triton.backward_single import backward_kernel
 from ewa_kernels.kernels.triton.backward_weights import weights_kernel
-from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, Tile, ceil_div
+from ewa_kernels.kernels.triton.boxes import box_of_rows, box_of_weights
+from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, RowsTile, Tile, ceil_div
 from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.queue import FIRST_COUNTER
@@ -59,9 +60,24 @@ def launch_backward(
         "grad_down_bias": _first_of(grad_down_bias, up_weight),
     }
     for launch in plan.launches:
-        launch(tensors, groups=layer.groups(launch.rows), counters=counters)
+        launch(tensors | _boxes(launch, layer.problem, tensors), groups=layer.groups(launch.rows), counters=counters)
     give_back(counters, whose)
     return scratch["partial_routing"][: plan.num_pieces * num_rows].view(-1, num_rows) if need_routing else None
+
+
+def _boxes(launch: Launch, problem: Problem, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Descriptors in place of tensors; see `configs.Tile`."""
+    tile = launch.tile
+    if isinstance(tile, RowsTile) or not tile.boxes or launch.kernel is weights_kernel:
+        return {}
+    if launch.kernel is pre_kernel:
+        return {"down_weight": box_of_weights(tensors["down_weight"], tile, False, False)}
+    num_rows, num_up = problem.num_rows, problem.num_up
+    grad_pre = tensors["grad_pre"][: num_rows * num_up].view(num_rows, num_up)
+    return {
+        "up_weight": box_of_weights(tensors["up_weight"], tile, False, False),
+        "grad_pre": box_of_rows(grad_pre, tile),
+    }
 
 
 class _Plan(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ewa_kernels.kernels.triton.boxes import multiply_boxes
 from ewa_kernels.kernels.triton.epilogues import load_pre, store_grad_pre, store_rows
 from ewa_kernels.kernels.triton.permutation import load_seed
 from ewa_kernels.kernels.triton.queue import FIRST_COUNTER, signal
@@ -80,7 +81,7 @@ def group_tile(
 def pre_kernel(
     grad_y,  # [T, D]
     x,  # [T, D]
-    down_weight,  # [E, D, F]
+    down_weight,  # [E, D, F]; with BOXES its descriptor
     pre_activation,  # [R, F or 2F], by grouped row
     permutation,  # int32 [R]
     groups,  # table of given groups, see groups.py, or None: equal groups
@@ -99,6 +100,7 @@ def pre_kernel(
     EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
     ALIGNED: tl.constexpr,  # 8 divides D and F
     PRECISION: tl.constexpr,
+    BOXES: tl.constexpr,  # see `configs.Tile`
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Tiles up to `end_pre`: `store_pre` of grad_y @ down_weight; up to `end_group`: `group_tile`.
@@ -115,9 +117,16 @@ def pre_kernel(
                 row = first_row + tl.arange(0, BLOCK_M)
                 choice = load_choices(permutation, tl.minimum(row, end - 1), groups, num_rows)
                 n = clamp_columns(column_tile * BLOCK_N + tl.arange(0, BLOCK_N), d_ff, ALIGNED)
-                acc = multiply_rows(
-                    grad_y, down_weight, choice // TOP_K, n, expert, d_model, d_ff, False, EVEN_K, PRECISION, BLOCK_K
-                )
+                if BOXES:
+                    acc = multiply_boxes(
+                        grad_y, down_weight, choice // TOP_K, first_row, expert, column_tile * BLOCK_N, d_model,
+                        d_model, False, False, False, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                    )  # fmt: skip
+                else:
+                    acc = multiply_rows(
+                        grad_y, down_weight, choice // TOP_K, n, expert, d_model, d_model, d_ff, False, EVEN_K,
+                        PRECISION, BLOCK_K,
+                    )  # fmt: skip
                 store_pre(
                     acc, row, end, choice, block, column_tile, pre_activation, routing_weights, grad_pre, hidden,
                     partial_routing, partial_up, key, threshold, scale, num_rows, d_ff, ACTIVATION, GATED, DROPOUT,
@@ -132,13 +141,14 @@ def pre_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def grad_x_kernel(
-    up_weight,  # [E, F or 2F, D]
+    up_weight,  # [E, F or 2F, D]; with BOXES its descriptor
     permutation,  # int32 [R]
     groups,  # table of given groups, see groups.py, or None: equal groups
-    grad_pre,  # [R, F or 2F], by grouped row
+    grad_pre,  # [R, F or 2F], by grouped row; with BOXES its descriptor
     grad_x,  # [R, D], by choice
     num_rows, num_experts, num_blocks, d_model, d_ff,
     GATED: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    FLAT: tl.constexpr, BOXES: tl.constexpr,  # see `configs.Tile`
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """grad_x = grad_pre @ up_weight.
@@ -147,17 +157,22 @@ def grad_x_kernel(
     """
     d_model, d_ff, num_up = widths(d_model, d_ff, ALIGNED, GATED)
     tiles = tl.cdiv(d_model, BLOCK_N)
-    for tile in range(tl.program_id(0), num_blocks * tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_blocks * tiles, tl.num_programs(0), flatten=FLAT):
         block, column_tile = block_of_tile(tile, tiles, num_blocks)
         expert, first_row, end = rows_of_block(block, groups, num_rows, num_experts, num_blocks, BLOCK_M)
-        if first_row < end:
-            row = first_row + tl.arange(0, BLOCK_M)
-            source = tl.minimum(row, end - 1)  # past the end, work on the last row again
-            choice = load_choices(permutation, source, groups, num_rows)
+        # Without rows the product has no steps. But loops are made one only if the inner has always as many.
+        end_k = num_up if FLAT else tl.where(first_row < end, num_up, 0)
+        row = first_row + tl.arange(0, BLOCK_M)
+        source = tl.maximum(tl.minimum(row, end - 1), 0)  # past the end, work on the last row again
+        choice = load_choices(permutation, source, groups, num_rows)
+        if BOXES:
+            acc = multiply_boxes(
+                grad_pre, up_weight, source, first_row, expert, column_tile * BLOCK_N, end_k, num_up,
+                True, False, False, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
             n = clamp_columns(column_tile * BLOCK_N + tl.arange(0, BLOCK_N), d_model, ALIGNED)
             acc = multiply_rows(
-                grad_pre, up_weight, source, n, expert, num_up, d_model, False, EVEN_K, PRECISION, BLOCK_K
+                grad_pre, up_weight, source, n, expert, end_k, num_up, d_model, False, EVEN_K, PRECISION, BLOCK_K
             )
-            store_rows(
-                acc, None, row, end, choice, column_tile * BLOCK_N, None, grad_x, d_model, BLOCK_M, BLOCK_N, PARTS
-            )
+        store_rows(acc, None, row, end, choice, column_tile * BLOCK_N, None, grad_x, d_model, BLOCK_M, BLOCK_N, PARTS)

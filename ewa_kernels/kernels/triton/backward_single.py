@@ -64,8 +64,8 @@ def backward_kernel(
                 n = clamp_columns(column_tile * BLOCK_N + tl.arange(0, BLOCK_N), size_n, ALIGNED)
                 acc = multiply_rows(
                     tl.where(is_pre, grad_y, grad_pre), tl.where(is_pre, down_weight, up_weight),
-                    tl.where(is_pre, choice // TOP_K, source), n, expert, size_k, size_n, False, EVEN_K, PRECISION,
-                    BLOCK_K,
+                    tl.where(is_pre, choice // TOP_K, source), n, expert, size_k, size_k, size_n, False, EVEN_K,
+                    PRECISION, BLOCK_K,
                 )  # fmt: skip
                 if is_pre:
                     store_pre(

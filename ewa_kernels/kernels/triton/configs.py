@@ -39,7 +39,13 @@ class Tile:
         num_warps, num_stages: as Triton understands them.
         per_multiprocessor: programs that run on one at once, among which its registers are divided.
         early: whether a program draws its next ticket before it works on the one it has, so as not to wait for it.
-        backoff: whether a program that waits for another reads the counter more seldom. Neither was ever measured.
+        backoff: whether a program that waits for another reads the counter more seldom.
+        flat: whether the loop over tiles and that of their products are one, so that a tile's first loads run while
+            the one before is stored. For "forward up", "forward down" and "backward x".
+        boxes: whether weights, and rows that lie side by side, are loaded by the tensor memory accelerator: Hopper or
+            newer, and D and F that 16 bytes divide. For all phases but "backward weights".
+
+    The last four were never measured on a GPU: no table has one, but `CANDIDATES`.
     """
 
     block_m: int
@@ -51,6 +57,8 @@ class Tile:
     per_multiprocessor: int = 1
     early: bool = False
     backoff: bool = False
+    flat: bool = False
+    boxes: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.block_m, self.block_n, self.block_k, self.parts, self.num_warps)
@@ -60,7 +68,13 @@ class Tile:
     def __str__(self) -> str:
         sizes = f"{self.block_m}x{self.block_n}x{self.block_k}, {self.parts} parts"
         together = f", {self.per_multiprocessor} at once" if self.per_multiprocessor > 1 else ""
-        switches = together + ", early" * self.early + ", backoff" * self.backoff
+        switches = (
+            together
+            + ", early" * self.early
+            + ", backoff" * self.backoff
+            + ", flat" * self.flat
+            + ", boxes" * self.boxes
+        )
         return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages{switches}"
 
     def launch_options(self) -> dict[str, int | bool]:
@@ -168,6 +182,38 @@ for _tiles in (_HOPPER, _BLACKWELL, _AMPERE, _BLACKWELL_120, _TF32, _FLOAT32, IN
         for _variant in (" unaligned",) if _phase in _tiles else ("", " tight", " unaligned"):
             if f"{_whole}{_variant}" in _tiles:
                 _tiles[f"{_phase}{_variant}"] = _tiles[f"{_whole}{_variant}"]
+
+# Switches that wait for a measurement (`benchmarks.tiles`), with tiles that spill nothing on Hopper in bfloat16. What
+# is missing does: 128×256 with both loops made one for "forward up", plain, and without boxes for "forward down".
+_SMALL = Tile(128, 128, 64, 8, 4, 3, 2, flat=True, boxes=True)
+CANDIDATES: Table = {
+    **{
+        kernel: tuple(
+            replace(_HOPPER[kernel][0], early=early, backoff=backoff)
+            for early, backoff in ((True, False), (False, True), (True, True))
+        )
+        for kernel in ("forward", "backward")
+    },
+    "forward up": (
+        Tile(128, 256, 64, 4, 8, 3, boxes=True),
+        Tile(128, 128, 64, 4, 8, 4, flat=True),
+        Tile(128, 128, 64, 4, 8, 4, flat=True, boxes=True),
+        _SMALL,
+    ),
+    "forward down": (
+        Tile(128, 256, 64, 4, 8, 3, boxes=True),
+        Tile(128, 256, 64, 8, 8, 3, flat=True, boxes=True),
+        Tile(128, 128, 64, 4, 8, 4, flat=True),
+        _SMALL,
+    ),
+    "backward pre": (Tile(128, 256, 64, 16, 8, 3, boxes=True),),
+    "backward x": (
+        Tile(128, 256, 64, 8, 8, 3, boxes=True),
+        Tile(128, 256, 64, 8, 8, 3, flat=True),
+        Tile(128, 256, 64, 8, 8, 3, flat=True, boxes=True),
+        _SMALL,
+    ),
+}
 
 # For passes over rows. Not measured: 16 bytes a thread and load, and enough programs at a time to keep memory busy.
 ROWS_TILES = (RowsTile(columns=256, step=16, num_warps=4), RowsTile(columns=128, step=32, num_warps=4))

@@ -1,7 +1,4 @@
-"""The forward in one launch: deal, gather, up projection, activation, down projection, scatter.
-
-The same kernel does the two halves in a launch each (`FORM`), as a fallback and to compare with.
-"""
+"""The forward in one launch: deal, gather, up projection, activation, down projection, scatter."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ def forward_kernel(
     down_bias,  # [E, D] or None
     y,  # [R, D]
     pre_activation,  # [R, F or 2F], by grouped row, or None
-    hidden,  # [R, F], by grouped row; may be None in form "up"
+    hidden,  # [R, F], by grouped row
     permutation,  # int32 [R]; written if DEAL, else read
     groups,  # table of given groups, see groups.py, or None: equal groups
     routing_weights,  # [R], by choice, or None
@@ -39,7 +36,6 @@ def forward_kernel(
     scale, num_rows, num_experts, num_blocks,
     group,  # row blocks whose down tiles follow the up tiles of the next as many
     num_counters, d_model, d_ff,
-    FORM: tl.constexpr,  # "single"; "up" and "down": half of it each, without waiting
     DEAL: tl.constexpr,
     TOP_K: tl.constexpr,  # R = T · TOP_K
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
@@ -64,31 +60,20 @@ def forward_kernel(
     num_groups = tl.cdiv(num_blocks, group)
     key = load_seed(seed, seed_low, seed_high) if DEAL or DROPOUT else 0
 
-    if FORM == "single":
-        tiles = up_tiles + down_tiles  # of a row block
-        ticket = draw_ticket(counters)
-    else:
-        tiles = up_tiles if FORM == "up" else down_tiles
-        ticket = tl.program_id(0)
-
+    tiles = up_tiles + down_tiles  # of a row block
+    ticket = draw_ticket(counters)
     while ticket < num_groups * group * tiles:
-        if FORM == "single" and EARLY:
+        if EARLY:
             next_ticket = draw_ticket(counters)
         # Which tile: neighbours in a group share the weights' columns.
-        if FORM == "single":
-            lead = group * up_tiles
-            later = tl.maximum(ticket - lead, 0)
-            step = later // (group * tiles)
-            rest = later - step * (group * tiles)
-            last = step == num_groups - 1  # no up tiles are left
-            is_up = (ticket < lead) | ((rest < lead) & (step < num_groups - 1))
-            which_group = tl.where(ticket < lead, 0, tl.where(is_up, step + 1, step))
-            rest = tl.where(ticket < lead, ticket, tl.where(is_up | last, rest, rest - lead))
-        else:
-            # Known here: the other half is not compiled, and what belongs to it may be None.
-            is_up: tl.constexpr = FORM == "up"  # type: ignore[no-redef]
-            which_group = ticket // (group * tiles)
-            rest = ticket - which_group * group * tiles
+        lead = group * up_tiles
+        later = tl.maximum(ticket - lead, 0)
+        step = later // (group * tiles)
+        rest = later - step * (group * tiles)
+        last = step == num_groups - 1  # no up tiles are left
+        is_up = (ticket < lead) | ((rest < lead) & (step < num_groups - 1))
+        which_group = tl.where(ticket < lead, 0, tl.where(is_up, step + 1, step))
+        rest = tl.where(ticket < lead, ticket, tl.where(is_up | last, rest, rest - lead))
         column_tile = rest // group
         block = which_group * group + rest - column_tile * group
         expert, first_row, end = rows_of_block(block, groups, num_rows, num_experts, num_blocks, BLOCK_M)
@@ -103,20 +88,14 @@ def forward_kernel(
                 else:
                     a_row = load_choices(permutation, source, groups, num_rows) // TOP_K
             else:
-                if FORM == "single":
-                    wait_until(counters + FIRST_COUNTER + block, up_tiles, BACKOFF)
+                wait_until(counters + FIRST_COUNTER + block, up_tiles, BACKOFF)
                 a_row = source
 
             # One loop for both products: two would be merged at their ends, and no longer overlap with the loads.
             size_k = tl.where(is_up, d_model, d_ff)
             size_n = tl.where(is_up, num_up, d_model)
-            if FORM == "up":
-                a, b = x, up_weight
-            elif FORM == "down":
-                a, b = hidden, down_weight
-            else:
-                a = tl.where(is_up, x, hidden)
-                b = tl.where(is_up, up_weight, down_weight)
+            a = tl.where(is_up, x, hidden)
+            b = tl.where(is_up, up_weight, down_weight)
             n = tl.arange(0, BLOCK_N)
             if GATED:
                 b_row = tl.where(
@@ -129,19 +108,18 @@ def forward_kernel(
             # Loaded before the products, so that nobody waits for them after.
             bias = tl.zeros((BLOCK_N,), tl.float32)
             bias_index = expert.to(tl.int64) * size_n + b_row
-            if up_bias is not None and FORM != "down":
+            if up_bias is not None:
                 bias += tl.load(up_bias + bias_index, mask=tl.where(is_up, n, -1) >= 0, other=0.0).to(tl.float32)
-            if down_bias is not None and FORM != "up":
+            if down_bias is not None:
                 bias += tl.load(down_bias + bias_index, mask=tl.where(is_up, -1, n) >= 0, other=0.0).to(tl.float32)
-            acc = multiply_rows(a, b, a_row, b_row, expert, size_k, size_n, True, EVEN_K, PRECISION, BLOCK_K)
+            acc = multiply_rows(a, b, a_row, b_row, expert, size_k, size_k, size_n, True, EVEN_K, PRECISION, BLOCK_K)
 
             if is_up:
                 store_up(
                     acc, bias, row, end, column_tile * up_columns, pre_activation, hidden, key, threshold, scale,
                     d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, BLOCK_N, PARTS,
                 )  # fmt: skip
-                if FORM == "single":
-                    signal(counters + FIRST_COUNTER + block)
+                signal(counters + FIRST_COUNTER + block)
             else:
                 choice = load_choices(permutation, source, groups, num_rows)
                 factor = None
@@ -150,37 +128,27 @@ def forward_kernel(
                 store_rows(
                     acc, bias, row, end, choice, column_tile * BLOCK_N, factor, y, d_model, BLOCK_M, BLOCK_N, PARTS
                 )
-        if FORM == "single":
-            ticket = next_ticket if EARLY else draw_ticket(counters)
-        else:
-            ticket += tl.num_programs(0)
-    if FORM == "single":
-        leave_clean(counters, num_counters)
+        ticket = next_ticket if EARLY else draw_ticket(counters)
+    leave_clean(counters, num_counters)
 
 
-def launch_forward(
-    layer: Layer, form: str, y: Tensor | None, pre_activation: Tensor | None, hidden: Tensor | None
-) -> None:
-    """Fills those of y, by choice, pre_activation and hidden that are not None, and a permutation that is not given.
-
-    `form`: as `forward_kernel` has it.
-    """
-    num_counters, launch = layer.kept(_plan, form, y is not None, pre_activation is not None, hidden is not None)
+def launch_forward(layer: Layer, y: Tensor, pre_activation: Tensor | None, hidden: Tensor) -> None:
+    """Fills y, by choice, hidden, pre_activation if it is not None, and a permutation that is not given."""
+    num_counters, launch = layer.kept(_plan, pre_activation is not None)
     counters, whose = zeroed_counters(num_counters, layer.problem.device)
     groups = layer.groups(launch.rows)
     launch(layer.tensors, y=y, pre_activation=pre_activation, hidden=hidden, groups=groups, counters=counters)
     give_back(counters, whose)
 
 
-def _plan(layer: Layer, form: str, *is_there: bool) -> tuple[int, Launch]:
-    """How many counters it takes, and the launch; another one where other outputs are asked for."""
-    problem, tile = layer.problem, layer.tile("forward" if form == "single" else f"forward {form}")
+def _plan(layer: Layer, is_kept: bool) -> tuple[int, Launch]:
+    """How many counters it takes, and the launch; another one where pre_activation is asked for."""
+    problem, tile = layer.problem, layer.tile("forward")
     num_blocks = layer.num_blocks(tile.block_m)
     up_tiles = ceil_div(problem.d_ff, tile.block_n // 2 if problem.gated else tile.block_n)
-    down_tiles = ceil_div(problem.d_model, tile.block_n)
-    num_tiles = num_blocks * {"single": up_tiles + down_tiles, "up": up_tiles, "down": down_tiles}[form]
+    num_tiles = num_blocks * (up_tiles + ceil_div(problem.d_model, tile.block_n))
     num_counters = FIRST_COUNTER.value + num_blocks
     # Enough up tiles in a group to keep all programs busy: its down tiles find hidden ready then.
     group = min(num_blocks, ceil_div(layer.grid(num_tiles, tile), up_tiles))
-    arguments = {"group": group, "num_counters": num_counters, "FORM": form}
+    arguments = {"group": group, "num_counters": num_counters}
     return num_counters, layer.launch(forward_kernel, num_tiles, tile, tile.block_m, arguments)

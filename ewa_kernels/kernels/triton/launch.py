@@ -33,13 +33,13 @@ class Launch:
     ):
         names, options = list(kernel.arg_names), {**options, **tile.launch_options()}
         arguments = {**arguments, **options}
-        self.rows = rows
+        self.rows, self.tile = rows, tile
         first = [name for name in names if name not in arguments]
         assert names[: len(first)] == first, f"after {first} all arguments are fixed"
         self._pick = operator.itemgetter(*first)
         self._others = tuple(arguments[name] for name in names[len(first) :])
         self._options = {name: value for name, value in options.items() if name not in names}
-        self._kernel, self._grid = kernel, (num_programs, 1, 1)
+        self.kernel, self._grid = kernel, (num_programs, 1, 1)
         self._compiled: Any = None
 
     def __call__(self, tensors: dict[str, Any], **others: Any) -> None:
@@ -47,4 +47,4 @@ class Launch:
         arguments = self._pick(tensors | others)
         if self._compiled is not None:
             return self._compiled[self._grid](*arguments, *self._others)
-        self._compiled = self._kernel[self._grid[:1]](*arguments, *self._others, **self._options)
+        self._compiled = self.kernel[self._grid[:1]](*arguments, *self._others, **self._options)

@@ -117,7 +117,8 @@ class Layer:
         """`arguments`: those that not all kernels have in common, and calls of one kind do. For others see `Launch`."""
         problem = self.problem
         even_k = problem.d_model % tile.block_k == 0 and problem.d_ff % tile.block_k == 0
-        of_tile = {"EVEN_K": even_k, "EARLY": tile.early, "BACKOFF": tile.backoff}
+        switches = {"EARLY": tile.early, "BACKOFF": tile.backoff, "FLAT": tile.flat, "BOXES": tile.boxes}
+        of_tile = {"EVEN_K": even_k, **switches}
         arguments = {**self.numbers(rows), **of_tile, **arguments}
         return Launch(kernel, self.grid(num_tiles, tile), arguments, tile, rows, **options)
 

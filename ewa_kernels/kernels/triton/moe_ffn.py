@@ -18,6 +18,7 @@ from ewa_kernels.kernels.triton.configs import aligned
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer, check_sizes
 from ewa_kernels.kernels.triton.onchip import launch_onchip
+from ewa_kernels.kernels.triton.split import launch_down, launch_up
 from ewa_kernels.problem import Deal, Inputs, Problem
 
 _NOTHING = contextlib.nullcontext()
@@ -48,8 +49,11 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
                 launch_onchip(layer, y, pre_activation)
             else:
                 hidden = x.new_empty(num_rows, problem.d_ff)
-                for step in ("up", "down") if form == "split" else ("single",):
-                    launch_forward(layer, step, y, pre_activation, hidden)
+                if form == "single":
+                    launch_forward(layer, y, pre_activation, hidden)
+                else:
+                    launch_up(layer, pre_activation, hidden)
+                    launch_down(layer, y, hidden)
     return sum_of_choices(y, problem.top_k), pre_activation, layer.tensors["permutation"]
 
 
@@ -79,7 +83,7 @@ def backward(
             grad_y = aligned(grad_y.contiguous())
             if pre_activation is None:
                 pre_activation = x.new_empty(problem.num_rows, problem.num_up)
-                launch_forward(layer, "up", None, pre_activation, None)
+                launch_up(layer, pre_activation, None)
             pieces = launch_backward(layer, grad_y, aligned(pre_activation), grads, need_routing)
             if pieces is not None and routing_weights is not None:
                 permutation, expert_offsets = layer.tensors["permutation"], deal.expert_offsets

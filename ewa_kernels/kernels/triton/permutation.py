@@ -12,7 +12,7 @@ from torch import Tensor
 from ewa_kernels.kernels.triton.configs import ASSERTS, aligned, ceil_div
 from ewa_kernels.reference import num_rounds
 
-_BLOCK = 1024
+BLOCK = 1024
 
 
 def radices(num_tokens: int) -> tuple[int, int, int]:
@@ -100,7 +100,7 @@ def tokens_of_rows(row, num_tokens, a, b, rounds, seed):
 
 
 @triton.jit(do_not_specialize=["num_tokens", "a", "b", "rounds", "seed_low", "seed_high"])
-def _permutation_kernel(permutation, seed, seed_low, seed_high, num_tokens, a, b, rounds, BLOCK: tl.constexpr):
+def permutation_kernel(permutation, seed, seed_low, seed_high, num_tokens, a, b, rounds, BLOCK: tl.constexpr):
     """permutation[i] for BLOCK rows i per program. Grid: ⌈T / BLOCK⌉."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     seed = load_seed(seed, seed_low, seed_high)
@@ -111,9 +111,14 @@ def _permutation_kernel(permutation, seed, seed_low, seed_high, num_tokens, a, b
 def random_permutation(num_tokens: int, seed: int | Tensor, device: torch.device) -> Tensor:
     """See `ewa_kernels.reference.random_permutation`; int32 `[T]`."""
     permutation = torch.empty(num_tokens, dtype=torch.int32, device=device)
-    if num_tokens > 0:
-        grid = (ceil_div(num_tokens, _BLOCK),)
-        arguments = (*seed_arguments(seed), num_tokens, *radices(num_tokens))
-        with torch.cuda.device_of(permutation):
-            _permutation_kernel[grid](permutation, *arguments, BLOCK=_BLOCK, enable_fp_fusion=True, **ASSERTS)
+    fill(permutation, *seed_arguments(seed))
     return permutation
+
+
+def fill(permutation: Tensor, seed: Tensor | None, seed_low: int, seed_high: int) -> None:
+    """permutation = the random one of a seed, see `seed_arguments`."""
+    num_tokens = len(permutation)
+    if num_tokens > 0:
+        grid, arguments = (ceil_div(num_tokens, BLOCK),), (seed, seed_low, seed_high, num_tokens, *radices(num_tokens))
+        with torch.cuda.device_of(permutation):
+            permutation_kernel[grid](permutation, *arguments, BLOCK=BLOCK, enable_fp_fusion=True, **ASSERTS)

@@ -101,10 +101,13 @@ def multiply(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def multiply_rows(
-    a, b, a_row, n, expert, size_k, size_n,
+    a, b, a_row, n, expert, end_k, size_k, size_n,
     TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Columns `n` of a[a_row] @ b[expert], or of a[a_row] @ b[expert]ᵀ: float32 `[BLOCK_M, BLOCK_N]`."""
+    """Columns `n` of a[a_row] @ b[expert], or of a[a_row] @ b[expert]ᵀ: float32 `[BLOCK_M, BLOCK_N]`.
+
+    `end_k`: `size_k`, or 0 for no product, which is zero.
+    """
     k = tl.arange(0, BLOCK_K)
     a_ptrs = a + a_row.to(tl.int64)[:, None] * size_k + k[None, :]
     if TRANSPOSED:
@@ -112,7 +115,7 @@ def multiply_rows(
     else:
         b_ptrs = b + (expert.to(tl.int64) * size_k + k)[:, None] * size_n + n[None, :]
     acc = tl.zeros((a_row.shape[0], n.shape[0]), tl.float32)
-    for first_k in range(0, size_k, BLOCK_K):
+    for first_k in range(0, end_k, BLOCK_K):
         if EVEN_K:
             a_tile = tl.load(a_ptrs)
             b_tile = tl.load(b_ptrs)
