@@ -12,7 +12,7 @@ None of these kernels has run on a GPU.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +24,7 @@ FLOPS_PER_CYCLE = 4096  # of a multiprocessor, dense, 16 bits
 ROWS, STEP = 128, 64  # of a tile, and of what is summed over
 # Instructions of a thread for each of its accumulators, counted in the SASS of tests/cuda_on_host/hopper_device.cu.
 UP, UP_GATED, GRAD_PRE, GRAD_PRE_GATED, SCATTER, STORE = 14.8, 6.2, 23.3, 18.1, 5.4, 1.5
+CLUSTERS = MULTIPROCESSORS // 2
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,40 @@ class Product:
     is_pingpong: bool
     instructions: float
     moved: int
+    splits: int = 1  # of the sum over K
+
+    @property
+    def tiles(self) -> int:
+        return self.experts * math.ceil(self.m / (2 * ROWS)) * math.ceil(self.n / self.columns)
 
     def cycles(self) -> float:
         """Of a cluster."""
-        tiles = self.experts * math.ceil(self.m / (2 * ROWS)) * math.ceil(self.n / self.columns)
-        of_product = math.ceil(self.k / STEP) * 2 * ROWS * self.columns * STEP / FLOPS_PER_CYCLE
+        steps = math.ceil(math.ceil(self.k / STEP) / self.splits)
+        of_product = steps * 2 * ROWS * self.columns * STEP / FLOPS_PER_CYCLE
         # ROWS · columns accumulators, 32 lanes, four schedulers.
         after = self.instructions * ROWS * self.columns / 128
         a_tile = max(of_product, (of_product + after) / 2) if self.is_pingpong else of_product + after
-        return math.ceil(tiles / (MULTIPROCESSORS // 2)) * a_tile
+        return math.ceil(self.tiles * self.splits / CLUSTERS) * a_tile
 
     def seconds(self, device: Device) -> float:
         clock = device.matrix_rate / (MULTIPROCESSORS * FLOPS_PER_CYCLE)
         elements = self.experts * (self.m * self.k + self.k * self.n) + self.moved
-        return max(self.cycles() / clock, BF16 * elements / device.copy_rate)
+        # Parts in float32, written and read.
+        parts = 8 * self.splits * self.experts * self.m * self.n if self.splits > 1 else 0
+        seconds = max(self.cycles() / clock, BF16 * elements / device.copy_rate)
+        return seconds + (parts / device.copy_rate + LAUNCH if parts else 0)
+
+
+def splits_of(gradient: Product) -> int:
+    """As csrc/hopper does it."""
+    steps = math.ceil(gradient.k / STEP)
+
+    def cycles(splits: int) -> int:
+        of_tile = 1024 * math.ceil(steps / splits) + (400 if splits == 1 else 1500)
+        of_parts = 0 if splits == 1 else splits * gradient.experts * gradient.m * gradient.n * 27 // 10000
+        return math.ceil(gradient.tiles * splits / CLUSTERS) * of_tile + of_parts
+
+    return min(range(1, min(8, steps) + 1), key=cycles)
 
 
 def products(s: Case) -> dict[str, list[Product]]:
@@ -66,16 +87,21 @@ def products(s: Case) -> dict[str, list[Product]]:
         ],
         "backward": [
             Product(e, t, f, d, 128, True, of_pre, rows * (2 * up + f)),
-            Product(e, d, f, t, 256, False, STORE, e * d * f),
-            Product(e, up, d, t, 256, False, STORE, e * d * up),
+            *(
+                replace(gradient, splits=splits_of(gradient))
+                for gradient in (
+                    Product(e, d, f, t, 256, False, STORE, e * d * f),
+                    Product(e, up, d, t, 256, False, STORE, e * d * up),
+                )
+            ),
             Product(e, t, d, up, 256, False, SCATTER, rows * d),
         ],
     }
 
 
 def passes(s: Case) -> dict[str, float]:
-    """Elements that passes over rows move: x and grad_y grouped, and grad_pre summed up for the bias."""
-    return {"forward": 0, "backward": 4 * s.num_rows * s.d_model + (s.num_rows * s.num_up if s.bias else 0)}
+    """Elements that passes over rows move: x and grad_y, grouped for the gradients of the weights."""
+    return {"forward": 0, "backward": 4 * s.num_rows * s.d_model}
 
 
 def predicted(s: Case, device: Device = H200) -> dict[str, float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import hopper, model
 from ewa_kernels import reference
 from ewa_kernels.kernels.triton.permutation import radices
 
@@ -88,6 +89,9 @@ class Operands(ctypes.Structure):
         *((name, POINTER) for name in ("permutation", "pre_activation", "hidden", "out")),
         ("size_m", INT),
         ("size_n", INT),
+        ("parts", POINTER),
+        ("part_sums", POINTER),
+        ("sums", Bias),
     )
 
 
@@ -124,10 +128,13 @@ def machine(kernels):
     return set_up
 
 
-def run(kernels, call, layer, *, rows=None, bias=None, size_m=0, size_n=0, **tensors):
+def run(kernels, call, layer, *, rows=None, bias=None, sums=None, size_m=0, size_n=0, **tensors):
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
-    of_bias = Bias(None if bias is None else bias.data_ptr(), BIAS_TYPES.index(None if bias is None else bias.dtype))
-    operands = Operands(rows=rows or Rows(), bias=of_bias, size_m=size_m, size_n=size_n, **pointers)
+    vectors = {
+        name: Bias() if vector is None else Bias(vector.data_ptr(), BIAS_TYPES.index(vector.dtype))
+        for name, vector in (("bias", bias), ("sums", sums))
+    }
+    operands = Operands(rows=rows or Rows(), size_m=size_m, size_n=size_n, **vectors, **pointers)
     assert kernels.run(CALLS.index(call), ctypes.byref(layer), ctypes.byref(operands)) == b""
 
 
@@ -348,17 +355,43 @@ class TestGradPre:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sums_dtype", BIAS_TYPES, ids=str)
 @pytest.mark.parametrize(
-    ("num_rows", "num_experts", "size_m", "size_n"),
-    [(1, 1, 8, 8), (2, 3, 16, 8), (64, 1, 256, 256), (301, 2, 264, 72), (700, 2, 72, 520)],
+    ("num_rows", "num_experts", "size_m", "size_n", "splits"),
+    [(1, 1, 8, 8, 1), (2, 3, 16, 8, 1), (64, 1, 256, 256, 1), (301, 2, 264, 72, 3), (1100, 2, 72, 520, 5)],
 )
-def test_grad_of_weights(num_rows, num_experts, size_m, size_n, dtype, kernels, machine):
+def test_grad_of_weights(num_rows, num_experts, size_m, size_n, splits, sums_dtype, dtype, kernels, machine):
     layer = layer_of(dtype, num_rows, num_experts, 8, 8)
+    assert kernels.splits_of(ctypes.byref(layer), size_m, size_n) == splits
     a, b = normal(num_rows, size_m, dtype=dtype), normal(num_rows, size_n, dtype=dtype, seed=1)
     out = torch.full((num_experts, size_m, size_n), torch.nan, dtype=dtype)
+    parts = torch.full((num_experts, splits, size_m, size_n), torch.nan)
+    sums = None if sums_dtype is None else torch.full((num_experts, size_m), torch.nan, dtype=sums_dtype)
+    part_sums = None if sums is None else torch.full((num_experts, splits, size_m), torch.nan)
     slots = layer.by_slot(a), layer.by_slot(b)
-    run(kernels, "grad_weight", layer, a=slots[0], b=slots[1], out=out, size_m=size_m, size_n=size_n)
-    assert is_near(out, slots[0].double().mT @ slots[1].double(), dtype)
+    for seed, mode in enumerate(MODES, 1):
+        machine(seed, mode)
+        run(
+            kernels, "grad_weight", layer, a=slots[0], b=slots[1], out=out, size_m=size_m, size_n=size_n, parts=parts,
+            part_sums=part_sums, sums=sums,
+        )  # fmt: skip
+        assert is_near(out, slots[0].double().mT @ slots[1].double(), dtype)
+        if sums is not None:
+            assert is_near(sums, slots[0].double().sum(1), sums_dtype)
+
+
+def test_splits(kernels):
+    """As many as fill the last round of tiles, and as the prediction has it."""
+    of_models = {}
+    for case in model.CASES:
+        slots, f, d = -(-case.num_rows // case.num_experts), case.num_up, case.d_model
+        layer = layer_of(torch.bfloat16, case.num_rows, case.num_experts, d, case.d_ff)
+        of_models[case.name] = kernels.splits_of(ctypes.byref(layer), f, d)
+        gradient = hopper.Product(case.num_experts, f, d, slots, 256, False, 0, 0)
+        assert hopper.splits_of(gradient) == of_models[case.name]
+    assert {name: of_models[name] for name in ("ViT-S", "ViT-B", "ViT-L", "Swin stage 1")} == {
+        "ViT-S": 4, "ViT-B": 3, "ViT-L": 1, "Swin stage 1": 8,
+    }  # fmt: skip
 
 
 def test_comparisons_can_fail():

@@ -31,8 +31,8 @@ __device__ __forceinline__ void put_columns(uint32_t block, int j, const float* 
 // out = d.
 template <Operand kType>
 struct StoreTile {
-    static constexpr int outputs = 1, inputs = 0, slice_columns = 64, scratch_bytes = 0;
-    static constexpr bool gated = false, scatters = false;
+    static constexpr int outputs = 1, inputs = 0, slice_columns = 64, slice_width = 64, scratch_bytes = 0;
+    static constexpr bool gated = false, scatters = false, sums_rows = false;
     struct Arguments {
         int wanted;
     };
@@ -42,6 +42,51 @@ struct StoreTile {
     __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t, const Tile&, int, int) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) put_columns<kType>(slot, j, d + 8 * j);
+    }
+};
+
+// out = d; and sums [E · splits, M] over K of A's rows, unless null. kParts: out [E · splits, M, N] is float32.
+template <Operand kType, bool kParts>
+struct StoreSummed {
+    static constexpr int outputs = 1, inputs = 0;
+    static constexpr int slice_columns = kParts ? 32 : 64, slice_width = slice_columns;  // of 128 bytes
+    static constexpr int scratch_bytes = 512;  // of each warpgroup: together the ones
+    static constexpr bool gated = false, scatters = false, sums_rows = true;
+    struct Arguments {
+        int wanted;
+        float* sums;
+        int size_m, splits;
+    };
+    const Arguments& with;
+
+    __device__ StoreSummed(const Arguments& arguments, uint32_t) : with(arguments) {}
+    __device__ __forceinline__ void begin(const Tile&) {}
+    __device__ __forceinline__ bool wants_sums(const Tile& tile) const { return tile.column == 0 && with.sums != nullptr; }
+
+    // All columns hold the same; `row`: the warpgroup's first.
+    __device__ __forceinline__ void put_sums(const float (&sums)[4], const Tile& tile, int row) const {
+        float* to = with.sums + (static_cast<int64_t>(tile.expert) * with.splits + tile.split) * with.size_m;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int m = row + own_row() + 8 * h;
+            if (thread_id() % 4 == 0 && m < with.size_m) store_global_f32(to + m, sums[2 * h]);
+        }
+    }
+
+    __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t, const Tile&, int, int) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if constexpr (!kParts) {
+                put_columns<kType>(slot, j, d + 8 * j);
+            } else {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int row = own_row() + 8 * h, column = 8 * j + own_column();
+                    store_shared_f32x2(slot + swizzled_offset(row, column / 4) + column % 4 * 4,
+                                       {d[4 * j + 2 * h], d[4 * j + 2 * h + 1]});
+                }
+            }
+        }
     }
 };
 
@@ -85,8 +130,8 @@ struct Biases {
 // y[permutation[row]] = d + bias.
 template <Operand kType, int kColumns>
 struct StoreScattered {
-    static constexpr int outputs = 1, inputs = 0, slice_columns = 64, scratch_bytes = kColumns * 4;
-    static constexpr bool gated = false, scatters = true;
+    static constexpr int outputs = 1, inputs = 0, slice_columns = 64, slice_width = 64, scratch_bytes = kColumns * 4;
+    static constexpr bool gated = false, scatters = true, sums_rows = false;
 
     struct Arguments {
         Vector bias;             // [E, D]
@@ -180,9 +225,9 @@ struct Dropped {
 // Gated, the first half of a tile's columns are gates and the second their values, so that a thread has both.
 template <Operand kType, int kColumns, class Activation, bool kGated, bool kDropout>
 struct StoreHidden {
-    static constexpr int outputs = kGated ? 3 : 2, inputs = 0, slice_columns = kGated ? 128 : 64;
+    static constexpr int outputs = kGated ? 3 : 2, inputs = 0, slice_columns = kGated ? 128 : 64, slice_width = 64;
     static constexpr int scratch_bytes = kColumns * 4;  // biases
-    static constexpr bool gated = kGated, scatters = false;
+    static constexpr bool gated = kGated, scatters = false, sums_rows = false;
     static_assert(!kGated || kColumns == 128);
 
     struct Arguments {
@@ -243,8 +288,8 @@ struct StoreHidden {
 // out: grad_pre, or those of the gates and of the values, then hidden.
 template <Operand kType, class Activation, bool kGated, bool kDropout>
 struct StoreGradPre {
-    static constexpr int outputs = kGated ? 3 : 2, inputs = kGated ? 2 : 1, slice_columns = 64, scratch_bytes = 0;
-    static constexpr bool gated = false, scatters = false;  // what is multiplied has no gates
+    static constexpr int outputs = kGated ? 3 : 2, inputs = kGated ? 2 : 1, slice_columns = 64, slice_width = 64, scratch_bytes = 0;
+    static constexpr bool gated = false, scatters = false, sums_rows = false;  // what is multiplied has no gates
 
     struct Arguments {
         int num_rows, num_experts;  // grouped rows

@@ -289,6 +289,9 @@ EWA_PTX void store_shared_u32(uint32_t at, uint32_t v) {
 EWA_PTX void store_shared_f32(uint32_t at, float v) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
 }
+EWA_PTX void store_shared_f32x2(uint32_t at, float2 v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(v.x), "f"(v.y) : "memory");
+}
 EWA_PTX void store_shared_u32x4(uint32_t at, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
@@ -298,6 +301,11 @@ EWA_PTX void store_shared_u32x4(uint32_t at, uint4 v) {
 EWA_PTX int load_constant_i32(const int* at) { return __ldg(at); }
 EWA_PTX float load_constant_f32(const float* at) { return __ldg(at); }
 EWA_PTX uint32_t load_constant_u16(const uint16_t* at) { return __ldg(at); }
+EWA_PTX float load_global_f32(const float* at) {
+    float v;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
+    return v;
+}
 EWA_PTX uint4 load_global_u32x4(const void* at) {
     uint4 v;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -307,6 +315,9 @@ EWA_PTX uint4 load_global_u32x4(const void* at) {
     return v;
 }
 EWA_PTX void store_global_i32(int* at, int v) { asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory"); }
+EWA_PTX void store_global_u16(uint16_t* at, uint32_t v) {
+    asm volatile("st.global.u16 [%0], %1;" ::"l"(at), "h"(static_cast<uint16_t>(v)) : "memory");
+}
 EWA_PTX void store_global_f32(float* at, float v) {
     asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(v) : "memory");
 }

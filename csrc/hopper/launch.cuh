@@ -3,14 +3,18 @@
 
 #include <string>
 
+#include "parts.cuh"
 #include "product.cuh"
 
 namespace ewa::hopper {
 
-// [experts][rows][columns] of a 16-bit type; strides in elements.
+// [experts][rows][columns] of a 16-bit type, or float32; strides in elements. A box's rows are 128 bytes.
 struct Operand3d {
     const void* data;
     int64_t columns, rows, experts, row_stride, expert_stride;
+    bool is_float32 = false;
+
+    int itemsize() const { return is_float32 ? 4 : 2; }
 };
 
 }  // namespace ewa::hopper
@@ -40,22 +44,24 @@ inline EncodeTiled encode_tiled() {
     return found;
 }
 
-// A box is `box_rows` rows of 64 columns. Adds what went wrong to `error`.
+// A box is `box_rows` rows of 128 bytes. What went wrong is left in `error`.
 inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string& error) {
     TensorMap map{};
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(tensor.columns), static_cast<cuuint64_t>(tensor.rows),
                                 static_cast<cuuint64_t>(tensor.experts)};
-    const cuuint64_t strides[] = {static_cast<cuuint64_t>(tensor.row_stride) * 2,
-                                  static_cast<cuuint64_t>(tensor.expert_stride) * 2};
-    const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows), 1}, steps[] = {1, 1, 1};
+    const auto itemsize = static_cast<cuuint64_t>(tensor.itemsize());
+    const cuuint64_t strides[] = {static_cast<cuuint64_t>(tensor.row_stride) * itemsize,
+                                  static_cast<cuuint64_t>(tensor.expert_stride) * itemsize};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(swizzle_bytes / itemsize), static_cast<cuuint32_t>(box_rows), 1}, steps[] = {1, 1, 1};
     const EncodeTiled encode = encode_tiled();
     if (encode == nullptr) {
         error = "the driver has no cuTensorMapEncodeTiled: it must be of CUDA 12.0 or later";
         return map;
     }
-    // Bits are copied: which 16-bit type it is does not matter.
+    // Bits are copied: which type of this size it is does not matter.
+    const auto type = tensor.is_float32 ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
     const CUresult result =
-        encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(tensor.data), sizes, strides, box, steps,
+        encode(&map, type, 3, const_cast<void*>(tensor.data), sizes, strides, box, steps,
                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) error = "cuTensorMapEncodeTiled: error " + std::to_string(result);
@@ -80,6 +86,16 @@ std::string launch_product(const Maps<Epilogue>& maps, const Work& work, const G
         kernel<<<2 * clusters, num_threads, bytes, static_cast<cudaStream_t>(stream)>>>(maps, work, rows, arguments);
         error = cudaGetLastError();
     }
+    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
+}
+
+inline std::string launch_sum(const float* parts, int64_t experts, int splits, int64_t size, void* out, int type,
+                              int multiprocessors, void* stream) {
+    const int64_t wanted = (experts * size + sum_threads - 1) / sum_threads, most = int64_t{8} * multiprocessors;
+    const auto blocks = static_cast<unsigned>(wanted < most ? wanted : most);
+    sum_parts_kernel<<<blocks, sum_threads, 0, static_cast<cudaStream_t>(stream)>>>(parts, experts, splits, size, out,
+                                                                                   type);
+    const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
 }
 

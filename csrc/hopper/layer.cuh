@@ -34,6 +34,8 @@ inline Gather gather_of(const Layer& layer, const Rows& rows) {
             deal,      rows.permutation, rows.dealt,     rows.top_k};
 }
 
+constexpr int weight_columns = 256;  // of a tile of a gradient of weights
+
 template <Operand kType>
 struct Products {
     // --- up projection ---
@@ -123,20 +125,37 @@ struct Products {
 
     // --- gradients of weights ---
 
-    static std::string weight(const Layer& layer, const Operands& o) {
-        constexpr int columns = 256;
-        using OfProduct = Shape<kType, Major::mn, Major::mn, columns, 4, false>;
-        using Epilogue = StoreTile<kType>;
+    template <bool kParts>
+    static std::string weight_in(const Layer& layer, const Operands& o, int splits) {
+        using OfProduct = Shape<kType, Major::mn, Major::mn, weight_columns, 4, false>;
+        using Epilogue = StoreSummed<kType, kParts>;
         std::string error;
         Maps<Epilogue> maps;
         maps.a = make_map(by_slot(layer, o.a, o.size_m), 64, error);
         maps.b[0] = maps.b[1] = make_map(by_slot(layer, o.b, o.size_n), 64, error);
-        maps.out[0] = make_map(weight_of(layer, o.out, o.size_m, o.size_n), 64, error);
+        Operand3d out = weight_of(layer, kParts ? o.parts : o.out, o.size_m, o.size_n);
+        out.experts *= splits;
+        out.is_float32 = kParts;
+        maps.out[0] = make_map(out, 64, error);
         if (!error.empty()) return error;
-        const Work work{tiles_of(o.size_m, 2 * tile_rows), tiles_of(o.size_n, columns), layer.num_experts,
-                        tiles_of(layer.slots(), step_depth)};
-        return launch_product<OfProduct, Epilogue>(maps, work, {}, {Epilogue::outputs}, layer.multiprocessors,
-                                                   layer.stream);
+        const Work work{tiles_of(o.size_m, 2 * tile_rows), tiles_of(o.size_n, weight_columns), layer.num_experts,
+                        tiles_of(tiles_of(layer.slots(), step_depth), splits), splits};
+        return launch_product<OfProduct, Epilogue>(maps, work, {}, {Epilogue::outputs, o.part_sums, o.size_m, splits},
+                                                   layer.multiprocessors, layer.stream);
+    }
+
+    static std::string weight(const Layer& layer, const Operands& o) {
+        const int splits = splits_of(layer, o.size_m, o.size_n);
+        const auto sum = [&](const float* parts, int64_t size, void* out, int type) {
+            return launch_sum(parts, layer.num_experts, splits, size, out, type, layer.multiprocessors, layer.stream);
+        };
+        std::string error = splits == 1 ? weight_in<false>(layer, o, 1) : weight_in<true>(layer, o, splits);
+        if (error.empty() && splits > 1)
+            error = sum(o.parts, int64_t{o.size_m} * o.size_n, o.out,
+                        kType == Operand::bf16 ? Vector::bfloat16 : Vector::float16);
+        if (error.empty() && o.part_sums != nullptr)
+            error = sum(o.part_sums, o.size_m, const_cast<void*>(o.sums.data), o.sums.type);
+        return error;
     }
 
     // --- all of them ---

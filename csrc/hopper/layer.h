@@ -53,16 +53,23 @@ struct Operands {
     void* pre_activation = nullptr;        // [E, slots, F or 2F]
     void* hidden = nullptr;                // [E, slots, F]
     void* out = nullptr;
+    // Of grad_weight:
     int size_m = 0, size_n = 0;
+    float* parts = nullptr;      // [E, splits, M, N] to work in, if there is more than one split, see `splits_of`
+    float* part_sums = nullptr;  // [E, splits, M] to work in, or null: no sums are wanted
+    Bias sums;                   // [E, M]: written
 };
+
+// Parts of the sum over rows that different tiles make for a gradient [M, N]; it depends on sizes alone.
+int splits_of(const Layer& layer, int size_m, int size_n);
 
 enum class Call {
     up,           // hidden = activation(rows · bᵀ + bias), of what becomes pre_activation unless that is null
     down,         // out [R, D] at permutation[row] = a [F] · bᵀ + bias
     grad_pre,     // out = grad_pre [F or 2F], and hidden, from a [D] · b, b being down_weight, and pre_activation
     grad_x,       // out [R, D] at permutation[row] = a [F or 2F] · b, b being up_weight
-    grad_weight,  // out [E, M, N] = aᵀ b, a [M] and b [N] by slot. One holds zeros, the other is finite, where a smaller
-                  // group has no row
+    grad_weight,  // out [E, M, N] = aᵀ b, a [M] and b [N] by slot, and sums = a summed over rows. One holds zeros, the
+                  // other is finite, where a smaller group has no row
 };
 
 // Returns what went wrong, or nothing.

@@ -86,6 +86,8 @@ struct Product {
         return input_full(group, slice) + 2 * input_slots * 8;
     }
     __device__ static uint32_t input_parity(uint32_t slice) { return slice / input_slots & 1; }
+    // Eight columns of ones, for sums over K of the rows of A.
+    __device__ uint32_t ones() const { return shared + scratch_at; }
     __device__ static int lane() { return thread_id() % 32; }
 
     __device__ __forceinline__ void initialise() const {
@@ -99,6 +101,10 @@ struct Product {
                 mbarrier_init(input_empty(i / 2, i), warpgroup_threads / 32);
             }
             fence_mbarrier_init();
+        }
+        if constexpr (Epilogue::sums_rows) {
+            if (thread_id() < 256) store_shared_u32(ones() + 4 * thread_id(), pack<Shape::type>(1.0f, 1.0f));
+            fence_proxy_async_shared();
         }
         cluster_sync();
     }
@@ -134,7 +140,7 @@ struct Product {
         for (int index = cluster_id(); index < work.tiles(); index += num_clusters()) {
             const Tile tile = tile_at(work, index, rank);
 #pragma unroll 1
-            for (int k = 0; k < work.steps * step_depth; k += step_depth, ++step) {
+            for (int i = 0, k = tile.split * work.steps * step_depth; i < work.steps; ++i, k += step_depth, ++step) {
                 mbarrier_wait(empty(step), parity(step) ^ 1);
                 mbarrier_arrive_expect_tx(full(step), Shape::stage_bytes);
                 load_a(stage(step), step, tile, k);
@@ -234,7 +240,9 @@ struct Product {
         if (lane() < 2) mbarrier_arrive_cluster(empty(step), lane());
     }
 
-    __device__ __forceinline__ void multiply(Accumulators& d, int step, int group) const {
+    // kSums: `sums` too, A times ones.
+    template <bool kSums>
+    __device__ __forceinline__ void multiply(Accumulators& d, float (&sums)[4], int step, int group) const {
 #pragma unroll 1
         for (int i = 0; i < work.steps; ++i, ++step) {
             mbarrier_wait(full(step), parity(step));
@@ -243,12 +251,16 @@ struct Product {
             const uint64_t b = make_descriptor<Shape::major_b>(stage(step) + Shape::a_bytes);
             wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < step_depth / 16; ++k)
+            for (int k = 0; k < step_depth / 16; ++k) {
+                if constexpr (kSums)
+                    wgmma<8, Shape::type, Shape::major_a, Major::k>(
+                        sums, a + k * descriptor_next_k16<Shape::major_a>, make_descriptor<Major::k>(ones()), i + k > 0);
 #pragma unroll
                 for (int m = 0; m < Shape::blocks; ++m)
                     wgmma<Shape::columns, Shape::type, Shape::major_a, Shape::major_b>(
                         d[m], a + m * descriptor_next_64_rows + k * descriptor_next_k16<Shape::major_a>,
                         b + k * descriptor_next_k16<Shape::major_b>, i + k > 0);
+            }
             wgmma_commit();
             // The products of this step run on; those of the one before have read their stage.
             wgmma_wait<1>();
@@ -273,15 +285,16 @@ struct Product {
                 if (Epilogue::inputs > 0 && lane() == 0) mbarrier_arrive(input_empty(group, count));
                 if (!Epilogue::scatters) fence_proxy_async_shared();
                 named_barrier_sync(own_warpgroup + group, warpgroup_threads);
-                constexpr int width = Shape::columns / Epilogue::slice_columns * 64;  // of output, of a tile
-                const int column = tile.column * width + n * 64;
+                constexpr int width = Shape::columns / Epilogue::slice_columns * Epilogue::slice_width;  // of a tile
+                const int column = tile.column * width + n * Epilogue::slice_width;
                 if constexpr (Epilogue::scatters) {
                     epilogue.scatter(slot, tile, row, column);
                 } else if (leads) {
 #pragma unroll
                     for (int i = 0; i < Epilogue::outputs; ++i)
                         if (i < arguments.wanted)
-                            tma_store_3d(&maps.out[i], slot + i * atom_bytes, column, row, tile.expert);
+                            tma_store_3d(&maps.out[i], slot + i * atom_bytes, column, row,
+                                         tile.expert * work.splits + tile.split);
                     tma_store_commit();
                 }
             }
@@ -301,13 +314,24 @@ struct Product {
             epilogue.begin(tile);
             Accumulators d;
             if (Shape::pingpong) named_barrier_sync(turn_to_multiply + group, 2 * warpgroup_threads);
-            multiply(d, step, group);
+            float sums[4];
+            bool with_sums = false;
+            if constexpr (Epilogue::sums_rows) with_sums = epilogue.wants_sums(tile);
+            // Two loops: a branch around a product would have all of them wait for one another.
+            if (Epilogue::sums_rows && with_sums)
+                multiply<Epilogue::sums_rows>(d, sums, step, group);
+            else
+                multiply<false>(d, sums, step, group);
             // The other's products queue behind ours.
             if (Shape::pingpong) named_barrier_arrive(turn_to_multiply + 1 - group, 2 * warpgroup_threads);
             wgmma_wait<0>();
 #pragma unroll
             for (int m = 0; m < Shape::blocks; ++m) pin(d[m]);
+            if constexpr (Epilogue::sums_rows) pin(sums);
             release(step + work.steps - 1);
+            if constexpr (Epilogue::sums_rows) {
+                if (with_sums) epilogue.put_sums(sums, tile, tile.row + group * 64);
+            }
             if (Shape::pingpong) named_barrier_sync(turn_to_store + group, 2 * warpgroup_threads);
             store(d, tile, group, count, epilogue);
             if (Shape::pingpong) named_barrier_arrive(turn_to_store + 1 - group, 2 * warpgroup_threads);

@@ -15,24 +15,25 @@ struct Work {
     int pairs;        // of tiles of an expert's M rows; the last may have none
     int columns;      // tiles of N
     int num_experts;
-    int steps;        // of K
+    int steps;        // of K, or of the part of it that a tile sums up
+    int splits = 1;   // parts of K
 
-    EWA_ANYWHERE int tiles() const { return num_experts * pairs * columns; }
+    EWA_ANYWHERE int tiles() const { return num_experts * splits * pairs * columns; }
 };
 
 struct Tile {
-    int expert, row, column;  // first row and column tile
+    int expert, split, row, column;  // first row, and column tile
 };
 
 // Tile `index` of the CTA of this rank. So many pairs, one after the other, share a column of B in the L2 cache.
 EWA_ANYWHERE Tile tile_at(const Work& work, int index, int rank) {
     constexpr int group = 8;
-    const int of_expert = work.pairs * work.columns;
-    const int expert = index / of_expert, rest = index - expert * of_expert;
+    const int of_part = work.pairs * work.columns;
+    const int part = index / of_part, rest = index - part * of_part, expert = part / work.splits;
     const int first = rest / (group * work.columns) * group;
     const int left = work.pairs - first, size = left < group ? left : group;
     const int inside = rest - first * work.columns, column = inside / size;
-    return {expert, ((first + inside - column * size) * 2 + rank) * tile_rows, column};
+    return {expert, part - expert * work.splits, ((first + inside - column * size) * 2 + rank) * tile_rows, column};
 }
 
 }  // namespace ewa::hopper

@@ -30,4 +30,8 @@ const char* run(int call, const ewa::hopper::Layer* layer, const ewa::hopper::Op
     return say(ewa::hopper::run(static_cast<ewa::hopper::Call>(call), *layer, *operands));
 }
 
+int splits_of(const ewa::hopper::Layer* layer, int size_m, int size_n) {
+    return ewa::hopper::splits_of(*layer, size_m, size_n);
+}
+
 }  // extern "C"

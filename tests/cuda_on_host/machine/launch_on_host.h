@@ -7,8 +7,11 @@ inline machine::Options options_of_launches;
 inline int multiprocessors_of_launches = 4;  // fewer than any device has: the grid would take long
 
 inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string&) {
-    return machine::make_tensor_map(const_cast<void*>(tensor.data), 2, {tensor.columns, tensor.rows, tensor.experts},
-                                    {tensor.row_stride * 2, tensor.expert_stride * 2}, {64, box_rows, 1});
+    const int itemsize = tensor.itemsize();
+    return machine::make_tensor_map(const_cast<void*>(tensor.data), itemsize,
+                                    {tensor.columns, tensor.rows, tensor.experts},
+                                    {tensor.row_stride * itemsize, tensor.expert_stride * itemsize},
+                                    {static_cast<int>(swizzle_bytes) / itemsize, box_rows, 1});
 }
 
 template <class Shape, class Epilogue>
@@ -18,6 +21,12 @@ std::string launch_product(const Maps<Epilogue>& maps, const Work& work, const G
     const machine::Grid grid{clusters, 2, num_threads, (Product<Shape, Epilogue>::shared_bytes + 15) / 16 * 16};
     return machine::launch(grid, options_of_launches,
                            [&] { product_kernel<Shape, Epilogue>(maps, work, rows, arguments); });
+}
+
+inline std::string launch_sum(const float* parts, int64_t experts, int splits, int64_t size, void* out, int type, int,
+                              void*) {
+    return machine::launch({multiprocessors_of_launches, 1, sum_threads, 16}, options_of_launches,
+                           [&] { sum_parts_kernel(parts, experts, splits, size, out, type); });
 }
 
 }  // namespace ewa::hopper

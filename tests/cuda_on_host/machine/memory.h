@@ -205,21 +205,29 @@ inline float2 load_shared_f32x2(uint32_t at) { return machine::read_shared<float
 inline uint4 load_shared_u32x4(uint32_t at) { return machine::read_shared<uint4>(at); }
 inline void store_shared_u32(uint32_t at, uint32_t v) { machine::write_shared(machine::self(), at, &v, 4); }
 inline void store_shared_f32(uint32_t at, float v) { machine::write_shared(machine::self(), at, &v, 4); }
+inline void store_shared_f32x2(uint32_t at, float2 v) { machine::write_shared(machine::self(), at, &v, 8); }
 inline void store_shared_u32x4(uint32_t at, uint4 v) { machine::write_shared(machine::self(), at, &v, 16); }
 
 inline int load_constant_i32(const int* at) { return *at; }
 inline float load_constant_f32(const float* at) { return *at; }
 inline uint32_t load_constant_u16(const uint16_t* at) { return *at; }
-inline uint4 load_global_u32x4(const void* at) {
+template <class T>
+T load_global(const void* at) {
     const auto address = reinterpret_cast<uintptr_t>(at);
-    if (address % 16 != 0) machine::fail("misaligned load from global memory");
+    if (address % sizeof(T) != 0) machine::fail("misaligned load from global memory");
     const auto writer = machine::state.global_writers.find(address / 16);
     if (writer != machine::state.global_writers.end()) machine::check_race(writer->second, "in global memory");
-    uint4 v;
-    memcpy(&v, at, 16);
+    T v;
+    memcpy(&v, at, sizeof v);
     return v;
 }
+inline float load_global_f32(const float* at) { return load_global<float>(at); }
+inline uint4 load_global_u32x4(const void* at) { return load_global<uint4>(at); }
 inline void store_global_i32(int* at, int v) { machine::write_global(at, &v, 4); }
+inline void store_global_u16(uint16_t* at, uint32_t v) {
+    const auto half = static_cast<uint16_t>(v);
+    machine::write_global(at, &half, 2);
+}
 inline void store_global_f32(float* at, float v) { machine::write_global(at, &v, 4); }
 inline void store_global_u32x4(void* at, uint4 v) { machine::write_global(at, &v, 16); }
 
