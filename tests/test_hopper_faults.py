@@ -136,8 +136,12 @@ FAULTS = {
     "no wgmma_fence": in_product(
         "cooperative", "            wgmma_fence();\n", "", "wgmma without wgmma_fence", slow=True
     ),
-    "sums are not begun anew": in_product("cooperative", "i + k > 0);", "true);", VALUES, slow=True),
-    "sums are begun anew at each step": in_product("cooperative", "i + k > 0);", "k > 0);", VALUES, slow=True),
+    "sums are not begun anew": in_product(
+        "cooperative", "major_b>, i + k > 0);", "major_b>, true);", VALUES, slow=True
+    ),
+    "sums are begun anew at each step": in_product(
+        "cooperative", "major_b>, i + k > 0);", "major_b>, k > 0);", VALUES, slow=True
+    ),
     "wrong leading offset": in_descriptor("cooperative", "kMajor == Major::k ? 16 : atom_bytes", "16", VALUES),
     "wrong stride offset": in_descriptor(
         "pingpong",
@@ -247,6 +251,22 @@ FAULTS = {
     "a wait for fewer threads": in_product(
         "gathered", "? 1 + warpgroup_threads : 1", "? 1 + warpgroup_threads / 2 : 1", f"{VALUES}|{RACE}|more arrivals"
     ),
+    # --- sums in parts, and of rows ---
+    "all parts sum up the first rows": in_product(
+        "summed", "k = tile.split * work.steps * step_depth;", "k = 0;", VALUES, slow=True
+    ),
+    "parts in the place of the first": in_product(
+        "summed", "tile.expert * work.splits + tile.split", "tile.expert * work.splits", VALUES, slow=True
+    ),
+    "no fence of the proxies after the ones": in_product(
+        "summed",
+        "pack<Shape::type>(1.0f, 1.0f));\n            fence_proxy_async_shared();",
+        "pack<Shape::type>(1.0f, 1.0f));",
+        f"{VALUES}-?nan",
+    ),
+    "sums of the other warpgroup's rows": in_product(
+        "summed", "tile, tile.row + group * 64);", "tile, tile.row + (1 - group) * 64);", VALUES, slow=True
+    ),
     # --- what slices read beside the product ---
     "no wait for what a slice reads": in_product(
         "backward",
@@ -269,7 +289,11 @@ FAULTS = {
         "backward", "const int group = turn % 2;", "const int group = 1 - turn % 2;", f"{VALUES}|{DEADLOCK}", slow=True
     ),
     "wrong registers of a tile": in_epilogue(
-        "cooperative", "slot, j, d + 8 * j);", "slot, j, d + 8 * (j ^ 1));", VALUES, slow=True
+        "cooperative",
+        "++j) put_columns<kType>(slot, j, d + 8 * j);",
+        "++j) put_columns<kType>(slot, j, d + 8 * (j ^ 1));",
+        VALUES,
+        slow=True,
     ),
     "wrong registers of hidden": in_epilogue(
         "pingpong", "biases.add(p, d + 8 * j + 4 * h, n", "biases.add(p, d + 8 * j + 4 * (1 - h), n", VALUES, slow=True

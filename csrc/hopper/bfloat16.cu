@@ -9,7 +9,8 @@ std::string run_float16(Call call, const Layer& layer, const Operands& operands)
 // bits, would depend on it.
 int splits_of(const Layer& layer, int size_m, int size_n) {
     constexpr int clusters = 66, most = 8;
-    const int64_t tiles = int64_t{layer.num_experts} * tiles_of(size_m, 2 * tile_rows) * tiles_of(size_n, weight_columns);
+    const int of_expert = tiles_of(size_m, 2 * tile_rows) * tiles_of(size_n, weight_columns);
+    const int64_t tiles = int64_t{layer.num_experts} * of_expert;
     const int64_t numel = int64_t{layer.num_experts} * size_m * size_n;
     const int steps = tiles_of(layer.slots(), step_depth);
     int best = 1;

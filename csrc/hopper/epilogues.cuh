@@ -1,10 +1,11 @@
 // What is done with a tile of a product while the next is multiplied.
 //
-// An epilogue has `begin(tile)`, called before the product, and `slice(d, slot, in, tile, row, n)`, called by a warpgroup
-// for every 64 rows × `slice_columns` columns of accumulators: it leaves `outputs` blocks of 64 × 64 in shared memory
-// from `slot` on, swizzled, which then go where `Maps::out` says; or, if it `scatters`, where its `scatter` puts them.
-// From `in` on are `inputs` such blocks of what `Maps::in` says, of the same rows and columns. `row`: the slice's first,
-// of the expert; n: its number in the tile. `d`: this thread's accumulators, see `wgmma`.
+// An epilogue has `begin(tile)`, called before the product, and `slice(d, slot, in, tile, row, n)`, called by a
+// warpgroup for every 64 rows × `slice_columns` columns of accumulators: it leaves `outputs` blocks of 64 rows of
+// `slice_width` elements in shared memory from `slot` on, swizzled, which then go where `Maps::out` says; or, if it
+// `scatters`, where its `scatter` puts them. From `in` on are `inputs` such blocks of what `Maps::in` says, of the same
+// rows and columns. `row`: the slice's first, of the expert; n: its number in the tile. `d`: this thread's accumulators,
+// see `wgmma`.
 #pragma once
 
 #include "../random.h"
@@ -61,7 +62,9 @@ struct StoreSummed {
 
     __device__ StoreSummed(const Arguments& arguments, uint32_t) : with(arguments) {}
     __device__ __forceinline__ void begin(const Tile&) {}
-    __device__ __forceinline__ bool wants_sums(const Tile& tile) const { return tile.column == 0 && with.sums != nullptr; }
+    __device__ __forceinline__ bool wants_sums(const Tile& tile) const {
+        return tile.column == 0 && with.sums != nullptr;
+    }
 
     // All columns hold the same; `row`: the warpgroup's first.
     __device__ __forceinline__ void put_sums(const float (&sums)[4], const Tile& tile, int row) const {
@@ -288,7 +291,8 @@ struct StoreHidden {
 // out: grad_pre, or those of the gates and of the values, then hidden.
 template <Operand kType, class Activation, bool kGated, bool kDropout>
 struct StoreGradPre {
-    static constexpr int outputs = kGated ? 3 : 2, inputs = kGated ? 2 : 1, slice_columns = 64, slice_width = 64, scratch_bytes = 0;
+    static constexpr int outputs = kGated ? 3 : 2, inputs = kGated ? 2 : 1;
+    static constexpr int slice_columns = 64, slice_width = 64, scratch_bytes = 0;
     static constexpr bool gated = false, scatters = false, sums_rows = false;  // what is multiplied has no gates
 
     struct Arguments {
@@ -302,7 +306,8 @@ struct StoreGradPre {
     __device__ StoreGradPre(const Arguments& arguments, uint32_t) : with(arguments) {}
     __device__ __forceinline__ void begin(const Tile&) {}
 
-    __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t in, const Tile& tile, int row, int n) {
+    __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t in, const Tile& tile, int row,
+                                          int n) {
         Dropped<kDropout> dropped(with.dropout, first_row_of(tile.expert, with.num_rows, with.num_experts) + row);
         const uint32_t lane = thread_id() % 32, own = thread_id() % 128 / 32 * 16 + (lane & 15);
         const int first = tile.column * with.columns + n * 64;

@@ -52,7 +52,8 @@ inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string& er
     const auto itemsize = static_cast<cuuint64_t>(tensor.itemsize());
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(tensor.row_stride) * itemsize,
                                   static_cast<cuuint64_t>(tensor.expert_stride) * itemsize};
-    const cuuint32_t box[] = {static_cast<cuuint32_t>(swizzle_bytes / itemsize), static_cast<cuuint32_t>(box_rows), 1}, steps[] = {1, 1, 1};
+    const auto box_columns = static_cast<cuuint32_t>(swizzle_bytes / itemsize);
+    const cuuint32_t box[] = {box_columns, static_cast<cuuint32_t>(box_rows), 1}, steps[] = {1, 1, 1};
     const EncodeTiled encode = encode_tiled();
     if (encode == nullptr) {
         error = "the driver has no cuTensorMapEncodeTiled: it must be of CUDA 12.0 or later";

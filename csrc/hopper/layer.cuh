@@ -64,8 +64,8 @@ struct Products {
             vector_of(o.bias), f, layer.num_rows, layer.num_experts, dropout_of(layer),
             o.pre_activation == nullptr ? 1 : Epilogue::outputs};
         if (!error.empty()) return error;
-        return launch_product<OfProduct, Epilogue>(maps, work, gather_of(layer, o.rows), arguments, layer.multiprocessors,
-                                                   layer.stream);
+        const Gather rows = gather_of(layer, o.rows);
+        return launch_product<OfProduct, Epilogue>(maps, work, rows, arguments, layer.multiprocessors, layer.stream);
     }
 
     template <class Act, bool kGated>
@@ -74,8 +74,9 @@ struct Products {
         constexpr bool can_gather = std::is_same_v<Act, Gelu> || std::is_same_v<Act, Silu>;
         if (o.rows.by_token && !can_gather) return "rows by token are for gelu and silu";
         const bool drops = layer.threshold != 0;
-        if (o.rows.by_token) return (drops ? up<Act, kGated, true, can_gather> : up<Act, kGated, false, can_gather>)(layer, o);
-        return (drops ? up<Act, kGated, true, false> : up<Act, kGated, false, false>)(layer, o);
+        const auto by_token = drops ? up<Act, kGated, true, can_gather> : up<Act, kGated, false, can_gather>;
+        const auto by_slot = drops ? up<Act, kGated, true, false> : up<Act, kGated, false, false>;
+        return (o.rows.by_token ? by_token : by_slot)(layer, o);
     }
 
     // --- down projection, and gradients of x ---
@@ -176,9 +177,9 @@ struct Products {
     }
 
     static std::string run(Call call, const Layer& layer, const Operands& o) {
-        const int f = layer.d_ff, num_up = layer.gated ? 2 * f : f;
-        if (call == Call::down) return scattered<Major::k>(layer, o, f, weight_of(layer, o.b, layer.d_model, f));
-        if (call == Call::grad_x) return scattered<Major::mn>(layer, o, num_up, weight_of(layer, o.b, num_up, layer.d_model));
+        const int d = layer.d_model, f = layer.d_ff, num_up = layer.gated ? 2 * f : f;
+        if (call == Call::down) return scattered<Major::k>(layer, o, f, weight_of(layer, o.b, d, f));
+        if (call == Call::grad_x) return scattered<Major::mn>(layer, o, num_up, weight_of(layer, o.b, num_up, d));
         if (call == Call::grad_weight) return weight(layer, o);
         return (layer.gated ? activated<true> : activated<false>)(call, layer, o);
     }

@@ -1,8 +1,8 @@
 // C = A · B for every expert on the tensor cores of sm_90a, and what is done with a tile of it.
 //
-// One warpgroup loads, by TMA or, rows of x that it finds by itself, by cp.async; two multiply. A cluster is two CTAs, whose tiles lie one below the other: each loads half
-// of what both need of B, and sends it to both. The stages of operands are a ring; a stage is full when its bytes have
-// arrived, and empty when the warps of both CTAs have read it.
+// One warpgroup loads, by TMA or, rows of x that it finds by itself, by cp.async; two multiply. A cluster is two CTAs,
+// whose tiles lie one below the other: each loads half of what both need of B, and sends it to both. The stages of
+// operands are a ring; a stage is full when its bytes have arrived, and empty when the warps of both CTAs have read it.
 //
 // Cooperative: both warpgroups multiply 64 rows each of a tile. Pingpong: each has tiles of its own, and while one
 // multiplies, the other does with its tile what is left to do.
@@ -204,8 +204,8 @@ struct Product {
         if (thread == 0) drain(step);
     }
 
-    // So many groups of copies may still be under way; the one before them is that of `step`. Two steps late, so that it
-    // has landed as a rule; the fence is on this side, where it holds up no product.
+    // So many groups of copies may still be under way; the one before them is that of `step`. Two steps late, so that
+    // it has landed as a rule; the fence is on this side, where it holds up no product.
     template <int kUnderWay>
     __device__ __forceinline__ void gathered(int step) const {
         cp_async_wait<kUnderWay>();
@@ -252,14 +252,14 @@ struct Product {
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < step_depth / 16; ++k) {
+                const uint64_t of_a = a + k * descriptor_next_k16<Shape::major_a>;
                 if constexpr (kSums)
-                    wgmma<8, Shape::type, Shape::major_a, Major::k>(
-                        sums, a + k * descriptor_next_k16<Shape::major_a>, make_descriptor<Major::k>(ones()), i + k > 0);
+                    wgmma<8, Shape::type, Shape::major_a, Major::k>(sums, of_a, make_descriptor<Major::k>(ones()),
+                                                                    i + k > 0);
 #pragma unroll
                 for (int m = 0; m < Shape::blocks; ++m)
                     wgmma<Shape::columns, Shape::type, Shape::major_a, Shape::major_b>(
-                        d[m], a + m * descriptor_next_64_rows + k * descriptor_next_k16<Shape::major_a>,
-                        b + k * descriptor_next_k16<Shape::major_b>, i + k > 0);
+                        d[m], of_a + m * descriptor_next_64_rows, b + k * descriptor_next_k16<Shape::major_b>, i + k > 0);
             }
             wgmma_commit();
             // The products of this step run on; those of the one before have read their stage.
@@ -373,7 +373,8 @@ struct Product {
 template <class Shape, class Epilogue>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(num_threads, 1)
     product_kernel(const __grid_constant__ Maps<Epilogue> maps, const __grid_constant__ Work work,
-                   const __grid_constant__ Gather rows, const __grid_constant__ typename Epilogue::Arguments arguments) {
+                   const __grid_constant__ Gather rows,
+                   const __grid_constant__ typename Epilogue::Arguments arguments) {
     Product<Shape, Epilogue>{work, rows, maps, arguments, shared_memory(), cluster_rank()}.run();
 }
 

@@ -191,6 +191,47 @@ std::string gathered() {
     return compare(launch_product<Of, Epilogue>(maps, with.work(), rows, {1}, 0, nullptr), c.bits, expected);
 }
 
+// Two parts of the sum over K, in float32, and sums of A's rows.
+std::string summed() {
+    using Of = Shape<Operand::bf16, Major::mn, Major::mn, 128, 3, false>;
+    using Epilogue = StoreSummed<Operand::bf16, true>;
+    constexpr int splits = 2, steps = 4;
+    static Operands<Of> with(200, 136, 424);
+    const auto part = [](int split, auto&& term) {
+        float sum = 0.0f;
+        for (int k = split * steps * step_depth; k < std::min(with.k, (split + 1) * steps * step_depth); ++k)
+            sum += term(k);
+        return rounded(sum);
+    };
+    static const std::vector<uint16_t> expected = [&] {
+        std::vector<uint16_t> bits;
+        for (int e = 0; e < num_experts; ++e)
+            for (int s = 0; s < splits; ++s)
+                for (int i = 0; i < with.m; ++i)
+                    for (int j = 0; j < with.n; ++j)
+                        bits.push_back(part(s, [&](int k) { return with.a(e, k, i) * with.b(e, k, j); }));
+        for (int e = 0; e < num_experts; ++e)
+            for (int s = 0; s < splits; ++s)
+                for (int i = 0; i < with.m; ++i) bits.push_back(part(s, [&](int k) { return with.a(e, k, i); }));
+        return bits;
+    }();
+    const size_t numel = static_cast<size_t>(num_experts * splits * with.m) * static_cast<size_t>(with.n);
+    std::vector<float> parts(numel, NAN), sums(static_cast<size_t>(num_experts * splits * with.m), NAN);
+    auto maps = with.maps<Epilogue>();
+    std::string error;
+    maps.out[0] = make_map({parts.data(), with.n, with.m, num_experts * splits, with.n, int64_t{with.m} * with.n, true},
+                           64, error);
+    Work work = with.work();
+    work.steps = steps;
+    work.splits = splits;
+    const std::string said =
+        launch_product<Of, Epilogue>(maps, work, {}, {1, sums.data(), with.m, splits}, 0, nullptr);
+    std::vector<uint16_t> values;
+    for (const auto* of : {&parts, &sums})
+        for (float v : *of) values.push_back(rounded(v));
+    return compare(said, values, expected);
+}
+
 // Gradients of the pre-activation: slices read blocks beside the product.
 std::string backward() {
     using Of = Shape<Operand::bf16, Major::k, Major::mn, 128, 3, true>;
