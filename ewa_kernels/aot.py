@@ -38,8 +38,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 # What a block may have, in bytes (CUDA programming guide, technical specifications).
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-WHERE = "ewa_kernels.kernels.triton"
-# What is launched by which name.
+WHERE = "ewa_kernels.kernels.triton"  # and there, what is launched by which name:
 KERNELS = {
     "forward": "forward.forward_kernel",
     "forward up": "split.half_kernel",
@@ -77,6 +76,7 @@ class Case:
     dtype: str
     gated: bool = False  # then with SiLU, without biases
     dropout: bool = False
+    again: bool = False  # "forward up", for a backward that has no pre_activation: hidden is not wanted
     routed: bool = False  # with a partition that is given, and two weighted choices a token
     stochastic: bool = False  # rounding, of "average"
     odd_address: bool = False  # of what "average" averages in place; no other kernel sees one
@@ -109,7 +109,8 @@ class Case:
             return ", ".join(words + ["stochastic rounding"] * self.stochastic + ["odd address"] * self.odd_address)
         words = [str(self.tile), "gated silu" if self.gated else "gelu, biases"]
         sizes = [f"D={self.d_model} F={self.d_ff}"] if (self.d_model, self.d_ff) != (768, 3072) else []
-        return ", ".join(words + ["dropout"] * self.dropout + ["routed"] * self.routed + sizes)
+        words += ["again"] * self.again + ["dropout"] * self.dropout + ["routed"] * self.routed + sizes
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
 def _variants(kernel: str) -> Iterator[dict[str, Any]]:
     """What makes a difference to a kernel."""
     if kernel in configs.FORWARD_PHASES:  # a half of "forward", with registers to spare
-        yield from ({"gated": gated} for gated in ((False, True) if kernel == "forward up" else (False,)))
+        further = ({"gated": True}, {"again": True}, {"dropout": True}, {"gated": True, "again": True})
+        yield from ({}, *further) if kernel == "forward up" else ({},)
         return
     ragged, unaligned = {"d_model": 1000, "d_ff": 4000}, {"d_model": 770, "d_ff": 3075}  # by 64 and 16, and by 8
     for gated in (False,) if kernel == "backward x" else (False, True):
@@ -268,7 +270,7 @@ def _compile(case: Case) -> tuple[Any, str]:
         for path, stand_in in noted.items():
             stack.enter_context(mock.patch(f"{WHERE}.{path}", stand_in))
         _launch(case)
-        kernel = noted[KERNELS[case.kernel]].compile()
+        kernel = noted[KERNELS[case.kernel]].launched[0 if case.kernel == "forward up" else -1]()
     return kernel, log.getvalue()
 
 
@@ -317,7 +319,7 @@ def _launch(case: Case) -> None:
         share_rate = torch.empty(1, dtype=torch.float64, device=experts.device)
         seed = torch.empty(1, dtype=torch.int64, device=experts.device) if case.stochastic else None
         averaging.average([experts], share_rate, None, seed)
-    elif kernel == "backward" or form == "up":  # "up" as it is when pre_activation is computed again
+    elif kernel == "backward" or case.again:
         pre_activation = new(num_tokens * top_k, num_up) if kernel == "backward" else None
         moe_ffn.backward(problem, inputs.x, inputs, deal, pre_activation, [t is not None for t in inputs])
     else:
@@ -341,14 +343,15 @@ class _Driver:
 
 
 class _Noted:
-    """Stands in for a kernel: launches nothing, and notes what the last launch would compile."""
+    """Stands in for a kernel: launches nothing, and notes how to compile what it would."""
 
     def __init__(self, kernel: Any):
         self._kernel, self.arg_names = kernel, kernel.arg_names
+        self.launched: list[Callable[[], Any]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
-            self.compile = functools.partial(self._kernel.warmup, *args, grid=grid, **kwargs)
+            self.launched.append(functools.partial(self._kernel.warmup, *args, grid=grid, **kwargs))
 
         return launch
 

@@ -399,3 +399,47 @@ def test_comparisons_can_fail():
     assert is_near(exact.bfloat16(), exact, torch.bfloat16)
     for wrong in (torch.zeros(50, 40), exact.bfloat16() * 1.02, torch.full((50, 40), torch.nan), exact.roll(1, 0)):
         assert not is_near(wrong.bfloat16(), exact, torch.bfloat16)
+
+
+class TestRefused:
+    """Before anything is launched."""
+
+    @pytest.mark.parametrize(
+        ("sizes", "call", "changes", "expected"),
+        [
+            ((0, 1, 8, 8), "up", {}, "num_rows must be 1 to"),
+            ((2**31 - 1, 1, 8, 8), "up", {}, "num_rows must be 1 to"),
+            ((8, 1, 12, 8), "down", {}, "sizes must be multiples of 8, got 12"),
+            ((8, 1, 8, 8), "grad_weight", {"size_m": 8, "size_n": 4}, "sizes must be multiples of 8, got 4"),
+            ((8, 1, 8, 8), "down", {"out": 8}, "operands must begin at 16 bytes"),
+            ((8, 1, 8, 8), "up", {"rows": Rows(16, True, None, 2)}, "top_k must be 1"),
+            ((2**30, 1, 64, 8), "up", {"rows": Rows(16, True, None, 1)}, "x by token must be smaller"),
+            ((8, 1, 8, 8), "up", {"rows": Rows(16, True, None, 1), "activation": "relu"}, "are for gelu and silu"),
+        ],
+    )
+    def test_what(self, sizes, call, changes, expected, kernels, machine):
+        changes = dict(changes)
+        layer = layer_of(torch.bfloat16, *sizes, changes.pop("activation", "gelu"))
+        operands = Operands(**changes)
+        said = kernels.run(CALLS.index(call), ctypes.byref(layer), ctypes.byref(operands)).decode()
+        assert expected in said
+
+    def test_too_few_multiprocessors(self, kernels, machine):
+        layer = layer_of(torch.bfloat16, 8, 1, 8, 8)
+        layer.multiprocessors = 1
+        assert b"two multiprocessors" in kernels.run(0, ctypes.byref(layer), ctypes.byref(Operands()))
+
+
+def test_what_is_infinite_where_no_row_is(kernels, machine):
+    """The last slot of a smaller group is multiplied with zeros."""
+    layer = layer_of(torch.float16, 3, 2, 8, 8, "relu2")
+    pre, grad_y = torch.full((2, 2, 8), 300.0).half(), layer.by_slot(normal(3, 8, dtype=torch.float16))
+    pre[0, 0] = pre[1] = 1.0
+    weight, grad, hidden = (
+        normal(2, 8, 8, dtype=torch.float16),
+        layer.empty(8, torch.float16),
+        layer.empty(8, torch.float16),
+    )
+    run(kernels, "grad_pre", layer, a=grad_y, b=weight, pre_activation=pre, out=grad, hidden=hidden)
+    assert grad.isfinite().all()
+    assert torch.equal(hidden[0, 1], torch.zeros(8).half())

@@ -20,6 +20,7 @@ class Kernel:
     products: int  # of a step: 4 of 16 k, for each block of 64 rows
     stores: bool  # by TMA
     gathers: bool = False
+    sums: bool = False  # over rows: a loop has a product of 8 columns more
 
 
 KERNELS = {
@@ -31,22 +32,25 @@ KERNELS = {
     "grad_x": Kernel("5MajorE0ELS4_1E.*14StoreScattered", 256, 4, False),
     "grad_pre, gelu": Kernel("12StoreGradPre.*4GeluELb0", 128, 8, True),
     "grad_pre, silu, gated": Kernel("12StoreGradPre.*4SiluELb1", 128, 8, True),
-    "gradients of weights": Kernel("9StoreTile", 256, 4, True),
+    "gradients of weights": Kernel("StoreSummedI.*Lb0EEEEE", 256, 4, True, sums=True),
+    "gradients of weights, in parts": Kernel("StoreSummedI.*Lb1EEEEE", 256, 4, True, sums=True),
 }
 PRODUCING, MULTIPLYING = 0x28, 0xE8  # registers of a thread
+
+
+def compiler():
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    flags = ["-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-O3", "-DNDEBUG", "-Xptxas", "-v"]
+    return [nvcc, *flags, f"-I{ROOT / 'csrc'}"]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """The cubin, and what ptxas said of each kernel."""
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc")
     cubin = tmp_path_factory.mktemp("device") / "hopper.cubin"
-    command = [nvcc, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-O3", "-DNDEBUG", "-Xptxas", "-v"]
-    result = subprocess.run(
-        [*command, f"-I{ROOT / 'csrc'}", "-cubin", SOURCE, "-o", cubin], capture_output=True, text=True
-    )
+    result = subprocess.run([*compiler(), "-cubin", SOURCE, "-o", cubin], capture_output=True, text=True)
     said = result.stdout + result.stderr
     assert result.returncode == 0, said
     return cubin, said
@@ -75,7 +79,21 @@ def test_nothing_is_spilled_or_serialised(compiled):
     said = compiled[1]
     assert not re.search(r"C75\d\d", said), said
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert spills == [("0", "0", "0")] * len(KERNELS), said
+    assert spills == [("0", "0", "0")] * (len(KERNELS) + 1), said  # and the sum of parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_all_kernels(dtype, tmp_path):
+    """Of every activation, gated, with dropout, by slot and by token, as they will ship."""
+    source = ROOT / f"csrc/hopper/{dtype}.cu"
+    result = subprocess.run([*compiler(), "-c", source, "-o", tmp_path / "o.o"], capture_output=True, text=True)
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said
+    assert not re.search(r"C75\d\d|warning", said), said
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert set(spills) == {("0", "0", "0")}, said
+    assert len(spills) > 60
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
@@ -97,12 +115,13 @@ def test_instructions(kernel, code):
     between, waits = [0], []
     for instruction, name in zip(instructions, opcodes, strict=True):
         if name.startswith("HGMMA"):
-            assert f"HGMMA.64x{kernel.columns}x16.F32.BF16" in instruction
+            is_sum = kernel.sums and "HGMMA.64x8x16.F32.BF16" in instruction
+            assert is_sum or f"HGMMA.64x{kernel.columns}x16.F32.BF16" in instruction
             between[-1] += 1
         elif name == "WARPGROUP.DEPBAR.LE":
             waits.append(instruction.split()[-1])
             between.append(0)
-    assert set(between) == {0, kernel.products}
+    assert set(between) == {0, kernel.products} | ({2 * kernel.products} if kernel.sums else set())
     assert {wait for wait, count in zip(waits, between, strict=False) if count} == {"0x1"}
     assert waits[-1] == "0x0"
 
@@ -112,4 +131,4 @@ def test_instructions(kernel, code):
     assert bool(having("LDGSTS")) == kernel.gathers
     assert bool(having("UTMASTG")) == kernel.stores
     # One that gathers also notes the permutation.
-    assert bool(having("STG")) != (kernel.stores and not kernel.gathers)
+    assert bool(having("STG")) != (kernel.stores and not kernel.gathers and not kernel.sums)

@@ -132,7 +132,7 @@ FAULTS = {
     ),
     # --- products ---
     "no wait for the previous products": in_product("cooperative", "            wgmma_wait<1>();\n", "", RACE),
-    "no wait for the last products": in_product("pingpong", "            wgmma_wait<0>();\n", "", RACE, slow=True),
+    "no wait for the last products": in_product("pingpong", "        wgmma_wait<0>();\n", "", RACE, slow=True),
     "no wgmma_fence": in_product(
         "cooperative", "            wgmma_fence();\n", "", "wgmma without wgmma_fence", slow=True
     ),
@@ -173,7 +173,7 @@ FAULTS = {
     ),
     "multiplying is not handed over": in_product(
         "pingpong",
-        "            if (Shape::pingpong) named_barrier_arrive(turn_to_multiply + 1 - group, 2 * warpgroup_threads);\n",
+        "                named_barrier_arrive(turn_to_multiply + 1 - group, 2 * warpgroup_threads);\n",
         "",
         DEADLOCK,
         slow=True,
@@ -298,11 +298,9 @@ FAULTS = {
     "wrong registers of hidden": in_epilogue(
         "pingpong", "biases.add(p, d + 8 * j + 4 * h, n", "biases.add(p, d + 8 * j + 4 * (1 - h), n", VALUES, slow=True
     ),
-    "rows of another expert": in_epilogue(
-        "scattered", "if (row + r < size && inside", "if (row + r <= size && inside", VALUES
-    ),
+    "rows of another expert": in_epilogue("scattered", "targets[i] = row < end ?", "targets[i] = row <= end ?", VALUES),
     "rows without their expert's start": in_epilogue(
-        "scattered", "with.permutation + start + row + r", "with.permutation + row + r", VALUES, slow=True
+        "scattered", "with.permutation + row) : -1", "with.permutation + row - start) : -1", VALUES, slow=True
     ),
     "bias of another column tile": in_epilogue(
         "scattered", "const int column = tile.column * kColumns + i;", "const int column = i;", VALUES, slow=True

@@ -5,13 +5,14 @@
 // `slice_width` elements in shared memory from `slot` on, swizzled, which then go where `Maps::out` says; or, if it
 // `scatters`, where its `scatter` puts them. From `in` on are `inputs` such blocks of what `Maps::in` says, of the same
 // rows and columns. `row`: the slice's first, of the expert; n: its number in the tile. `d`: this thread's accumulators,
-// see `wgmma`.
+// see `wgmma`. If `b_in_halves`, a tile has columns of two halves of B, which are apart in memory.
 #pragma once
 
 #include "../random.h"
 #include "activations.cuh"
 #include "deal.cuh"
 #include "instructions.cuh"
+#include "layer.h"
 #include "schedule.h"
 
 namespace ewa::hopper {
@@ -33,7 +34,7 @@ __device__ __forceinline__ void put_columns(uint32_t block, int j, const float* 
 template <Operand kType>
 struct StoreTile {
     static constexpr int outputs = 1, inputs = 0, slice_columns = 64, slice_width = 64, scratch_bytes = 0;
-    static constexpr bool gated = false, scatters = false, sums_rows = false;
+    static constexpr bool b_in_halves = false, scatters = false, sums_rows = false;
     struct Arguments {
         int wanted;
     };
@@ -52,7 +53,7 @@ struct StoreSummed {
     static constexpr int outputs = 1, inputs = 0;
     static constexpr int slice_columns = kParts ? 32 : 64, slice_width = slice_columns;  // of 128 bytes
     static constexpr int scratch_bytes = 512;  // of each warpgroup: together the ones
-    static constexpr bool gated = false, scatters = false, sums_rows = true;
+    static constexpr bool b_in_halves = false, scatters = false, sums_rows = true;
     struct Arguments {
         int wanted;
         float* sums;
@@ -93,9 +94,8 @@ struct StoreSummed {
     }
 };
 
-// A vector of numbers of one of three types, or none.
+// A vector of numbers of a `NumberType`.
 struct Vector {
-    enum Type { none, float32, bfloat16, float16 };
     const void* data;
     int type;
 
@@ -130,11 +130,11 @@ struct Biases {
     }
 };
 
-// y[permutation[row]] = d + bias.
+// y[permutation[row]] = d + bias. For cooperative products, whose warpgroups have 64 rows of a tile each.
 template <Operand kType, int kColumns>
 struct StoreScattered {
     static constexpr int outputs = 1, inputs = 0, slice_columns = 64, slice_width = 64, scratch_bytes = kColumns * 4;
-    static constexpr bool gated = false, scatters = true, sums_rows = false;
+    static constexpr bool b_in_halves = false, scatters = true, sums_rows = false;
 
     struct Arguments {
         Vector bias;             // [E, D]
@@ -144,6 +144,7 @@ struct StoreScattered {
     };
     const Arguments& with;
     Biases<kColumns> biases;
+    int targets[4];  // of the rows that this thread stores; −1: there is no such row
 
     __device__ StoreScattered(const Arguments& arguments, uint32_t scratch) : with(arguments), biases{scratch} {}
 
@@ -152,6 +153,13 @@ struct StoreScattered {
             const int column = tile.column * kColumns + i;
             return column < with.d_model ? static_cast<int64_t>(tile.expert) * with.d_model + column : -1;
         });
+        const int64_t start = first_row_of(tile.expert, with.num_rows, with.num_experts);
+        const int64_t end = first_row_of(tile.expert + 1, with.num_rows, with.num_experts);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int64_t row = start + tile.row + thread_id() / 128 * 64 + thread_id() % 128 / 8 + 16 * i;
+            targets[i] = row < end ? load_constant_i32(with.permutation + row) : -1;
+        }
     }
 
     __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t, const Tile&, int, int n) {
@@ -170,18 +178,14 @@ struct StoreScattered {
     }
 
     // Eight threads have 64 columns of a row, 16 bytes each.
-    __device__ __forceinline__ void scatter(uint32_t slot, const Tile& tile, int row, int column) {
-        const int64_t start = first_row_of(tile.expert, with.num_rows, with.num_experts);
-        const int size = static_cast<int>(first_row_of(tile.expert + 1, with.num_rows, with.num_experts) - start);
+    __device__ __forceinline__ void scatter(uint32_t slot, const Tile&, int, int column) {
         const int chunk = thread_id() % 8, inside = column + 8 * chunk;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int r = thread_id() % 128 / 8 + 16 * i;
-            if (row + r < size && inside < with.d_model) {
-                const int64_t to = load_constant_i32(with.permutation + start + row + r);
-                store_global_u32x4(static_cast<uint16_t*>(with.y) + to * with.d_model + inside,
+            if (targets[i] >= 0 && inside < with.d_model)
+                store_global_u32x4(static_cast<uint16_t*>(with.y) + int64_t{targets[i]} * with.d_model + inside,
                                    load_shared_u32x4(slot + swizzled_offset(r, chunk)));
-            }
         }
     }
 };
@@ -230,7 +234,7 @@ template <Operand kType, int kColumns, class Activation, bool kGated, bool kDrop
 struct StoreHidden {
     static constexpr int outputs = kGated ? 3 : 2, inputs = 0, slice_columns = kGated ? 128 : 64, slice_width = 64;
     static constexpr int scratch_bytes = kColumns * 4;  // biases
-    static constexpr bool gated = kGated, scatters = false, sums_rows = false;
+    static constexpr bool b_in_halves = kGated, scatters = false, sums_rows = false;
     static_assert(!kGated || kColumns == 128);
 
     struct Arguments {
@@ -293,7 +297,7 @@ template <Operand kType, class Activation, bool kGated, bool kDropout>
 struct StoreGradPre {
     static constexpr int outputs = kGated ? 3 : 2, inputs = kGated ? 2 : 1;
     static constexpr int slice_columns = 64, slice_width = 64, scratch_bytes = 0;
-    static constexpr bool gated = false, scatters = false, sums_rows = false;  // what is multiplied has no gates
+    static constexpr bool b_in_halves = false, scatters = false, sums_rows = false;
 
     struct Arguments {
         int num_rows, num_experts;  // grouped rows
@@ -308,7 +312,11 @@ struct StoreGradPre {
 
     __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t in, const Tile& tile, int row,
                                           int n) {
-        Dropped<kDropout> dropped(with.dropout, first_row_of(tile.expert, with.num_rows, with.num_experts) + row);
+        const int64_t first_row = first_row_of(tile.expert, with.num_rows, with.num_experts) + row;
+        const int64_t end = first_row_of(tile.expert + 1, with.num_rows, with.num_experts);
+        // hidden is 0 in a row that is not there: what it is multiplied with there is 0, and it might be infinite.
+        const bool exists[2] = {first_row + own_row() < end, first_row + own_row() + 8 < end};
+        Dropped<kDropout> dropped(with.dropout, first_row);
         const uint32_t lane = thread_id() % 32, own = thread_id() % 128 / 32 * 16 + (lane & 15);
         const int first = tile.column * with.columns + n * 64;
 #pragma unroll
@@ -317,6 +325,11 @@ struct StoreGradPre {
             const uint32_t at = in + swizzled_offset(own, 2 * j + (lane >> 4));
             ldmatrix_x4(at, gates);
             if (kGated) ldmatrix_x4(at + atom_bytes, values);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                gates[i] = exists[i % 2] ? gates[i] : 0;
+                if (kGated) values[i] = exists[i % 2] ? values[i] : 0;
+            }
             float grad_gate[8], grad_value[8], hidden[8];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {

@@ -1,4 +1,4 @@
-// The instructions of sm_90a that the kernels use, each once, behind a plain name.
+// The instructions of sm_90a that kernels here are written with, each once, behind a plain name.
 //
 // Kernels are written on these names alone, and so their source also compiles for a model of the machine on the host:
 // whoever is not nvcc gets `machine.h`, from tests/cuda_on_host/machine (-I), where the same names are. Addresses in
@@ -16,7 +16,6 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <cstdio>
 
 extern __shared__ uint8_t ewa_hopper_shared[];
 
@@ -105,7 +104,7 @@ EWA_PTX void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 // On the barrier at the same address of a CTA of the cluster, which may be our own. Not `.release.cluster` in so many
-// words: ptxas then puts a MEMBAR.ALL.GPU before it.
+// words: ptxas then puts a MEMBAR.ALL.GPU before it. So it orders nothing for the peer but what wgmma has read.
 EWA_PTX void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
     asm volatile(
         "{\n.reg .b32 remote;\n"
@@ -126,15 +125,13 @@ EWA_PTX bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
     return done != 0;
 }
 // Until the phase of this parity is over. On a fresh barrier, phase 0 is under way and that of parity 1 is over.
-// With EWA_HOPPER_DEBUG, who waits for seconds says so and ends the kernel.
+// With EWA_HOPPER_DEBUG, who waits for seconds ends the kernel; a debugger shows where. A printf would be a call, and
+// ptxas would then have products wait for one another.
 EWA_PTX void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 #ifdef EWA_HOPPER_DEBUG
     const long long begin = clock64();
     while (!mbarrier_try_wait(barrier, parity))
-        if (clock64() - begin > 4000000000ll) {
-            printf("block %d thread %d: barrier %u, parity %u\n", blockIdx.x, threadIdx.x, barrier, parity);
-            __trap();
-        }
+        if (clock64() - begin > 4000000000ll) __trap();
 #else
     asm volatile(
         "{\n.reg .pred p;\n"
@@ -301,10 +298,10 @@ EWA_PTX void store_shared_u32x4(uint32_t at, uint4 v) {
 EWA_PTX int load_constant_i32(const int* at) { return __ldg(at); }
 EWA_PTX float load_constant_f32(const float* at) { return __ldg(at); }
 EWA_PTX uint32_t load_constant_u16(const uint16_t* at) { return __ldg(at); }
-EWA_PTX float load_global_f32(const float* at) {
-    float v;
-    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
-    return v;
+EWA_PTX void load_global_f32x4(const float* at, float (&v)[4]) {
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                 : "l"(at));  // no "memory": several may be under way
 }
 EWA_PTX uint4 load_global_u32x4(const void* at) {
     uint4 v;
@@ -315,8 +312,8 @@ EWA_PTX uint4 load_global_u32x4(const void* at) {
     return v;
 }
 EWA_PTX void store_global_i32(int* at, int v) { asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory"); }
-EWA_PTX void store_global_u16(uint16_t* at, uint32_t v) {
-    asm volatile("st.global.u16 [%0], %1;" ::"l"(at), "h"(static_cast<uint16_t>(v)) : "memory");
+EWA_PTX void store_global_u32(uint32_t* at, uint32_t v) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
 }
 EWA_PTX void store_global_f32(float* at, float v) {
     asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(v) : "memory");

@@ -34,14 +34,21 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 // The driver's encoder, so that nothing is linked with the driver.
-inline EncodeTiled encode_tiled() {
-    static const EncodeTiled found = [] {
+inline EncodeTiled encode_tiled(std::string& error) {
+    static std::atomic<EncodeTiled> found{nullptr};
+    if (found.load() == nullptr) {
         void* entry = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
-        return reinterpret_cast<EncodeTiled>(result == cudaDriverEntryPointSuccess ? entry : nullptr);
-    }();
-    return found;
+        auto result = cudaDriverEntryPointSymbolNotFound;
+        const cudaError_t failed =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+        if (failed != cudaSuccess)
+            error = cudaGetErrorString(failed);
+        else if (result != cudaDriverEntryPointSuccess)
+            error = "the driver has no cuTensorMapEncodeTiled: it must be of CUDA 12.0 or later";
+        else
+            found.store(reinterpret_cast<EncodeTiled>(entry));
+    }
+    return found.load();
 }
 
 // A box is `box_rows` rows of 128 bytes. What went wrong is left in `error`.
@@ -54,11 +61,8 @@ inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string& er
                                   static_cast<cuuint64_t>(tensor.expert_stride) * itemsize};
     const auto box_columns = static_cast<cuuint32_t>(swizzle_bytes / itemsize);
     const cuuint32_t box[] = {box_columns, static_cast<cuuint32_t>(box_rows), 1}, steps[] = {1, 1, 1};
-    const EncodeTiled encode = encode_tiled();
-    if (encode == nullptr) {
-        error = "the driver has no cuTensorMapEncodeTiled: it must be of CUDA 12.0 or later";
-        return map;
-    }
+    const EncodeTiled encode = encode_tiled(error);
+    if (encode == nullptr) return map;
     // Bits are copied: which type of this size it is does not matter.
     const auto type = tensor.is_float32 ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
     const CUresult result =
@@ -67,6 +71,15 @@ inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string& er
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) error = "cuTensorMapEncodeTiled: error " + std::to_string(result);
     return map;
+}
+
+inline cudaLaunchConfig_t config_of(unsigned blocks, int threads, int bytes, void* stream) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks;
+    config.blockDim = static_cast<unsigned>(threads);
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    return config;
 }
 
 template <class Shape, class Epilogue>
@@ -84,19 +97,19 @@ std::string launch_product(const Maps<Epilogue>& maps, const Work& work, const G
     }
     const int clusters = work.tiles() < multiprocessors / 2 ? work.tiles() : multiprocessors / 2;
     if (error == cudaSuccess) {
-        kernel<<<2 * clusters, num_threads, bytes, static_cast<cudaStream_t>(stream)>>>(maps, work, rows, arguments);
-        error = cudaGetLastError();
+        const cudaLaunchConfig_t config = config_of(2 * clusters, num_threads, bytes, stream);
+        error = cudaLaunchKernelEx(&config, kernel, maps, work, rows, arguments);
     }
     return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
 }
 
 inline std::string launch_sum(const float* parts, int64_t experts, int splits, int64_t size, void* out, int type,
                               int multiprocessors, void* stream) {
-    const int64_t wanted = (experts * size + sum_threads - 1) / sum_threads, most = int64_t{8} * multiprocessors;
-    const auto blocks = static_cast<unsigned>(wanted < most ? wanted : most);
-    sum_parts_kernel<<<blocks, sum_threads, 0, static_cast<cudaStream_t>(stream)>>>(parts, experts, splits, size, out,
-                                                                                   type);
-    const cudaError_t error = cudaGetLastError();
+    const int64_t wanted = (experts * size / 4 + sum_threads - 1) / sum_threads, most = int64_t{8} * multiprocessors;
+    const cudaLaunchConfig_t config =
+        config_of(static_cast<unsigned>(wanted < most ? wanted : most), sum_threads, 0, stream);
+    const cudaError_t error =
+        cudaLaunchKernelEx(&config, sum_parts_kernel<sum_threads>, parts, experts, splits, size, out, type);
     return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
 }
 

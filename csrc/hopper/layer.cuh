@@ -1,6 +1,7 @@
 // The products of layer.h for one 16-bit type; bfloat16.cu and float16.cu are compiled side by side.
 #pragma once
 
+#include <iterator>
 #include <type_traits>
 
 #include "epilogues.cuh"
@@ -33,8 +34,6 @@ inline Gather gather_of(const Layer& layer, const Rows& rows) {
     return {rows.data, layer.d_model,    layer.num_rows, layer.num_experts,
             deal,      rows.permutation, rows.dealt,     rows.top_k};
 }
-
-constexpr int weight_columns = 256;  // of a tile of a gradient of weights
 
 template <Operand kType>
 struct Products {
@@ -153,9 +152,9 @@ struct Products {
         std::string error = splits == 1 ? weight_in<false>(layer, o, 1) : weight_in<true>(layer, o, splits);
         if (error.empty() && splits > 1)
             error = sum(o.parts, int64_t{o.size_m} * o.size_n, o.out,
-                        kType == Operand::bf16 ? Vector::bfloat16 : Vector::float16);
+                        kType == Operand::bf16 ? bfloat16 : float16);
         if (error.empty() && o.part_sums != nullptr)
-            error = sum(o.part_sums, o.size_m, const_cast<void*>(o.sums.data), o.sums.type);
+            error = sum(o.part_sums, o.size_m, o.sums.data, o.sums.type);
         return error;
     }
 
@@ -173,6 +172,7 @@ struct Products {
             activated<kGated, Gelu>, activated<kGated, GeluTanh>, activated<kGated, QuickGelu>, activated<kGated, Silu>,
             activated<kGated, Relu>, activated<kGated, Relu2>,    activated<kGated, Identity>,
         };
+        static_assert(std::size(table) == static_cast<size_t>(Activation::identity) + 1, "in the order of Activation");
         return table[static_cast<int>(layer.activation)](call, layer, o);
     }
 

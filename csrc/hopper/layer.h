@@ -1,7 +1,7 @@
 // The layer's products on Hopper: what is launched. Knows neither CUDA's headers nor torch.
 //
-// Rows are by slot: of each expert as many as the largest group has, ⌈R/E⌉; the last of a smaller group holds what the
-// group's last row holds, or zeros.
+// Rows are by slot: of each expert as many as the largest group has, ⌈R/E⌉. In the last of a smaller group is no row: x
+// and gradients must hold zeros there, which those that are found by token do.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,15 @@ namespace ewa::hopper {
 
 enum class Activation { gelu, gelu_tanh, quick_gelu, silu, relu, relu2, identity };
 
+enum NumberType { none, float32, bfloat16, float16 };
+
 struct Bias {
-    enum Type { none, float32, bfloat16, float16 };
     const void* data = nullptr;
+    int type = none;  // a NumberType
+};
+
+struct Sums {
+    void* data = nullptr;
     int type = none;
 };
 
@@ -39,7 +45,7 @@ struct Layer {
     int multiprocessors = 132;  // that may be used
     void* stream = nullptr;
 
-    int slots() const { return (num_rows + num_experts - 1) / num_experts; }  // of an expert
+    int slots() const { return (num_rows - 1) / num_experts + 1; }  // of an expert
 };
 
 // What a product reads and writes; the others are null. Weights are the layer's: up_weight [E, F or 2F, D], down_weight
@@ -57,7 +63,7 @@ struct Operands {
     int size_m = 0, size_n = 0;
     float* parts = nullptr;      // [E, splits, M, N] to work in, if there is more than one split, see `splits_of`
     float* part_sums = nullptr;  // [E, splits, M] to work in, or null: no sums are wanted
-    Bias sums;                   // [E, M]: written
+    Sums sums;                   // [E, M]
 };
 
 // Parts of the sum over rows that different tiles make for a gradient [M, N]; it depends on sizes alone.
@@ -68,11 +74,10 @@ enum class Call {
     down,         // out [R, D] at permutation[row] = a [F] · bᵀ + bias
     grad_pre,     // out = grad_pre [F or 2F], and hidden, from a [D] · b, b being down_weight, and pre_activation
     grad_x,       // out [R, D] at permutation[row] = a [F or 2F] · b, b being up_weight
-    grad_weight,  // out [E, M, N] = aᵀ b, a [M] and b [N] by slot, and sums = a summed over rows. One holds zeros, the
-                  // other is finite, where a smaller group has no row
+    grad_weight,  // out [E, M, N] = aᵀ b, a [M] and b [N] by slot, and sums = a summed over rows
 };
 
-// Returns what went wrong, or nothing.
+// Returns what went wrong, before anything was launched if it could be seen before, or nothing.
 std::string run(Call call, const Layer& layer, const Operands& operands);
 
 }  // namespace ewa::hopper

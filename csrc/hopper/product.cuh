@@ -43,7 +43,7 @@ struct Maps {
     TensorMap a, b[2], out[Epilogue::outputs], in[Epilogue::inputs > 0 ? Epilogue::inputs : 1];
 };
 
-// Named barriers. Number 0 is that of all threads.
+// Named barriers, each of two warpgroups; those of `own_warpgroup` of one.
 enum Barrier { turn_to_multiply = 1, turn_to_store = 3, own_warpgroup = 5 };
 
 // `Epilogue`: see epilogues.cuh.
@@ -92,6 +92,8 @@ struct Product {
 
     __device__ __forceinline__ void initialise() const {
         if (thread_id() == 0) {
+            if (!Shape::gathers) prefetch_tensor_map(&maps.a);
+            prefetch_tensor_map(&maps.b[rank]);
             for (int i = 0; i < Shape::stages; ++i) {
                 mbarrier_init(full(i), Shape::gathers ? 1 + warpgroup_threads : 1);
                 mbarrier_init(empty(i), readers);
@@ -123,7 +125,7 @@ struct Product {
     // Our half, to both CTAs.
     __device__ __forceinline__ void load_b(uint32_t to, int step, const Tile& tile, int k) const {
         constexpr int half = Shape::columns / 2;
-        const int first = Epilogue::gated ? tile.column * half : tile.column * Shape::columns + rank * half;
+        const int first = Epilogue::b_in_halves ? tile.column * half : tile.column * Shape::columns + rank * half;
         const TensorMap* map = &maps.b[rank];
         to += rank * (Shape::b_bytes / 2);
         if constexpr (Shape::major_b == Major::k) {
@@ -266,6 +268,15 @@ struct Product {
             wgmma_wait<1>();
             if (i > 0) release(step - 1);
         }
+        // In pingpong the other's products are to queue behind ours first.
+        if (!Shape::pingpong) finish(d, sums);
+    }
+
+    __device__ __forceinline__ void finish(Accumulators& d, float (&sums)[4]) const {
+        wgmma_wait<0>();
+#pragma unroll
+        for (int m = 0; m < Shape::blocks; ++m) pin(d[m]);
+        if constexpr (Epilogue::sums_rows) pin(sums);
     }
 
     // What is done with a tile, in slices of 64 rows × 64 columns of output.
@@ -282,8 +293,12 @@ struct Product {
                 const int row = tile.row + (Shape::pingpong ? m : group) * 64;
                 if (Epilogue::inputs > 0) mbarrier_wait(input_full(group, count), input_parity(count));
                 epilogue.slice(&d[m][n * Epilogue::slice_columns / 2], slot, input(group, count), tile, row, n);
-                if (Epilogue::inputs > 0 && lane() == 0) mbarrier_arrive(input_empty(group, count));
+                // Also between what was read from `in` and what TMA writes there next.
                 if (!Epilogue::scatters) fence_proxy_async_shared();
+                if constexpr (Epilogue::inputs > 0) {
+                    warp_sync();
+                    if (lane() == 0) mbarrier_arrive(input_empty(group, count));
+                }
                 named_barrier_sync(own_warpgroup + group, warpgroup_threads);
                 constexpr int width = Shape::columns / Epilogue::slice_columns * Epilogue::slice_width;  // of a tile
                 const int column = tile.column * width + n * Epilogue::slice_width;
@@ -322,12 +337,10 @@ struct Product {
                 multiply<Epilogue::sums_rows>(d, sums, step, group);
             else
                 multiply<false>(d, sums, step, group);
-            // The other's products queue behind ours.
-            if (Shape::pingpong) named_barrier_arrive(turn_to_multiply + 1 - group, 2 * warpgroup_threads);
-            wgmma_wait<0>();
-#pragma unroll
-            for (int m = 0; m < Shape::blocks; ++m) pin(d[m]);
-            if constexpr (Epilogue::sums_rows) pin(sums);
+            if (Shape::pingpong) {
+                named_barrier_arrive(turn_to_multiply + 1 - group, 2 * warpgroup_threads);
+                finish(d, sums);
+            }
             release(step + work.steps - 1);
             if constexpr (Epilogue::sums_rows) {
                 if (with_sums) epilogue.put_sums(sums, tile, tile.row + group * 64);

@@ -9,6 +9,7 @@ namespace ewa::hopper {
 
 constexpr int tile_rows = 128;  // of a CTA; the two of a cluster have one below the other
 constexpr int step_depth = 64;  // of the index that is summed over
+constexpr int weight_columns = 256;  // of a tile of a gradient of weights
 
 // A [M, K] · B [K, N] of every expert, in pairs of tiles.
 struct Work {

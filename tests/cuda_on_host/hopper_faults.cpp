@@ -128,7 +128,7 @@ std::string pingpong() {
     maps.out[0] = hidden.map(64);
     maps.out[1] = pre.map(64);
     const Epilogue::Arguments arguments{
-        {bias.data(), Vector::float32}, with.n, num_experts * with.m, num_experts, {0, 0, 1.0f}, 2};
+        {bias.data(), float32}, with.n, num_experts * with.m, num_experts, {0, 0, 1.0f}, 2};
     const std::string said = launch_product<Of, Epilogue>(maps, with.work(), {}, arguments, 0, nullptr);
     hidden.bits.insert(hidden.bits.end(), pre.bits.begin(), pre.bits.end());
     return compare(said, hidden.bits, expected);
@@ -158,7 +158,7 @@ std::string scattered() {
     auto maps = with.maps<Epilogue>();
     maps.out[0] = maps.a;  // not used
     const Epilogue::Arguments arguments{
-        {bias.data(), Vector::float32}, permutation.data(), y.data(), with.n, num_rows, num_experts};
+        {bias.data(), float32}, permutation.data(), y.data(), with.n, num_rows, num_experts};
     return compare(launch_product<Of, Epilogue>(maps, with.work(), {}, arguments, 0, nullptr), y, expected);
 }
 

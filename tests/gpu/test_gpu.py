@@ -438,7 +438,9 @@ def test_weights_at_odd_addresses(form):
 @pytest.mark.parametrize(
     ("kernel", "tile"), [(k, t) for k, tiles in configs.CANDIDATES.items() for t in tiles], ids=lambda value: str(value)
 )
-def test_tiles_that_may_become_the_default(kernel, tile, monkeypatch):
+def test_tiles_that_may_become_the_default(kernel, tile, monkeypatch, request):
+    for made in (problem._made, calls._problems):
+        request.addfinalizer(made.clear)
     form = "triton-single" if kernel in ("forward", "backward") else "triton-split"
     x, weights = tokens(5000, 384).requires_grad_(), [w.requires_grad_() for w in parameters(4, 384, 1536)]
     expected = step(x, weights, x, 1, form)
@@ -447,8 +449,6 @@ def test_tiles_that_may_become_the_default(kernel, tile, monkeypatch):
     calls._problems.clear()
     for value, other in zip(step(x, weights, x, 1, form), expected, strict=True):
         assert (value - other).norm() <= 1e-3 * other.norm()
-    problem._made.clear()
-    calls._problems.clear()
 
 
 class TestMargin:

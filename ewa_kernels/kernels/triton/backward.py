@@ -68,7 +68,7 @@ def launch_backward(
 def _boxes(launch: Launch, problem: Problem, tensors: dict[str, Any]) -> dict[str, Any]:
     """Descriptors in place of tensors; see `configs.Tile`."""
     tile = launch.tile
-    if isinstance(tile, RowsTile) or not tile.boxes or launch.kernel is weights_kernel:
+    if isinstance(tile, RowsTile) or not tile.boxes or launch.kernel not in (pre_kernel, grad_x_kernel):
         return {}
     if launch.kernel is pre_kernel:
         return {"down_weight": box_of_weights(tensors["down_weight"], tile, False, False)}

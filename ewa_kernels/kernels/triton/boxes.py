@@ -35,7 +35,10 @@ def box_of_weights(weight: Tensor, tile: Tile, transposed: bool, in_pairs: bool)
 def _descriptor(tensor: Tensor, box: list[int]) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box)
+    strides = [1]  # not the tensor's own: of a size of 1 it may be any
+    for size in reversed(tensor.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return TensorDescriptor(tensor, list(tensor.shape), strides, box)
 
 
 @triton.jit

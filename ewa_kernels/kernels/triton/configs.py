@@ -43,7 +43,7 @@ class Tile:
         flat: whether the loop over tiles and that of their products are one, so that a tile's first loads run while
             the one before is stored. For "forward up", "forward down" and "backward x".
         boxes: whether weights, and rows that lie side by side, are loaded by the tensor memory accelerator: Hopper or
-            newer, and D and F that 16 bytes divide. For all phases but "backward weights".
+            newer, and rows that begin at multiples of 16 bytes. For all phases but "backward weights".
 
     The last four were never measured on a GPU: no table has one, but `CANDIDATES`.
     """

@@ -9,7 +9,7 @@ from ewa_kernels.kernels.triton.configs import RowsTile, Tile
 
 
 class Launch:
-    """A kernel with its grid and all its arguments but the first, which are tensors and the seed.
+    """A kernel with its grid and all its arguments but the first: tensors, or their descriptors, and the seed.
 
     Triton asks in each launch of which type and how well aligned each argument is. Here that is known: a `Problem`
     fixes the types, tensors are aligned (`configs.aligned`), and numbers are fixed or not specialised on. So what the

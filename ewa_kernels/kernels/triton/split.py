@@ -65,11 +65,13 @@ def half_kernel(
         rest = tile - which_group * group * tiles
         column_tile = rest // group
         block = which_group * group + rest - column_tile * group
+        # A group may have blocks that do not exist, and have no rows: not by their number, which may be too large.
+        exists = block < num_blocks
+        block = tl.minimum(block, num_blocks - 1)
         expert, first_row, end = rows_of_block(block, groups, num_rows, num_experts, num_blocks, BLOCK_M)
-        end = tl.where(block < num_blocks, end, 0)
+        end = tl.where(exists, end, 0)
         # Without rows the product has no steps. But loops are made one only if the inner has always as many.
         end_k = size_k if FLAT else tl.where(first_row < end, size_k, 0)
-        expert = tl.minimum(expert, num_experts - 1)
         row = first_row + tl.arange(0, BLOCK_M)
         source = tl.maximum(tl.minimum(row, end - 1), 0)  # past the end, work on the last row again
         if not IS_UP:
@@ -138,9 +140,9 @@ def _plan(layer: Layer, phase: str, *is_there: bool) -> tuple[Launch, Tile]:
     """The launch and its tile; another one where other outputs are asked for."""
     problem, tile, is_up = layer.problem, layer.tile(phase), phase == "forward up"
     num_blocks = layer.num_blocks(tile.block_m)
-    width = tile.block_n // 2 if is_up and problem.gated else tile.block_n
-    tiles = ceil_div(problem.d_ff if is_up else problem.d_model, width)
-    # Enough tiles in a group to keep all programs busy.
-    group = min(num_blocks, ceil_div(layer.grid(num_blocks * tiles, tile), tiles))
+    up_tiles = ceil_div(problem.d_ff, tile.block_n // 2 if problem.gated else tile.block_n)
+    tiles = up_tiles if is_up else ceil_div(problem.d_model, tile.block_n)
+    # For both halves as many as were measured: enough up tiles to keep all programs busy.
+    group = min(num_blocks, ceil_div(layer.grid(num_blocks * tiles, tile), up_tiles))
     arguments = {"group": group, "IS_UP": is_up, "DEAL": is_up and layer.is_dealt and not tile.flat}
     return layer.launch(half_kernel, num_blocks * tiles, tile, tile.block_m, arguments), tile

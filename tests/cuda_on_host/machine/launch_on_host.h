@@ -26,7 +26,7 @@ std::string launch_product(const Maps<Epilogue>& maps, const Work& work, const G
 inline std::string launch_sum(const float* parts, int64_t experts, int splits, int64_t size, void* out, int type, int,
                               void*) {
     return machine::launch({multiprocessors_of_launches, 1, sum_threads, 16}, options_of_launches,
-                           [&] { sum_parts_kernel(parts, experts, splits, size, out, type); });
+                           [&] { sum_parts_kernel<sum_threads>(parts, experts, splits, size, out, type); });
 }
 
 }  // namespace ewa::hopper

@@ -221,13 +221,13 @@ T load_global(const void* at) {
     memcpy(&v, at, sizeof v);
     return v;
 }
-inline float load_global_f32(const float* at) { return load_global<float>(at); }
+inline void load_global_f32x4(const float* at, float (&v)[4]) {
+    const uint4 bits = load_global<uint4>(at);
+    memcpy(v, &bits, 16);
+}
 inline uint4 load_global_u32x4(const void* at) { return load_global<uint4>(at); }
 inline void store_global_i32(int* at, int v) { machine::write_global(at, &v, 4); }
-inline void store_global_u16(uint16_t* at, uint32_t v) {
-    const auto half = static_cast<uint16_t>(v);
-    machine::write_global(at, &half, 2);
-}
+inline void store_global_u32(uint32_t* at, uint32_t v) { machine::write_global(at, &v, 4); }
 inline void store_global_f32(float* at, float v) { machine::write_global(at, &v, 4); }
 inline void store_global_u32x4(void* at, uint4 v) { machine::write_global(at, &v, 16); }
 

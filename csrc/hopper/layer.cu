@@ -1,0 +1,68 @@
+// What is checked and decided before a product is launched.
+#include "layer.h"
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "schedule.h"
+
+namespace ewa::hopper {
+
+std::string run_bfloat16(Call call, const Layer& layer, const Operands& operands);
+std::string run_float16(Call call, const Layer& layer, const Operands& operands);
+
+namespace {
+
+int64_t up_to(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+
+bool is_aligned(std::initializer_list<const void*> addresses) {
+    return std::all_of(addresses.begin(), addresses.end(),
+                       [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; });
+}
+
+std::string what_is_wrong(Call call, const Layer& layer, const Operands& o) {
+    constexpr int64_t most_rows = (int64_t{1} << 31) - 1024;  // a row past the end of a tile is an int
+    if (layer.num_rows < 1 || layer.num_rows > most_rows || layer.num_experts < 1 || layer.num_experts > 32768)
+        return "num_rows must be 1 to 2^31 - 1024 and num_experts 1 to 32768, got " + std::to_string(layer.num_rows) +
+               " and " + std::to_string(layer.num_experts);
+    const bool is_weight = call == Call::grad_weight;
+    for (int size : {layer.d_model, layer.d_ff, is_weight ? o.size_m : 8, is_weight ? o.size_n : 8})
+        if (size < 8 || size % 8 != 0) return "sizes must be multiples of 8, got " + std::to_string(size);
+    if (layer.multiprocessors < 2) return "at least two multiprocessors are needed, for a cluster";
+    if (!is_aligned({o.rows.data, o.a, o.b, o.pre_activation, o.hidden, o.out, o.parts}))
+        return "operands must begin at 16 bytes";
+    if (o.rows.by_token) {
+        if (o.rows.permutation == nullptr && o.rows.top_k != 1) return "rows that are dealt are tokens: top_k must be 1";
+        // Offsets of 16 bytes are 32 bits; the last stands for no row.
+        if (int64_t{layer.num_rows} * (layer.d_model / 8) >= (int64_t{1} << 32) - 8)
+            return "x by token must be smaller than 64 GiB";
+    }
+    return {};
+}
+
+}  // namespace
+
+// That with which the clusters of an H200 are done first: 1,024 cycles a step, some 1,500 until a tile of a part is
+// stored, and what memory takes to write and read the parts. Not of the device at hand: the order of sums, and so their
+// bits, would depend on it.
+int splits_of(const Layer& layer, int size_m, int size_n) {
+    constexpr int64_t clusters = 66, most = 8;
+    const int64_t tiles = layer.num_experts * up_to(size_m, 2 * tile_rows) * up_to(size_n, weight_columns);
+    const int64_t numel = int64_t{layer.num_experts} * size_m * size_n, steps = up_to(layer.slots(), step_depth);
+    int64_t best = 1, least = INT64_MAX;
+    for (int64_t splits = 1; splits <= std::min(most, steps); ++splits) {
+        const int64_t of_tile = 1024 * up_to(steps, splits) + (splits == 1 ? 400 : 1500);
+        const int64_t of_parts = splits == 1 ? 0 : splits * numel * 27 / 10000;  // 8 bytes, 2,950 a cycle
+        const int64_t cycles = up_to(tiles * splits, clusters) * of_tile + of_parts;
+        if (cycles < least) best = splits, least = cycles;
+    }
+    return static_cast<int>(best);
+}
+
+std::string run(Call call, const Layer& layer, const Operands& operands) {
+    const std::string wrong = what_is_wrong(call, layer, operands);
+    if (!wrong.empty()) return wrong;
+    return (layer.is_bfloat16 ? run_bfloat16 : run_float16)(call, layer, operands);
+}
+
+}  // namespace ewa::hopper
