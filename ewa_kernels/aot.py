@@ -365,7 +365,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ewa_kernels.aot", description=__doc__)
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="default: all; may be repeated")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: all; may be repeated")
-    parser.add_argument("--kernel", choices=KERNELS, nargs="+", help="default: all")
+    parser.add_argument("--kernel", choices=KERNELS, nargs="+", help="default: all; their defaults alone if given")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -375,7 +375,7 @@ def main() -> int:
         case
         for architecture in arguments.arch or ARCHITECTURES
         for case in cases(architecture, tuple(arguments.dtype or DTYPES))
-        if case.kernel in (arguments.kernel or KERNELS)
+        if arguments.kernel is None or (case.kernel in arguments.kernel and case.default)
     ]
     reports = []
     for report in compile_all(chosen):

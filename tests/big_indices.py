@@ -15,6 +15,7 @@ from ewa_kernels.kernels.triton.backward import launch_backward
 from ewa_kernels.kernels.triton.forward import launch_forward
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.onchip import launch_onchip
+from ewa_kernels.kernels.triton.split import launch_down, launch_up
 from ewa_kernels.problem import Deal, Inputs, Problem
 
 WIDTH, ROWS = 32, 64
@@ -58,6 +59,10 @@ def run(first_row, last_rows):
     grad_x[first_row:] = grad_y[first_row:]
     launch_forward(layer(x, permutation), y, pre_activation, hidden)
     results = [y[first_row:].clone(), pre_activation[first_row:].clone()]
+    y[first_row:] = pre_activation[first_row:] = torch.nan
+    launch_up(layer(x, permutation), pre_activation, hidden)
+    launch_down(layer(x, permutation), y, hidden)
+    results += [y[first_row:].clone(), pre_activation[first_row:].clone()]
     y[first_row:] = torch.nan
     launch_onchip(layer(x, permutation), y, pre_activation)
     results.append(y[first_row:].clone())

@@ -95,6 +95,7 @@ FAULTS = {
         "mbarrier_arrive_cluster(empty(step), lane());",
         "mbarrier_arrive_cluster(empty(step), rank);",
         RACE,
+        slow=True,
     ),
     "half as many readers": in_product(
         "cooperative", "pingpong ? 8 : 16;", "pingpong ? 4 : 8;", f"{RACE}|more arrivals", slow=True
@@ -249,7 +250,11 @@ FAULTS = {
         "gathered", "if (tile.row + own < size) {", "if (tile.row + own <= size) {", VALUES, slow=True
     ),
     "a wait for fewer threads": in_product(
-        "gathered", "? 1 + warpgroup_threads : 1", "? 1 + warpgroup_threads / 2 : 1", f"{VALUES}|{RACE}|more arrivals"
+        "gathered",
+        "? 1 + warpgroup_threads : 1",
+        "? 1 + warpgroup_threads / 2 : 1",
+        f"{VALUES}|{RACE}|more arrivals",
+        slow=True,
     ),
     # --- sums in parts, and of rows ---
     "all parts sum up the first rows": in_product(

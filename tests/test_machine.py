@@ -158,7 +158,7 @@ def programs(tmp_path_factory):
     if compiler is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("programs")
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++17", "-Og", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     include = [f"-I{ROOT / 'csrc'}", f"-I{HERE / 'machine'}"]
     objects = []
     for source in sorted((HERE / "programs").glob("*.cpp")):
