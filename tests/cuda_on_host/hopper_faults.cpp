@@ -172,6 +172,7 @@ std::string gathered() {
     static std::vector<int> permutation;
     static const std::vector<uint16_t> expected = [] {
         for (int i = 0; i < num_rows; ++i) permutation.push_back(num_rows - 1 - i);
+        permutation.push_back(0);  // for a fault that reads too far
         Tensor c(with.m, with.n, 0);
         for (int e = 0; e < num_experts; ++e)
             for (int i = 0; i < c.rows; ++i)
