@@ -10,6 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ewa_kernels.kernels.triton.configs import Tile
 from ewa_kernels.kernels.triton.tiles import multiply
@@ -33,8 +34,6 @@ def box_of_weights(weight: Tensor, tile: Tile, transposed: bool, in_pairs: bool)
 
 
 def _descriptor(tensor: Tensor, box: list[int]) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     strides = [1]  # not the tensor's own: of a size of 1 it may be any
     for size in reversed(tensor.shape[1:]):
         strides.insert(0, strides[0] * size)

@@ -66,16 +66,9 @@ class Tile:
         assert min(sizes[:3]) >= 16, f"{self}: a side below 16"
 
     def __str__(self) -> str:
-        sizes = f"{self.block_m}x{self.block_n}x{self.block_k}, {self.parts} parts"
-        together = f", {self.per_multiprocessor} at once" if self.per_multiprocessor > 1 else ""
-        switches = (
-            together
-            + ", early" * self.early
-            + ", backoff" * self.backoff
-            + ", flat" * self.flat
-            + ", boxes" * self.boxes
-        )
-        return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages{switches}"
+        words = [f"{self.block_m}x{self.block_n}x{self.block_k}", f"{self.parts} parts", f"{self.num_warps} warps"]
+        words += [f"{self.num_stages} stages"] + [f"{self.per_multiprocessor} at once"] * (self.per_multiprocessor > 1)
+        return ", ".join(words + [name for name in ("early", "backoff", "flat", "boxes") if getattr(self, name)])
 
     def launch_options(self) -> dict[str, int | bool]:
         """Keyword arguments of a kernel launch."""
@@ -147,6 +140,7 @@ _HOPPER: Table = {
 }
 _BLACKWELL: Table = {
     "forward": (Tile(128, 128, 64, 2, 8, 3),),
+    "forward up": (Tile(128, 128, 64, 4, 8, 3),),
     "backward": (Tile(128, 128, 64, 4, 8, 3),),
     "onchip": (Tile(64, 32, 128, 2, 8, 2),),
     **_UNALIGNED,

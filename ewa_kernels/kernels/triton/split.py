@@ -17,7 +17,7 @@ from ewa_kernels.kernels.triton.epilogues import store_rows, store_up
 from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer
 from ewa_kernels.kernels.triton.permutation import fill, load_seed, tokens_of_rows
-from ewa_kernels.kernels.triton.tiles import NUMBERS, load_choices, multiply_rows, rows_of_block, widths
+from ewa_kernels.kernels.triton.tiles import NUMBERS, block_of_tile, load_choices, multiply_rows, rows_of_block, widths
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -58,18 +58,9 @@ def half_kernel(
     tiles = tl.cdiv(size, columns)
     key = load_seed(seed, seed_low, seed_high) if DEAL or DROPOUT else 0
     n = tl.arange(0, BLOCK_N)
-    for tile in tl.range(
-        tl.program_id(0), tl.cdiv(num_blocks, group) * group * tiles, tl.num_programs(0), flatten=FLAT
-    ):
-        which_group = tile // (group * tiles)
-        rest = tile - which_group * group * tiles
-        column_tile = rest // group
-        block = which_group * group + rest - column_tile * group
-        # A group may have blocks that do not exist, and have no rows: not by their number, which may be too large.
-        exists = block < num_blocks
-        block = tl.minimum(block, num_blocks - 1)
+    for tile in tl.range(tl.program_id(0), num_blocks * tiles, tl.num_programs(0), flatten=FLAT):
+        block, column_tile = block_of_tile(tile, tiles, num_blocks, group)
         expert, first_row, end = rows_of_block(block, groups, num_rows, num_experts, num_blocks, BLOCK_M)
-        end = tl.where(exists, end, 0)
         # Without rows the product has no steps. But loops are made one only if the inner has always as many.
         end_k = size_k if FLAT else tl.where(first_row < end, size_k, 0)
         row = first_row + tl.arange(0, BLOCK_M)

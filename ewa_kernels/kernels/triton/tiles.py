@@ -59,9 +59,13 @@ def load_choices(permutation, row, groups, num_rows):
 
 
 @triton.jit
-def block_of_tile(tile, tiles, num_blocks):
-    """(row block, column tile), where each block has `tiles`: first all of some blocks, which are read once then."""
-    group = tl.cdiv(tl.num_programs(0), tiles)  # these keep all programs busy
+def block_of_tile(tile, tiles, num_blocks, group=None):
+    """(row block, column tile), where each block has `tiles`: first all of some blocks, which are read once then.
+
+    `group`: of how many blocks; None: as many as keep all programs busy.
+    """
+    if group is None:
+        group = tl.cdiv(tl.num_programs(0), tiles)
     first = tile // (group * tiles) * group
     group = tl.minimum(group, num_blocks - first)
     rest = tile - first * tiles
