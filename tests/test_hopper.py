@@ -2,25 +2,20 @@
 
 import ctypes
 import itertools
-import os
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from host_model import MODEL, MODES, ROOT, compiler, flags
 
 from benchmarks import hopper, model
 from ewa_kernels import reference
 from ewa_kernels.kernels.triton.permutation import radices
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "tests/cuda_on_host"
 DTYPES = [torch.bfloat16, torch.float16]
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2", "identity")
 EACH_ACTIVATION = [*((name, torch.bfloat16) for name in ACTIVATIONS), ("gelu", torch.float16), ("silu", torch.float16)]
 BIAS_TYPES = [None, torch.float32, torch.bfloat16, torch.float16]
-MODES = {"late": (0, 0), "random": (1, 1), "at once": (2, 2), "late products": (2, 0)}  # copies, products
 
 
 CALLS = ("up", "down", "grad_pre", "grad_x", "grad_weight")
@@ -98,21 +93,16 @@ class Operands(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("hopper")
-    flags = ["-std=c++17", "-Og", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/hopper'}", f"-I{MODEL / 'machine'}"]
     sources = [*sorted((ROOT / "csrc/hopper").glob("*.cu")), MODEL / "hopper_layer.cpp"]
     objects = [folder / f"{source.stem}.o" for source in sources]
     commands = [
-        [compiler, *flags, *include, "-x", "c++", "-c", source, "-o", target]
+        [compiler(), *flags(), "-fPIC", "-x", "c++", "-c", source, "-o", target]
         for source, target in zip(sources, objects, strict=True)
     ]
     for process in [subprocess.Popen(command) for command in commands]:
         assert process.wait() == 0
-    subprocess.run([compiler, "-shared", *objects, "-o", folder / "hopper.so"], check=True)
+    subprocess.run([compiler(), "-shared", *objects, "-o", folder / "hopper.so"], check=True)
     library = ctypes.CDLL(str(folder / "hopper.so"))
     library.run.restype = ctypes.c_char_p
     return library
@@ -123,7 +113,7 @@ def machine(kernels):
     """Sets up the machine for the launches that follow: a seed, what is late, and the number of multiprocessors."""
 
     def set_up(seed=1, mode="late", multiprocessors=4):
-        kernels.set_machine(seed, *MODES[mode], multiprocessors)
+        kernels.set_machine(seed, mode.encode(), multiprocessors)
 
     set_up()
     return set_up

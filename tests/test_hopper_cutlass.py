@@ -6,13 +6,11 @@ The headers come with the extra `cutlass`, or from the folder that CUTLASS_INCLU
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from host_model import MODEL, nvcc
 
 
 def headers():
@@ -25,13 +23,13 @@ def headers():
 
 
 def test_layouts(tmp_path):
-    include, nvcc = headers(), shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if include is None or nvcc is None:
-        pytest.skip("no headers of CUTLASS, or no nvcc")
+    include = headers()
+    if include is None:
+        pytest.skip("no headers of CUTLASS")
     assert (include / "cute/tensor.hpp").exists()
-    source, binary = ROOT / "tests/cuda_on_host/hopper_cutlass.cpp", tmp_path / "layouts"
-    command = [nvcc, "-std=c++17", "-w", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a"]
-    subprocess.run([*command, f"-I{include}", f"-I{ROOT / 'csrc'}", "-x", "cu", source, "-o", binary], check=True)
+    source, binary = MODEL / "hopper_cutlass.cpp", tmp_path / "layouts"
+    command = [*nvcc(), "-w", "--expt-relaxed-constexpr", f"-I{include}"]
+    subprocess.run([*command, "-x", "cu", source, "-o", binary], check=True)
     said = subprocess.run([binary], capture_output=True, text=True, check=True).stdout
     # CUTLASS says of addresses in shared memory that the host has none; they are not compared.
     found = {name: (int(n), int(of)) for name, n, of in re.findall(r"^([\w, -]+): (\d+) of (\d+)$", said, re.MULTILINE)}

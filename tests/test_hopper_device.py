@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from host_model import MODEL, ROOT, nvcc_as_shipped
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "tests/cuda_on_host/hopper_device.cu"
+SOURCE = MODEL / "hopper_device.cu"
 
 
 @dataclass
@@ -38,19 +38,11 @@ KERNELS = {
 PRODUCING, MULTIPLYING = 0x28, 0xE8  # registers of a thread
 
 
-def compiler():
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc")
-    flags = ["-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-O3", "-DNDEBUG", "-Xptxas", "-v"]
-    return [nvcc, *flags, f"-I{ROOT / 'csrc'}"]
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """The cubin, and what ptxas said of each kernel."""
     cubin = tmp_path_factory.mktemp("device") / "hopper.cubin"
-    result = subprocess.run([*compiler(), "-cubin", SOURCE, "-o", cubin], capture_output=True, text=True)
+    result = subprocess.run([*nvcc_as_shipped(), "-cubin", SOURCE, "-o", cubin], capture_output=True, text=True)
     said = result.stdout + result.stderr
     assert result.returncode == 0, said
     return cubin, said
@@ -87,7 +79,7 @@ def test_nothing_is_spilled_or_serialised(compiled):
 def test_all_kernels(dtype, tmp_path):
     """Of every activation, gated, with dropout, by slot and by token, as they will ship."""
     source = ROOT / f"csrc/hopper/{dtype}.cu"
-    result = subprocess.run([*compiler(), "-c", source, "-o", tmp_path / "o.o"], capture_output=True, text=True)
+    result = subprocess.run([*nvcc_as_shipped(), "-c", source, "-o", tmp_path / "o.o"], capture_output=True, text=True)
     said = result.stdout + result.stderr
     assert result.returncode == 0, said
     assert not re.search(r"C75\d\d|warning", said), said

@@ -5,15 +5,13 @@ while it is read, no arrival too many, nothing sent to a CTA that has ended. And
 """
 
 import itertools
-import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+from host_model import MODEL, compiler
 
-SOURCE = Path(__file__).resolve().parent / "cuda_on_host/hopper_protocol.cpp"
+SOURCE = MODEL / "hopper_protocol.cpp"
 FORMS = ("cooperative", "pingpong")
 TILES, STEPS = range(1, 6), range(1, 5)
 OVERWRITTEN = "overwritten while it is read|reads what is not there yet|two loads to one place"
@@ -39,11 +37,8 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def search(tmp_path_factory):
     """`search(settings)`: what is said of each, (stages, tiles, steps of a tile, form) and maybe a fault."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     binary = tmp_path_factory.mktemp("protocol") / "search"
-    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", SOURCE, "-o", binary]
+    command = [compiler(), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", SOURCE, "-o", binary]
     subprocess.run(command, check=True)
 
     def run(settings, *options):

@@ -1,15 +1,11 @@
 """The model of sm_90a on the host for kernels of csrc/hopper: right programs are right in it, and faults are found."""
 
-import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+from host_model import MODEL, MODES, compiler, flags, nvcc_as_shipped
 
-ROOT = Path(__file__).resolve().parents[1]
-HERE = ROOT / "tests/cuda_on_host"
 SEEDS = 3
 
 # What is said of each program of cuda_on_host/programs: nothing, or how its fault shows.
@@ -154,17 +150,12 @@ def run(*command):
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("programs")
-    flags = ["-std=c++17", "-Og", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    include = [f"-I{ROOT / 'csrc'}", f"-I{HERE / 'machine'}"]
     objects = []
-    for source in sorted((HERE / "programs").glob("*.cpp")):
+    for source in sorted((MODEL / "programs").glob("*.cpp")):
         objects.append(folder / f"{source.stem}.o")
-        run(compiler, *flags, *include, "-c", source, "-o", objects[-1])
-    run(compiler, *objects, "-o", folder / "programs")
+        run(compiler(), *flags(), "-c", source, "-o", objects[-1])
+    run(compiler(), *objects, "-o", folder / "programs")
     return folder / "programs"
 
 
@@ -179,7 +170,7 @@ def test_program(name, expected, programs):
     for line in run(programs, name, str(SEEDS)).splitlines():
         mode, _, what = line.partition(": ")
         said.setdefault(mode, []).append(what)
-    assert list(said) == ["late", "random", "at_once", "late_products"]
+    assert list(said) == list(MODES)
     assert all(len(lines) == SEEDS for lines in said.values())
     everything = [what for lines in said.values() for what in lines]
     if expected == "":
@@ -190,12 +181,8 @@ def test_program(name, expected, programs):
 
 
 def test_all_instructions_compile_for_the_device(tmp_path):
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc")
-    command = [nvcc, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-O3", "-DNDEBUG", "-Xptxas", "-v"]
-    include = [f"-I{ROOT / 'csrc'}", f"-I{HERE / 'programs'}"]
-    source = HERE / "programs/all_instructions.cu"
-    result = subprocess.run([*command, *include, "-c", source, "-o", tmp_path / "o.o"], capture_output=True, text=True)
+    source = MODEL / "programs/all_instructions.cu"
+    command = [*nvcc_as_shipped(), f"-I{source.parent}", "-c", source, "-o", tmp_path / "o.o"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert not re.search(r"C75\d\d|[1-9]\d* bytes spill", result.stderr), result.stderr

@@ -2,10 +2,11 @@
 //
 // An epilogue has `begin(tile)`, called before the product, and `slice(d, slot, in, tile, row, n)`, called by a
 // warpgroup for every 64 rows × `slice_columns` columns of accumulators: it leaves `outputs` blocks of 64 rows of
-// `slice_width` elements in shared memory from `slot` on, swizzled, which then go where `Maps::out` says; or, if it
-// `scatters`, where its `scatter` puts them. From `in` on are `inputs` such blocks of what `Maps::in` says, of the same
-// rows and columns. `row`: the slice's first, of the expert; n: its number in the tile. `d`: this thread's accumulators,
-// see `wgmma`. If `b_in_halves`, a tile has columns of two halves of B, which are apart in memory.
+// `slice_width` elements in shared memory from `slot` on, swizzled, of which the first `wanted` then go where
+// `Maps::out` says; or, if it `scatters`, where its `scatter` puts them. From `in` on are `inputs` such blocks of what
+// `Maps::in` says, of the same rows and columns. `row`: the slice's first, of the expert; n: its number in the tile.
+// `d`: this thread's accumulators, see `wgmma`. If `b_in_halves`, a tile has columns of two halves of B, which are apart
+// in memory.
 #pragma once
 
 #include "../random.h"
@@ -22,30 +23,18 @@ __device__ __forceinline__ int own_row() { return thread_id() % 128 / 32 * 16 + 
 // And its first column of every 8; it has the next one too.
 __device__ __forceinline__ int own_column() { return thread_id() % 4 * 2; }
 
+// Where this lane's row is, of its warp's 16 rows × columns 16 j … 16 j + 15 of a block, for stmatrix and ldmatrix.
+__device__ __forceinline__ uint32_t matrix_row(uint32_t block, int j) {
+    const uint32_t lane = thread_id() % 32;
+    return block + swizzled_offset(thread_id() % 128 / 32 * 16 + (lane & 15), 2 * j + (lane >> 4));
+}
+
 // Columns 16 j … 16 j + 15 of a slice: what this thread has of them, in the order of its accumulators.
 template <Operand kType>
 __device__ __forceinline__ void put_columns(uint32_t block, int j, const float* v) {
-    const uint32_t lane = thread_id() % 32, row = thread_id() % 128 / 32 * 16 + (lane & 15);
-    stmatrix_x4(block + swizzled_offset(row, 2 * j + (lane >> 4)), pack<kType>(v[0], v[1]), pack<kType>(v[2], v[3]),
-                pack<kType>(v[4], v[5]), pack<kType>(v[6], v[7]));
+    stmatrix_x4(matrix_row(block, j), pack<kType>(v[0], v[1]), pack<kType>(v[2], v[3]), pack<kType>(v[4], v[5]),
+                pack<kType>(v[6], v[7]));
 }
-
-// out = d.
-template <Operand kType>
-struct StoreTile {
-    static constexpr int outputs = 1, inputs = 0, slice_columns = 64, slice_width = 64, scratch_bytes = 0;
-    static constexpr bool b_in_halves = false, scatters = false, sums_rows = false;
-    struct Arguments {
-        int wanted;
-    };
-
-    __device__ StoreTile(const Arguments&, uint32_t) {}
-    __device__ __forceinline__ void begin(const Tile&) {}
-    __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t, const Tile&, int, int) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) put_columns<kType>(slot, j, d + 8 * j);
-    }
-};
 
 // out = d; and sums [E · splits, M] over K of A's rows, unless null. kParts: out [E · splits, M, N] is float32.
 template <Operand kType, bool kParts>
@@ -55,13 +44,13 @@ struct StoreSummed {
     static constexpr int scratch_bytes = 512;  // of each warpgroup: together the ones
     static constexpr bool b_in_halves = false, scatters = false, sums_rows = true;
     struct Arguments {
-        int wanted;
         float* sums;
         int size_m, splits;
     };
     const Arguments& with;
 
     __device__ StoreSummed(const Arguments& arguments, uint32_t) : with(arguments) {}
+    __device__ static int wanted() { return outputs; }
     __device__ __forceinline__ void begin(const Tile&) {}
     __device__ __forceinline__ bool wants_sums(const Tile& tile) const {
         return tile.column == 0 && with.sums != nullptr;
@@ -94,34 +83,28 @@ struct StoreSummed {
     }
 };
 
-// A vector of numbers of a `NumberType`.
-struct Vector {
-    const void* data;
-    int type;
-
-    __device__ __forceinline__ float operator[](int64_t i) const {
-        if (type == none) return 0.0f;
-        if (type == float32) return load_constant_f32(static_cast<const float*>(data) + i);
-        const uint32_t bits = load_constant_u16(static_cast<const uint16_t*>(data) + i);
-        return type == bfloat16 ? unpack<Operand::bf16>(bits).x : unpack<Operand::f16>(bits).x;
-    }
-};
+__device__ __forceinline__ float number(const Bias& bias, int64_t i) {
+    if (bias.type == none) return 0.0f;
+    if (bias.type == float32) return load_constant_f32(static_cast<const float*>(bias.data) + i);
+    const uint32_t bits = load_constant_u16(static_cast<const uint16_t*>(bias.data) + i);
+    return bias.type == bfloat16 ? unpack<Operand::bf16>(bits).x : unpack<Operand::f16>(bits).x;
+}
 
 // Biases of a tile's columns, in shared memory; each warpgroup has its own.
 template <int kColumns>
 struct Biases {
     uint32_t at;
 
-    // `index(i)`: which of the vector's, or −1 for none.
+    // `index(i)`: which of all biases, or −1 for none.
     template <class Index>
-    __device__ __forceinline__ void load(const Vector& bias, Index&& index) const {
+    __device__ __forceinline__ void load(const Bias& bias, Index&& index) const {
         for (int i = thread_id() % 128; i < kColumns; i += 128) {
             const int64_t k = index(i);
-            store_shared_f32(at + 4 * i, k >= 0 ? bias[k] : 0.0f);
+            store_shared_f32(at + 4 * i, k >= 0 ? number(bias, k) : 0.0f);
         }
     }
     // Four accumulators, of two columns and two rows, and their biases; `column`: the first of eight of the tile.
-    __device__ __forceinline__ void add(float (&v)[4], const float* d, int column) const {
+    __device__ __forceinline__ void add(float* v, const float* d, int column) const {
         const float2 b = load_shared_f32x2(at + 4 * (column + own_column()));
         v[0] = d[0] + b.x;
         v[1] = d[1] + b.y;
@@ -137,7 +120,7 @@ struct StoreScattered {
     static constexpr bool b_in_halves = false, scatters = true, sums_rows = false;
 
     struct Arguments {
-        Vector bias;             // [E, D]
+        Bias bias;               // [E, D]
         const int* permutation;  // [R]
         void* y;                 // [R, D]
         int d_model, num_rows, num_experts;
@@ -167,18 +150,13 @@ struct StoreScattered {
         for (int j = 0; j < 4; ++j) {
             float v[8];
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                float sum[4];
-                biases.add(sum, d + 8 * j + 4 * h, n * 64 + 16 * j + 8 * h);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) v[4 * h + i] = sum[i];
-            }
+            for (int h = 0; h < 2; ++h) biases.add(v + 4 * h, d + 8 * j + 4 * h, n * 64 + 16 * j + 8 * h);
             put_columns<kType>(slot, j, v);
         }
     }
 
     // Eight threads have 64 columns of a row, 16 bytes each.
-    __device__ __forceinline__ void scatter(uint32_t slot, const Tile&, int, int column) {
+    __device__ __forceinline__ void scatter(uint32_t slot, int column) {
         const int chunk = thread_id() % 8, inside = column + 8 * chunk;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -188,12 +166,6 @@ struct StoreScattered {
                                    load_shared_u32x4(slot + swizzled_offset(r, chunk)));
         }
     }
-};
-
-struct Dropout {
-    uint64_t seed;
-    uint32_t threshold;  // bits below it drop
-    float scale;
 };
 
 // What this thread's elements of 64 grouped rows are multiplied by.
@@ -213,7 +185,7 @@ struct Dropped {
         }
     }
     // Four elements, of two columns and two rows; `column`: the first of eight.
-    __device__ __forceinline__ void multiply(float (&v)[4], int column) const {
+    __device__ __forceinline__ void multiply(float* v, int column) const {
         if constexpr (kDropout) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -238,16 +210,17 @@ struct StoreHidden {
     static_assert(!kGated || kColumns == 128);
 
     struct Arguments {
-        Vector bias;  // [E, F or 2F]
+        Bias bias;  // [E, F or 2F]
         int d_ff;
         int num_rows, num_experts;  // grouped rows
         Dropout dropout;
-        int wanted;  // outputs
+        bool saves;  // pre_activation
     };
     const Arguments& with;
     Biases<kColumns> biases;
 
     __device__ StoreHidden(const Arguments& arguments, uint32_t scratch) : with(arguments), biases{scratch} {}
+    __device__ __forceinline__ int wanted() const { return with.saves ? outputs : 1; }
 
     __device__ __forceinline__ void begin(const Tile& tile) {
         constexpr int width = kGated ? kColumns / 2 : kColumns;  // of hidden
@@ -267,21 +240,14 @@ struct StoreHidden {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int column = 16 * j + 8 * h;
-                float p[4], q[4], out[4];
-                biases.add(p, d + 8 * j + 4 * h, n * 64 + column);
-                if (kGated) biases.add(q, d + 32 + 8 * j + 4 * h, 64 + column);
+                biases.add(pre + 4 * h, d + 8 * j + 4 * h, n * 64 + column);
+                if (kGated) biases.add(value + 4 * h, d + 32 + 8 * j + 4 * h, 64 + column);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    out[i] = Activation::value(p[i]);
-                    if (kGated) out[i] *= q[i];
+                for (int i = 4 * h; i < 4 * h + 4; ++i) {
+                    hidden[i] = Activation::value(pre[i]);
+                    if (kGated) hidden[i] *= value[i];
                 }
-                dropped.multiply(out, first + column);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    pre[4 * h + i] = p[i];
-                    if (kGated) value[4 * h + i] = q[i];
-                    hidden[4 * h + i] = out[i];
-                }
+                dropped.multiply(hidden + 4 * h, first + column);
             }
             // At once: what waits for its turn takes registers.
             put_columns<kType>(slot, j, hidden);
@@ -293,7 +259,7 @@ struct StoreHidden {
 
 // From d = grad_hidden and pre_activation: grad_pre, and hidden once more. In: pre_activation, or its gates and values;
 // out: grad_pre, or those of the gates and of the values, then hidden.
-template <Operand kType, class Activation, bool kGated, bool kDropout>
+template <Operand kType, int kColumns, class Activation, bool kGated, bool kDropout>
 struct StoreGradPre {
     static constexpr int outputs = kGated ? 3 : 2, inputs = kGated ? 2 : 1;
     static constexpr int slice_columns = 64, slice_width = 64, scratch_bytes = 0;
@@ -301,13 +267,12 @@ struct StoreGradPre {
 
     struct Arguments {
         int num_rows, num_experts;  // grouped rows
-        int columns;                // of a tile
         Dropout dropout;
-        int wanted;
     };
     const Arguments& with;
 
     __device__ StoreGradPre(const Arguments& arguments, uint32_t) : with(arguments) {}
+    __device__ static int wanted() { return outputs; }
     __device__ __forceinline__ void begin(const Tile&) {}
 
     __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t in, const Tile& tile, int row,
@@ -317,14 +282,12 @@ struct StoreGradPre {
         // hidden is 0 in a row that is not there: what it is multiplied with there is 0, and it might be infinite.
         const bool exists[2] = {first_row + own_row() < end, first_row + own_row() + 8 < end};
         Dropped<kDropout> dropped(with.dropout, first_row);
-        const uint32_t lane = thread_id() % 32, own = thread_id() % 128 / 32 * 16 + (lane & 15);
-        const int first = tile.column * with.columns + n * 64;
+        const int first = tile.column * kColumns + n * 64;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             uint32_t gates[4], values[4];
-            const uint32_t at = in + swizzled_offset(own, 2 * j + (lane >> 4));
-            ldmatrix_x4(at, gates);
-            if (kGated) ldmatrix_x4(at + atom_bytes, values);
+            ldmatrix_x4(matrix_row(in, j), gates);
+            if (kGated) ldmatrix_x4(matrix_row(in + atom_bytes, j), values);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 gates[i] = exists[i % 2] ? gates[i] : 0;

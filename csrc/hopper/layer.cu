@@ -13,8 +13,6 @@ std::string run_float16(Call call, const Layer& layer, const Operands& operands)
 
 namespace {
 
-int64_t up_to(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
-
 bool is_aligned(std::initializer_list<const void*> addresses) {
     return std::all_of(addresses.begin(), addresses.end(),
                        [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; });
@@ -32,7 +30,8 @@ std::string what_is_wrong(Call call, const Layer& layer, const Operands& o) {
     if (!is_aligned({o.rows.data, o.a, o.b, o.pre_activation, o.hidden, o.out, o.parts}))
         return "operands must begin at 16 bytes";
     if (o.rows.by_token) {
-        if (o.rows.permutation == nullptr && o.rows.top_k != 1) return "rows that are dealt are tokens: top_k must be 1";
+        if (o.rows.permutation == nullptr && o.rows.top_k != 1)
+            return "rows that are dealt are tokens: top_k must be 1";
         // Offsets of 16 bytes are 32 bits; the last stands for no row.
         if (int64_t{layer.num_rows} * (layer.d_model / 8) >= (int64_t{1} << 32) - 8)
             return "x by token must be smaller than 64 GiB";
@@ -47,13 +46,13 @@ std::string what_is_wrong(Call call, const Layer& layer, const Operands& o) {
 // bits, would depend on it.
 int splits_of(const Layer& layer, int size_m, int size_n) {
     constexpr int64_t clusters = 66, most = 8;
-    const int64_t tiles = layer.num_experts * up_to(size_m, 2 * tile_rows) * up_to(size_n, weight_columns);
-    const int64_t numel = int64_t{layer.num_experts} * size_m * size_n, steps = up_to(layer.slots(), step_depth);
+    const int64_t tiles = layer.num_experts * ceil_div(size_m, 2 * tile_rows) * ceil_div(size_n, weight_columns);
+    const int64_t numel = int64_t{layer.num_experts} * size_m * size_n, steps = ceil_div(layer.slots(), step_depth);
     int64_t best = 1, least = INT64_MAX;
     for (int64_t splits = 1; splits <= std::min(most, steps); ++splits) {
-        const int64_t of_tile = 1024 * up_to(steps, splits) + (splits == 1 ? 400 : 1500);
+        const int64_t of_tile = 1024 * ceil_div(steps, splits) + (splits == 1 ? 400 : 1500);
         const int64_t of_parts = splits == 1 ? 0 : splits * numel * 27 / 10000;  // 8 bytes, 2,950 a cycle
-        const int64_t cycles = up_to(tiles * splits, clusters) * of_tile + of_parts;
+        const int64_t cycles = ceil_div(tiles * splits, clusters) * of_tile + of_parts;
         if (cycles < least) best = splits, least = cycles;
     }
     return static_cast<int>(best);

@@ -10,8 +10,6 @@
 
 namespace ewa::hopper {
 
-inline int tiles_of(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
-
 // Rows by slot, of `columns`; those of a wider tensor are `row_stride` apart.
 inline Operand3d by_slot(const Layer& layer, const void* data, int64_t columns, int64_t row_stride = 0) {
     if (row_stride == 0) row_stride = columns;
@@ -24,10 +22,6 @@ inline Operand3d weight_of(const Layer& layer, const void* data, int64_t rows, i
 }
 
 inline const void* after(const void* data, int64_t elements) { return static_cast<const uint16_t*>(data) + elements; }
-
-inline Vector vector_of(const Bias& bias) { return {bias.data, bias.type}; }
-
-inline Dropout dropout_of(const Layer& layer) { return {layer.seed, layer.threshold, layer.scale}; }
 
 inline Gather gather_of(const Layer& layer, const Rows& rows) {
     const Deal deal{rows.seed, static_cast<uint32_t>(layer.num_rows), rows.radix_a, rows.radix_b, rows.rounds};
@@ -49,19 +43,19 @@ struct Products {
         std::string error;
         Maps<Epilogue> maps;
         if (!kGathers) maps.a = make_map(by_slot(layer, o.rows.data, d), tile_rows, error);
-        for (int i = 0; i < 2; ++i) {  // gated: gates, and values
-            Operand3d weight = weight_of(layer, after(o.b, kGated ? int64_t{i} * f * d : 0), f, d);
-            weight.expert_stride = int64_t{num_up} * d;
-            maps.b[i] = make_map(weight, columns / 2, error);
-        }
+        const auto weight = [&](int first_row) {
+            const void* from = after(o.b, int64_t{first_row} * d);
+            return make_map({from, d, f, layer.num_experts, d, int64_t{num_up} * d}, columns / 2, error);
+        };
+        maps.b[0] = weight(0);
+        maps.b[1] = kGated ? weight(f) : maps.b[0];  // gates, and values
         maps.out[0] = make_map(by_slot(layer, o.hidden, f), 64, error);
         for (int i = 1; i < Epilogue::outputs && o.pre_activation != nullptr; ++i)
             maps.out[i] = make_map(by_slot(layer, after(o.pre_activation, (i - 1) * int64_t{f}), f, num_up), 64, error);
         const Work work{tiles_of(layer.slots(), 2 * tile_rows), tiles_of(f, width), layer.num_experts,
                         tiles_of(d, step_depth)};
         const typename Epilogue::Arguments arguments{
-            vector_of(o.bias), f, layer.num_rows, layer.num_experts, dropout_of(layer),
-            o.pre_activation == nullptr ? 1 : Epilogue::outputs};
+            o.bias, f, layer.num_rows, layer.num_experts, layer.dropout, o.pre_activation != nullptr};
         if (!error.empty()) return error;
         const Gather rows = gather_of(layer, o.rows);
         return launch_product<OfProduct, Epilogue>(maps, work, rows, arguments, layer.multiprocessors, layer.stream);
@@ -72,7 +66,7 @@ struct Products {
         // To keep the binary small: rows are found by the product for the activations that most models have.
         constexpr bool can_gather = std::is_same_v<Act, Gelu> || std::is_same_v<Act, Silu>;
         if (o.rows.by_token && !can_gather) return "rows by token are for gelu and silu";
-        const bool drops = layer.threshold != 0;
+        const bool drops = layer.dropout.threshold != 0;
         const auto by_token = drops ? up<Act, kGated, true, can_gather> : up<Act, kGated, false, can_gather>;
         const auto by_slot = drops ? up<Act, kGated, true, false> : up<Act, kGated, false, false>;
         return (o.rows.by_token ? by_token : by_slot)(layer, o);
@@ -92,8 +86,8 @@ struct Products {
         if (!error.empty()) return error;
         const Work work{tiles_of(layer.slots(), 2 * tile_rows), tiles_of(layer.d_model, columns), layer.num_experts,
                         tiles_of(size_k, step_depth)};
-        const typename Epilogue::Arguments arguments{vector_of(o.bias), o.permutation,  o.out,
-                                                     layer.d_model,   layer.num_rows, layer.num_experts};
+        const typename Epilogue::Arguments arguments{o.bias,        o.permutation,  o.out,
+                                                     layer.d_model, layer.num_rows, layer.num_experts};
         return launch_product<OfProduct, Epilogue>(maps, work, {}, arguments, layer.multiprocessors, layer.stream);
     }
 
@@ -104,7 +98,7 @@ struct Products {
         constexpr int columns = 128;
         // Gated, three blocks go out and two come in: a stage less.
         using OfProduct = Shape<kType, Major::k, Major::mn, columns, kGated ? 3 : 4, true>;
-        using Epilogue = StoreGradPre<kType, Act, kGated, kDropout>;
+        using Epilogue = StoreGradPre<kType, columns, Act, kGated, kDropout>;
         const int f = layer.d_ff, num_up = kGated ? 2 * f : f;
         std::string error;
         Maps<Epilogue> maps;
@@ -118,8 +112,7 @@ struct Products {
         if (!error.empty()) return error;
         const Work work{tiles_of(layer.slots(), 2 * tile_rows), tiles_of(f, columns), layer.num_experts,
                         tiles_of(layer.d_model, step_depth)};
-        const typename Epilogue::Arguments arguments{layer.num_rows, layer.num_experts, columns, dropout_of(layer),
-                                                     Epilogue::outputs};
+        const typename Epilogue::Arguments arguments{layer.num_rows, layer.num_experts, layer.dropout};
         return launch_product<OfProduct, Epilogue>(maps, work, {}, arguments, layer.multiprocessors, layer.stream);
     }
 
@@ -140,7 +133,7 @@ struct Products {
         if (!error.empty()) return error;
         const Work work{tiles_of(o.size_m, 2 * tile_rows), tiles_of(o.size_n, weight_columns), layer.num_experts,
                         tiles_of(tiles_of(layer.slots(), step_depth), splits), splits};
-        return launch_product<OfProduct, Epilogue>(maps, work, {}, {Epilogue::outputs, o.part_sums, o.size_m, splits},
+        return launch_product<OfProduct, Epilogue>(maps, work, {}, {o.part_sums, o.size_m, splits},
                                                    layer.multiprocessors, layer.stream);
     }
 
@@ -151,8 +144,7 @@ struct Products {
         };
         std::string error = splits == 1 ? weight_in<false>(layer, o, 1) : weight_in<true>(layer, o, splits);
         if (error.empty() && splits > 1)
-            error = sum(o.parts, int64_t{o.size_m} * o.size_n, o.out,
-                        kType == Operand::bf16 ? bfloat16 : float16);
+            error = sum(o.parts, int64_t{o.size_m} * o.size_n, o.out, kType == Operand::bf16 ? bfloat16 : float16);
         if (error.empty() && o.part_sums != nullptr)
             error = sum(o.part_sums, o.size_m, o.sums.data, o.sums.type);
         return error;
@@ -163,7 +155,7 @@ struct Products {
     template <bool kGated, class Act>
     static std::string activated(Call call, const Layer& layer, const Operands& o) {
         if (call == Call::up) return up_of<Act, kGated>(layer, o);
-        return (layer.threshold != 0 ? grad_pre<Act, kGated, true> : grad_pre<Act, kGated, false>)(layer, o);
+        return (layer.dropout.threshold != 0 ? grad_pre<Act, kGated, true> : grad_pre<Act, kGated, false>)(layer, o);
     }
 
     template <bool kGated>

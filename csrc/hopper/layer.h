@@ -34,14 +34,18 @@ struct Rows {
     int32_t* dealt = nullptr;  // [R]: where the permutation goes, if it is dealt
 };
 
+struct Dropout {
+    uint64_t seed = 0;
+    uint32_t threshold = 0;  // random bits below it drop; 0: none do
+    float scale = 1.0f;
+};
+
 struct Layer {
     bool is_bfloat16 = true;  // else float16
     int num_rows = 0, num_experts = 0, d_model = 0, d_ff = 0;
     Activation activation = Activation::gelu;
     bool gated = false;
-    uint64_t seed = 0;          // of dropout
-    uint32_t threshold = 0;     // random bits below it drop; 0: none do
-    float scale = 1.0f;
+    Dropout dropout;
     int multiprocessors = 132;  // that may be used
     void* stream = nullptr;
 

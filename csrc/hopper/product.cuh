@@ -255,13 +255,14 @@ struct Product {
 #pragma unroll
             for (int k = 0; k < step_depth / 16; ++k) {
                 const uint64_t of_a = a + k * descriptor_next_k16<Shape::major_a>;
+                const uint64_t of_b = b + k * descriptor_next_k16<Shape::major_b>;
                 if constexpr (kSums)
                     wgmma<8, Shape::type, Shape::major_a, Major::k>(sums, of_a, make_descriptor<Major::k>(ones()),
                                                                     i + k > 0);
 #pragma unroll
                 for (int m = 0; m < Shape::blocks; ++m)
                     wgmma<Shape::columns, Shape::type, Shape::major_a, Shape::major_b>(
-                        d[m], of_a + m * descriptor_next_64_rows, b + k * descriptor_next_k16<Shape::major_b>, i + k > 0);
+                        d[m], of_a + m * descriptor_next_64_rows, of_b, i + k > 0);
             }
             wgmma_commit();
             // The products of this step run on; those of the one before have read their stage.
@@ -303,11 +304,11 @@ struct Product {
                 constexpr int width = Shape::columns / Epilogue::slice_columns * Epilogue::slice_width;  // of a tile
                 const int column = tile.column * width + n * Epilogue::slice_width;
                 if constexpr (Epilogue::scatters) {
-                    epilogue.scatter(slot, tile, row, column);
+                    epilogue.scatter(slot, column);
                 } else if (leads) {
 #pragma unroll
                     for (int i = 0; i < Epilogue::outputs; ++i)
-                        if (i < arguments.wanted)
+                        if (i < epilogue.wanted())
                             tma_store_3d(&maps.out[i], slot + i * atom_bytes, column, row,
                                          tile.expert * work.splits + tile.split);
                     tma_store_commit();

@@ -11,6 +11,11 @@ constexpr int tile_rows = 128;  // of a CTA; the two of a cluster have one below
 constexpr int step_depth = 64;  // of the index that is summed over
 constexpr int weight_columns = 256;  // of a tile of a gradient of weights
 
+EWA_ANYWHERE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many tiles, or steps, of a size there are; as many as an int holds.
+EWA_ANYWHERE constexpr int tiles_of(int64_t size, int tile) { return static_cast<int>(ceil_div(size, tile)); }
+
 // A [M, K] · B [K, N] of every expert, in pairs of tiles.
 struct Work {
     int pairs;        // of tiles of an expert's M rows; the last may have none

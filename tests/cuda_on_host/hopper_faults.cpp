@@ -1,23 +1,20 @@
 // One small product by the kernels of csrc/hopper, -DPROGRAM says which, in a mode of the model and for several seeds;
 // prints a line for each: what the model said, or else where values are wrong, or nothing. Arguments: mode, seeds.
 #include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "hopper/epilogues.cuh"
 #include "hopper/launch.cuh"
+#include "trials.h"
 
 namespace {
 
 using namespace ewa;
 using namespace ewa::hopper;
-using machine::When;
+using machine::small_number;
 
 constexpr int num_experts = 2;
 constexpr uint16_t nobody_wrote = 0x7FC0;  // NaN
-
-// Small whole numbers, whose sums are exact in float32 in whatever order.
-float small_number(size_t i) { return static_cast<float>((static_cast<uint32_t>(i) * 2654435761u >> 13) % 7) - 3.0f; }
 
 uint16_t rounded(float v) { return nearest<BFloat16>(v).bits; }
 
@@ -28,7 +25,7 @@ struct Tensor {
 
     Tensor(int rows, int columns, int seed) : rows(rows), columns(columns) {
         for (int i = 0; i < num_experts * rows * columns; ++i)
-            bits.push_back(seed == 0 ? nobody_wrote : rounded(small_number(static_cast<size_t>(i + 977 * seed))));
+            bits.push_back(seed == 0 ? nobody_wrote : rounded(small_number(static_cast<uint32_t>(i + 977 * seed))));
     }
     uint16_t& at(int expert, int row, int column) {
         return bits[static_cast<size_t>((expert * rows + row) * columns + column)];
@@ -40,8 +37,6 @@ struct Tensor {
         return make_map({bits.data(), columns, rows, num_experts, columns, size}, box_rows, error);
     }
 };
-
-int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
 
 // A [M, K] · B [K, N], each stored with the index first that is not contiguous.
 template <class Shape>
@@ -87,9 +82,9 @@ std::string compare(const std::string& said, const std::vector<uint16_t>& values
 }
 
 // As for gradients of weights: both operands MN-major, more steps than stages, and clipped in every direction.
-std::string cooperative() {
+[[maybe_unused]] std::string cooperative() {
     using Of = Shape<Operand::bf16, Major::mn, Major::mn, 128, 3, false>;
-    using Epilogue = StoreTile<Operand::bf16>;
+    using Epilogue = StoreSummed<Operand::bf16, false>;
     static Operands<Of> with(200, 136, 424);
     static const std::vector<uint16_t> expected = [] {
         Tensor c(with.m, with.n, 0);
@@ -101,18 +96,19 @@ std::string cooperative() {
     Tensor c(with.m, with.n, 0);
     auto maps = with.maps<Epilogue>();
     maps.out[0] = c.map(64);
-    return compare(launch_product<Of, Epilogue>(maps, with.work(), {}, {1}, 0, nullptr), c.bits, expected);
+    const Epilogue::Arguments arguments{nullptr, with.m, 1};
+    return compare(launch_product<Of, Epilogue>(maps, with.work(), {}, arguments, 0, nullptr), c.bits, expected);
 }
 
 // Up projection: more tiles than clusters, two outputs.
-std::string pingpong() {
+[[maybe_unused]] std::string pingpong() {
     using Of = Shape<Operand::bf16, Major::k, Major::k, 64, 3, true>;
     using Epilogue = StoreHidden<Operand::bf16, 64, Relu, false, false>;
     static Operands<Of> with(301, 136, 136);
     static std::vector<float> bias;
     static const std::vector<uint16_t> expected = [] {
         Tensor hidden(with.m, with.n, 0), pre(with.m, with.n, 0);
-        for (size_t i = 0; i < static_cast<size_t>(num_experts * with.n); ++i) bias.push_back(small_number(i + 5));
+        for (size_t i = 0; i < static_cast<size_t>(num_experts * with.n); ++i) bias.push_back(small_number(static_cast<uint32_t>(i + 5)));
         for (int e = 0; e < num_experts; ++e)
             for (int i = 0; i < with.m; ++i)
                 for (int j = 0; j < with.n; ++j) {
@@ -128,14 +124,14 @@ std::string pingpong() {
     maps.out[0] = hidden.map(64);
     maps.out[1] = pre.map(64);
     const Epilogue::Arguments arguments{
-        {bias.data(), float32}, with.n, num_experts * with.m, num_experts, {0, 0, 1.0f}, 2};
+        {bias.data(), float32}, with.n, num_experts * with.m, num_experts, {}, true};
     const std::string said = launch_product<Of, Epilogue>(maps, with.work(), {}, arguments, 0, nullptr);
     hidden.bits.insert(hidden.bits.end(), pre.bits.begin(), pre.bits.end());
     return compare(said, hidden.bits, expected);
 }
 
 // Down projection: the second expert has a row more than the first. Rows that are no one's go to a row of their own.
-std::string scattered() {
+[[maybe_unused]] std::string scattered() {
     using Of = Shape<Operand::bf16, Major::k, Major::k, 64, 3, false>;
     using Epilogue = StoreScattered<Operand::bf16, 64>;
     constexpr int slots = 301, num_rows = 2 * slots - 1;
@@ -143,7 +139,7 @@ std::string scattered() {
     static std::vector<float> bias;
     static std::vector<int> permutation(4 * 512, num_rows);
     static const std::vector<uint16_t> expected = [] {
-        for (size_t i = 0; i < static_cast<size_t>(num_experts * with.n); ++i) bias.push_back(small_number(i + 5));
+        for (size_t i = 0; i < static_cast<size_t>(num_experts * with.n); ++i) bias.push_back(small_number(static_cast<uint32_t>(i + 5)));
         for (int i = 0; i < num_rows; ++i) permutation[static_cast<size_t>(i)] = i * 7 % num_rows;
         std::vector<uint16_t> y(static_cast<size_t>((num_rows + 1) * with.n), nobody_wrote);
         for (int row = 0; row < num_rows; ++row) {
@@ -163,9 +159,9 @@ std::string scattered() {
 }
 
 // Rows of tokens in reverse order; the second expert has a row more than the first.
-std::string gathered() {
+[[maybe_unused]] std::string gathered() {
     using Of = Shape<Operand::bf16, Major::k, Major::k, 64, 3, true, true>;
-    using Epilogue = StoreTile<Operand::bf16>;
+    using Epilogue = StoreHidden<Operand::bf16, 64, Identity, false, false>;
     constexpr int slots = 301, num_rows = 2 * slots - 1;
     static Operands<Of> with(slots, 72, 328);
     static Tensor x(num_rows, 328, 1);
@@ -189,11 +185,12 @@ std::string gathered() {
     auto maps = with.maps<Epilogue>();
     maps.out[0] = c.map(64);
     const Gather rows{x.bits.data(), with.k, num_rows, num_experts, {}, permutation.data(), nullptr, 1};
-    return compare(launch_product<Of, Epilogue>(maps, with.work(), rows, {1}, 0, nullptr), c.bits, expected);
+    const Epilogue::Arguments arguments{{}, with.n, num_rows, num_experts, {}, false};
+    return compare(launch_product<Of, Epilogue>(maps, with.work(), rows, arguments, 0, nullptr), c.bits, expected);
 }
 
 // Two parts of the sum over K, in float32, and sums of A's rows.
-std::string summed() {
+[[maybe_unused]] std::string summed() {
     using Of = Shape<Operand::bf16, Major::mn, Major::mn, 128, 3, false>;
     using Epilogue = StoreSummed<Operand::bf16, true>;
     constexpr int splits = 2, steps = 4;
@@ -226,7 +223,7 @@ std::string summed() {
     work.steps = steps;
     work.splits = splits;
     const std::string said =
-        launch_product<Of, Epilogue>(maps, work, {}, {1, sums.data(), with.m, splits}, 0, nullptr);
+        launch_product<Of, Epilogue>(maps, work, {}, {sums.data(), with.m, splits}, 0, nullptr);
     std::vector<uint16_t> values;
     for (const auto* of : {&parts, &sums})
         for (float v : *of) values.push_back(rounded(v));
@@ -234,9 +231,9 @@ std::string summed() {
 }
 
 // Gradients of the pre-activation: slices read blocks beside the product.
-std::string backward() {
+[[maybe_unused]] std::string backward() {
     using Of = Shape<Operand::bf16, Major::k, Major::mn, 128, 3, true>;
-    using Epilogue = StoreGradPre<Operand::bf16, Relu2, false, false>;
+    using Epilogue = StoreGradPre<Operand::bf16, 128, Relu2, false, false>;
     static Operands<Of> with(301, 264, 72);
     static Tensor pre(301, 264, 3);
     static const std::vector<uint16_t> expected = [] {
@@ -256,35 +253,19 @@ std::string backward() {
     maps.in[0] = pre.map(64);
     maps.out[0] = grad.map(64);
     maps.out[1] = hidden.map(64);
-    const Epilogue::Arguments arguments{num_experts * with.m, num_experts, 128, {0, 0, 1.0f}, 2};
+    const Epilogue::Arguments arguments{num_experts * with.m, num_experts, {}};
     const std::string said = launch_product<Of, Epilogue>(maps, with.work(), {}, arguments, 0, nullptr);
     grad.bits.insert(grad.bits.end(), hidden.bits.begin(), hidden.bits.end());
     return compare(said, grad.bits, expected);
 }
 
-struct Mode {
-    const char* name;
-    When copies, products;
-};
-constexpr Mode modes[] = {
-    {"late", When::late, When::late},
-    {"random", When::random, When::random},
-    {"at_once", When::at_once, When::at_once},
-    {"late_products", When::at_once, When::late},
-};
-
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc != 3) return 2;
-    for (const Mode& mode : modes)
-        for (int seed = 1; strcmp(mode.name, argv[1]) == 0 && seed <= atoi(argv[2]); ++seed) {
-            options_of_launches.seed = static_cast<uint32_t>(seed);
-            options_of_launches.tma = options_of_launches.cp_async = mode.copies;
-            options_of_launches.wgmma = mode.products;
-            std::string said = PROGRAM();
-            for (char& c : said)
-                if (c == '\n') c = ';';
-            printf("%s\n", said.c_str());
-        }
+    const machine::Mode* mode = argc == 3 ? machine::mode_named(argv[1]) : nullptr;
+    if (mode == nullptr) return 2;
+    for (int seed = 1; seed <= atoi(argv[2]); ++seed) {
+        options_of_launches = machine::options_in(*mode, static_cast<uint32_t>(seed));
+        printf("%s\n", machine::in_one_line(PROGRAM()).c_str());
+    }
 }

@@ -2,10 +2,9 @@
 #include "hopper/layer.h"
 
 #include "hopper/launch.cuh"
+#include "trials.h"
 
 namespace {
-
-using ewa::machine::When;
 
 std::string said;
 
@@ -18,11 +17,9 @@ const char* say(std::string what) {
 
 extern "C" {
 
-void set_machine(uint32_t seed, int copies, int products, int multiprocessors) {
-    ewa::hopper::options_of_launches = {};
-    ewa::hopper::options_of_launches.seed = seed;
-    ewa::hopper::options_of_launches.tma = ewa::hopper::options_of_launches.cp_async = static_cast<When>(copies);
-    ewa::hopper::options_of_launches.wgmma = static_cast<When>(products);
+// `mode`: the name of one.
+void set_machine(uint32_t seed, const char* mode, int multiprocessors) {
+    ewa::hopper::options_of_launches = ewa::machine::options_in(*ewa::machine::mode_named(mode), seed);
     ewa::hopper::multiprocessors_of_launches = multiprocessors;
 }
 

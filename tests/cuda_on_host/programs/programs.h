@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "hopper/instructions.cuh"
+#include "trials.h"
 
 namespace programs {
 
@@ -13,6 +14,7 @@ using namespace ewa::hopper;
 using machine::Grid;
 using machine::launch;
 using machine::make_tensor_map;
+using machine::small_number;
 using machine::Options;
 
 // Returns what the model said, or else what is wrong with the values, or an empty string.
@@ -26,9 +28,6 @@ extern const std::vector<Program> barrier_programs, warp_programs, copy_programs
 
 inline int warp_id() { return thread_id() / 32; }
 inline int lane_id() { return thread_id() % 32; }
-
-// Small whole numbers: their products' sums are exact in float32, in whatever order.
-inline float small_number(uint32_t i) { return static_cast<float>((i * 2654435761u >> 13) % 7) - 3.0f; }
 
 struct Matrix {
     int rows, columns;
