@@ -2,110 +2,35 @@
 
 import ctypes
 import itertools
-import subprocess
 
 import pytest
 import torch
-from host_model import MODEL, MODES, ROOT, compiler, flags
+from hopper_model import (
+    ACTIVATIONS,
+    CALLS,
+    NUMBER_TYPES,
+    Gathered,
+    Number,
+    Operands,
+    Rows,
+    build,
+    layer_of,
+    pointers,
+    run,
+    tabulate,
+)
+from host_model import MODES
 
 from benchmarks import hopper, model
 from ewa_kernels import reference
-from ewa_kernels.kernels.triton.permutation import radices
 
 DTYPES = [torch.bfloat16, torch.float16]
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2", "identity")
 EACH_ACTIVATION = [*((name, torch.bfloat16) for name in ACTIVATIONS), ("gelu", torch.float16), ("silu", torch.float16)]
-BIAS_TYPES = [None, torch.float32, torch.bfloat16, torch.float16]
-
-
-CALLS = ("up", "down", "grad_pre", "grad_x", "grad_weight")
-POINTER, INT, UINT32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32
-
-
-class Layer(ctypes.Structure):
-    """`ewa::hopper::Layer`, and likewise those that follow."""
-
-    _fields_ = (
-        ("is_bfloat16", ctypes.c_bool),
-        *((name, INT) for name in ("num_rows", "num_experts", "d_model", "d_ff", "activation")),
-        ("gated", ctypes.c_bool),
-        ("seed", ctypes.c_uint64),
-        ("threshold", UINT32),
-        ("scale", ctypes.c_float),
-        ("multiprocessors", INT),
-        ("stream", POINTER),
-    )
-
-    @property
-    def num_up(self):
-        return self.d_ff * (2 if self.gated else 1)
-
-    @property
-    def sizes(self):
-        """Rows of each expert."""
-        starts = [e * self.num_rows // self.num_experts for e in range(self.num_experts + 1)]
-        return [b - a for a, b in itertools.pairwise(starts)]
-
-    def by_slot(self, rows):
-        """`[E, slots, …]` of `[R, …]`, zeros where a smaller group has no row."""
-        slots = torch.zeros(self.num_experts, -(-self.num_rows // self.num_experts), rows.shape[-1], dtype=rows.dtype)
-        for expert, of_expert in enumerate(rows.split(self.sizes)):
-            slots[expert, : len(of_expert)] = of_expert
-        return slots
-
-    def by_row(self, slots):
-        return torch.cat([rows[:size] for rows, size in zip(slots, self.sizes, strict=True)])
-
-    def empty(self, columns, dtype):
-        return self.by_slot(torch.zeros(self.num_rows, columns, dtype=dtype)).fill_(torch.nan)
-
-
-class Rows(ctypes.Structure):
-    _fields_ = (
-        ("data", POINTER),
-        ("by_token", ctypes.c_bool),
-        ("permutation", POINTER),
-        ("top_k", INT),
-        ("seed", ctypes.c_uint64),
-        *((name, UINT32) for name in ("radix_a", "radix_b", "rounds")),
-        ("dealt", POINTER),
-    )
-
-
-class Bias(ctypes.Structure):
-    _fields_ = (("data", POINTER), ("type", INT))
-
-
-class Operands(ctypes.Structure):
-    _fields_ = (
-        ("rows", Rows),
-        ("a", POINTER),
-        ("b", POINTER),
-        ("bias", Bias),
-        *((name, POINTER) for name in ("permutation", "pre_activation", "hidden", "out")),
-        ("size_m", INT),
-        ("size_n", INT),
-        ("parts", POINTER),
-        ("part_sums", POINTER),
-        ("sums", Bias),
-    )
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hopper")
-    sources = [*sorted((ROOT / "csrc/hopper").glob("*.cu")), MODEL / "hopper_layer.cpp"]
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    commands = [
-        [compiler(), *flags(), "-fPIC", "-x", "c++", "-c", source, "-o", target]
-        for source, target in zip(sources, objects, strict=True)
-    ]
-    for process in [subprocess.Popen(command) for command in commands]:
-        assert process.wait() == 0
-    subprocess.run([compiler(), "-shared", *objects, "-o", folder / "hopper.so"], check=True)
-    library = ctypes.CDLL(str(folder / "hopper.so"))
-    library.run.restype = ctypes.c_char_p
-    return library
+    return build(tmp_path_factory.mktemp("hopper"))
 
 
 @pytest.fixture
@@ -119,25 +44,8 @@ def machine(kernels):
     return set_up
 
 
-def run(kernels, call, layer, *, rows=None, bias=None, sums=None, size_m=0, size_n=0, **tensors):
-    pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
-    vectors = {
-        name: Bias() if vector is None else Bias(vector.data_ptr(), BIAS_TYPES.index(vector.dtype))
-        for name, vector in (("bias", bias), ("sums", sums))
-    }
-    operands = Operands(rows=rows or Rows(), size_m=size_m, size_n=size_n, **vectors, **pointers)
-    assert kernels.run(CALLS.index(call), ctypes.byref(layer), ctypes.byref(operands)) == b""
-
-
 def normal(*shape, dtype=torch.float32, scale=1.0, seed=0):
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
-
-
-def layer_of(dtype, num_rows, num_experts, d_model, d_ff, activation="gelu", gated=False, seed=0, dropout_p=0.0):
-    return Layer(
-        dtype == torch.bfloat16, num_rows, num_experts, d_model, d_ff, ACTIVATIONS.index(activation), gated, seed,
-        round(dropout_p * 2**32), 1 / (1 - dropout_p), 132, None,
-    )  # fmt: skip
 
 
 def dtype_of(layer):
@@ -157,22 +65,22 @@ def hidden_of(layer, pre):
     hidden = reference.ACTIVATIONS[ACTIVATIONS[layer.activation]](gate)
     if value is not None:
         hidden = hidden * value
-    if layer.threshold > 0:
-        rows, seed = torch.arange(layer.num_rows), torch.tensor(layer.seed)
-        hidden = hidden * reference.dropout_scale(rows, layer.d_ff, seed, layer.threshold / 2**32, torch.float64)
+    if layer.dropout_threshold > 0:
+        rows, seed, p = torch.arange(layer.num_rows), torch.tensor(layer.seed.value), layer.dropout_threshold / 2**32
+        hidden = hidden * reference.dropout_scale(rows, layer.d_ff, seed, p, torch.float64)
     return hidden
 
 
 def product(layer, rows, weight, bias=None):
     """rows @ weightᵀ of each row's expert, in float64."""
-    out = layer.by_slot(rows.double()) @ weight.double().mT
-    return layer.by_row(out if bias is None else out + bias.double()[:, None])
+    of_experts = zip(rows.double().split(layer.sizes), weight.double(), strict=True)
+    out = torch.cat([of_expert @ w.mT for of_expert, w in of_experts])
+    return out if bias is None else out + bias.double().repeat_interleave(torch.tensor(layer.sizes), 0)
 
 
 def check_up(kernels, layer, bias_dtype=torch.float32, saved=True, by_token=None):
     """Returns hidden. `by_token`: "dealt" or "given", else rows are by slot."""
-    dtype, (r, e, d) = dtype_of(layer), (layer.num_rows, layer.num_experts, layer.d_model)
-    top_k = 2 if by_token == "given" and r % 2 == 0 else 1
+    dtype, (r, e, d), top_k = dtype_of(layer), (layer.num_rows, layer.num_experts, layer.d_model), layer.top_k
     x, weight = normal(r // top_k, d, dtype=dtype), normal(e, layer.num_up, d, dtype=dtype, scale=d**-0.5, seed=1)
     bias = None if bias_dtype is None else normal(e, layer.num_up, dtype=bias_dtype, seed=2)
     hidden = layer.empty(layer.d_ff, dtype)
@@ -182,10 +90,10 @@ def check_up(kernels, layer, bias_dtype=torch.float32, saved=True, by_token=None
         rows = Rows(slots.data_ptr())
     else:
         permutation, dealt = torch.randperm(r, generator=torch.Generator().manual_seed(3)).int(), torch.zeros(r).int()
-        rows = Rows(x.data_ptr(), True, permutation.data_ptr(), top_k)
+        rows = Rows(x.data_ptr(), True, permutation.data_ptr(), None)
         if by_token == "dealt":
-            permutation = reference.random_permutation(r, torch.tensor(5)).int()
-            rows = Rows(x.data_ptr(), True, None, 1, 5, *radices(r), dealt.data_ptr())
+            permutation = reference.random_permutation(r, torch.tensor(layer.seed.value)).int()
+            rows = Rows(x.data_ptr(), True, None, dealt.data_ptr())
         by_row = x[permutation.long() // top_k]
     run(kernels, "up", layer, rows=rows, b=weight, bias=bias, hidden=hidden, pre_activation=pre)
     exact = product(layer, by_row, weight, bias)
@@ -197,6 +105,9 @@ def check_up(kernels, layer, bias_dtype=torch.float32, saved=True, by_token=None
     return hidden
 
 
+# Groups that are given: none, whole tiles, a row more than such, an empty one in between.
+GIVEN = [(0, 5, 0), (64, 1, 0, 257), (256, 300, 130)]
+
 # A tile has 128 rows, a cluster two of them; 192 columns, 128 with dropout, 64 of hidden if gated; a step has 64 of D.
 UP_SIZES = {
     "one row": (1, 1, 8, 8),
@@ -205,6 +116,7 @@ UP_SIZES = {
     "more steps than stages": (200, 1, 328, 200),
     "ragged everywhere": (301, 2, 72, 136),
     "more tiles than clusters": (700, 2, 128, 392),
+    **{f"groups of {sizes}": (sum(sizes), sizes, 72, 200) for sizes in GIVEN},
 }
 
 
@@ -224,7 +136,7 @@ class TestUp:
     def test_dropout(self, gated, dtype, kernels, machine):
         check_up(kernels, layer_of(dtype, 301, 2, 72, 136, gated=gated, seed=7, dropout_p=0.3))
 
-    @pytest.mark.parametrize("bias_dtype", BIAS_TYPES, ids=str)
+    @pytest.mark.parametrize("bias_dtype", NUMBER_TYPES, ids=str)
     def test_biases(self, bias_dtype, kernels, machine):
         for gated in (False, True):
             check_up(kernels, layer_of(torch.float16, 40, 3, 24, 40, gated=gated), bias_dtype)
@@ -236,8 +148,9 @@ class TestUp:
     @pytest.mark.parametrize("by_token", ["dealt", "given"])
     @pytest.mark.parametrize("sizes", UP_SIZES.values(), ids=UP_SIZES)
     def test_rows_that_it_finds_by_itself(self, sizes, by_token, kernels, machine):
-        check_up(kernels, layer_of(torch.bfloat16, *sizes), by_token=by_token)
-        check_up(kernels, layer_of(torch.float16, *sizes, "silu", True, 3, 0.3), by_token=by_token)
+        top_k = 2 if by_token == "given" and sizes[0] % 2 == 0 else 1
+        check_up(kernels, layer_of(torch.bfloat16, *sizes, seed=5, top_k=top_k), by_token=by_token)
+        check_up(kernels, layer_of(torch.float16, *sizes, "silu", True, 3, 0.3, top_k), by_token=by_token)
 
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("by_token", [None, "dealt"], ids=["by slot", "by token"])
@@ -257,21 +170,25 @@ DOWN_SIZES = {
     "more steps than stages": (200, 1, 264, 328),
     "ragged everywhere": (301, 2, 72, 136),
     "more tiles than clusters": (700, 2, 520, 128),
+    **{f"groups of {sizes}": (sum(sizes), sizes, 72, 200) for sizes in GIVEN},
 }
 
 
-def check_scattered(kernels, layer, call, bias_dtype=None):
+def check_scattered(kernels, layer, call, bias_dtype=None, routed=False):
     """The down projection, or the gradient of x."""
     dtype, (r, e, d) = dtype_of(layer), (layer.num_rows, layer.num_experts, layer.d_model)
     k = layer.d_ff if call == "down" else layer.num_up
     rows, weight = normal(r, k, dtype=dtype), normal(e, d, k, dtype=dtype, scale=k**-0.5, seed=1)
     bias = None if bias_dtype is None else normal(e, d, dtype=bias_dtype, seed=2)
     permutation = torch.randperm(r, generator=torch.Generator().manual_seed(3)).int()
+    routing_weights = normal(r, seed=4) if routed else None
     out = torch.full((r, d), torch.nan, dtype=dtype)
-    b = weight if call == "down" else weight.mT.contiguous()
-    run(kernels, call, layer, a=layer.by_slot(rows), b=b, bias=bias, permutation=permutation, out=out)
+    operands = {"b": weight if call == "down" else weight.mT.contiguous(), "permutation": permutation, "bias": bias}
+    run(kernels, call, layer, a=layer.by_slot(rows), out=out, routing_weights=routing_weights, **operands)
     exact = torch.empty(r, d, dtype=torch.float64)
     exact[permutation.long()] = product(layer, rows, weight, bias)
+    if routed:
+        exact *= routing_weights[:, None].double()
     assert is_near(out, exact, dtype)
     return out
 
@@ -280,10 +197,11 @@ class TestScattered:
     @pytest.mark.parametrize("call", ["down", "grad_x"])
     @pytest.mark.parametrize("sizes", DOWN_SIZES.values(), ids=DOWN_SIZES)
     def test_sizes(self, sizes, call, kernels, machine):
-        check_scattered(kernels, layer_of(torch.bfloat16, *sizes), call, torch.float32 if call == "down" else None)
+        bias_dtype = torch.float32 if call == "down" else None
+        check_scattered(kernels, layer_of(torch.bfloat16, *sizes), call, bias_dtype, routed=call == "down")
         check_scattered(kernels, layer_of(torch.float16, *sizes, gated=True), call)
 
-    @pytest.mark.parametrize("bias_dtype", BIAS_TYPES, ids=str)
+    @pytest.mark.parametrize("bias_dtype", NUMBER_TYPES, ids=str)
     def test_biases(self, bias_dtype, kernels, machine):
         check_scattered(kernels, layer_of(torch.bfloat16, 40, 3, 24, 40), "down", bias_dtype)
 
@@ -297,17 +215,26 @@ class TestScattered:
         assert all(torch.equal(result, results[0]) for result in results)
 
 
-def check_grad_pre(kernels, layer):
+def check_grad_pre(kernels, layer, routed=False):
     """Returns grad_pre."""
     dtype, (r, e, d, f) = dtype_of(layer), (layer.num_rows, layer.num_experts, layer.d_model, layer.d_ff)
     grad_y, weight = normal(r, d, dtype=dtype), normal(e, d, f, dtype=dtype, scale=d**-0.5, seed=1)
     pre = normal(r, layer.num_up, dtype=dtype, seed=2)
     grad, hidden = layer.empty(layer.num_up, dtype), layer.empty(f, dtype)
-    slots = layer.by_slot(grad_y)
-    run(kernels, "grad_pre", layer, a=slots, b=weight, pre_activation=layer.by_slot(pre), out=grad, hidden=hidden)
+    routing = {}
+    if routed:
+        permutation = torch.randperm(r, generator=torch.Generator().manual_seed(3)).int()
+        pieces = torch.full((-(-f // 64), r), torch.nan)
+        routing = {"routing_weights": normal(r, seed=4), "permutation": permutation, "partial_routing": pieces}
+    operands = {"a": layer.by_slot(grad_y), "b": weight, "pre_activation": layer.by_slot(pre), **routing}
+    run(kernels, "grad_pre", layer, out=grad, hidden=hidden, **operands)
     exact_pre = pre.double().requires_grad_()
-    exact = hidden_of(layer, exact_pre)
-    (exact_grad,) = torch.autograd.grad(exact, exact_pre, product(layer, grad_y, weight.mT))
+    exact, grad_hidden = hidden_of(layer, exact_pre), product(layer, grad_y, weight.mT)
+    if routed:
+        of_weights = (exact.detach() * grad_hidden).sum(1)
+        assert is_near(pieces.sum(0), of_weights, torch.bfloat16)
+        grad_hidden = grad_hidden * routing["routing_weights"][permutation.long(), None].double()
+    (exact_grad,) = torch.autograd.grad(exact, exact_pre, grad_hidden)
     assert is_near(layer.by_row(hidden), exact.detach(), dtype)
     # Derivatives of the activations are less exact, see kernels/triton/activations.py; 16 bits hide it.
     assert is_near(layer.by_row(grad), exact_grad, dtype)
@@ -331,7 +258,14 @@ class TestGradPre:
 
     @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
     def test_dropout(self, gated, kernels, machine):
-        check_grad_pre(kernels, layer_of(torch.bfloat16, 301, 2, 72, 136, gated=gated, seed=7, dropout_p=0.3))
+        for routed in (False, True):
+            layer = layer_of(torch.bfloat16, 301, 2, 72, 136, gated=gated, seed=7, dropout_p=0.3)
+            check_grad_pre(kernels, layer, routed)
+
+    @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+    @pytest.mark.parametrize("sizes", [(301, 2, 72, 136), (321, (0, 64, 257), 72, 136)], ids=["equal", "given"])
+    def test_routing_weights(self, sizes, gated, kernels, machine):
+        check_grad_pre(kernels, layer_of(torch.bfloat16, *sizes, gated=gated), routed=True)
 
     @pytest.mark.parametrize("mode", MODES)
     def test_whatever_comes_first(self, mode, kernels, machine):
@@ -343,30 +277,95 @@ class TestGradPre:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "sums_dtype"), [*((torch.bfloat16, sums) for sums in BIAS_TYPES), (torch.float16, torch.float16)]
+    ("dtype", "sums_dtype"), [*((torch.bfloat16, sums) for sums in NUMBER_TYPES), (torch.float16, torch.float16)]
 )
 @pytest.mark.parametrize(
-    ("num_rows", "num_experts", "size_m", "size_n", "splits"),
-    [(1, 1, 8, 8, 1), (2, 3, 16, 8, 1), (64, 1, 256, 256, 1), (301, 2, 264, 72, 3), (1100, 2, 72, 520, 5)],
+    ("groups", "size_m", "size_n", "splits"),
+    [
+        *[((1,), 8, 8, 1), ((1, 0, 1), 16, 8, 1), ((64,), 256, 256, 1), ((150, 151), 264, 72, 3)],
+        *[((550, 550), 72, 520, 5), ((0, 650, 257, 193), 72, 136, 5)],
+    ],
 )
-def test_grad_of_weights(num_rows, num_experts, size_m, size_n, splits, sums_dtype, dtype, kernels, machine):
-    layer = layer_of(dtype, num_rows, num_experts, 8, 8)
+def test_grad_of_weights(groups, size_m, size_n, splits, sums_dtype, dtype, kernels, machine):
+    num_rows, num_experts = sum(groups), len(groups)
+    is_equal = max(groups) - min(groups) <= 1 and num_experts != 3
+    layer = layer_of(dtype, num_rows, num_experts if is_equal else groups, 8, 8)
     assert kernels.splits_of(ctypes.byref(layer), size_m, size_n) == splits
     a, b = normal(num_rows, size_m, dtype=dtype), normal(num_rows, size_n, dtype=dtype, seed=1)
-    out = torch.full((num_experts, size_m, size_n), torch.nan, dtype=dtype)
-    parts = torch.full((num_experts, splits, size_m, size_n), torch.nan)
     sums = None if sums_dtype is None else torch.full((num_experts, size_m), torch.nan, dtype=sums_dtype)
-    part_sums = None if sums is None else torch.full((num_experts, splits, size_m), torch.nan)
+    of_parts = {"parts": torch.empty(num_experts, splits, size_m, size_n)}
+    if sums is not None:
+        of_parts["part_sums"] = torch.empty(num_experts, splits, size_m)
     slots = layer.by_slot(a), layer.by_slot(b)
+    of_experts = list(zip(a.double().split(layer.sizes), b.double().split(layer.sizes), strict=True))
+    exact, exact_sums = (torch.stack(t) for t in zip(*((a.mT @ b, a.sum(0)) for a, b in of_experts), strict=True))
     for seed, mode in enumerate(MODES, 1):
+        out_dtype = torch.float32 if mode == "random" else dtype
+        out = torch.full((num_experts, size_m, size_n), torch.nan, dtype=out_dtype)
+        for part in of_parts.values():
+            part.fill_(torch.nan)
         machine(seed, mode)
         run(
-            kernels, "grad_weight", layer, a=slots[0], b=slots[1], out=out, size_m=size_m, size_n=size_n, parts=parts,
-            part_sums=part_sums, sums=sums,
+            kernels, "grad_weight", layer, a=slots[0], b=slots[1], out=out, size_m=size_m, size_n=size_n, sums=sums,
+            **of_parts,
         )  # fmt: skip
-        assert is_near(out, slots[0].double().mT @ slots[1].double(), dtype)
+        assert is_near(out, exact, out_dtype)
         if sums is not None:
-            assert is_near(sums, slots[0].double().sum(1), sums_dtype)
+            assert is_near(sums, exact_sums, sums_dtype)
+
+
+class TestRowsBySlot:
+    @pytest.mark.parametrize("sizes", [(2, 3), (301, 2), (700, 2), (5, (0, 5, 0)), (322, (64, 1, 0, 257))], ids=str)
+    def test_gather(self, sizes, kernels, machine):
+        num_rows, groups = sizes
+        layer = layer_of(torch.bfloat16, num_rows, groups, 264, 8, top_k=2 - num_rows % 2)
+        tabulate(kernels, layer)
+        x, grad_y = (normal(num_rows // layer.top_k, 264, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+        permutation = torch.randperm(num_rows, generator=torch.Generator().manual_seed(3)).int()
+        weights, tokens = normal(num_rows, seed=4), permutation.long() // layer.top_k
+        out = {name: layer.empty(264, torch.bfloat16) for name in ("x", "of_grad_y", "weighted")}
+        rows = Rows(x.data_ptr(), False, permutation.data_ptr(), None)
+        to = Gathered(**pointers({**out, "grad_y": grad_y, "routing_weights": weights}))
+        assert kernels.gather(ctypes.byref(layer), ctypes.byref(rows), ctypes.byref(to)) == b""
+        used = layer.first_slots[-1]
+        scaled = (grad_y[tokens].float() * weights[permutation.long(), None]).bfloat16()
+        for ours, expected in zip(out.values(), (x[tokens], grad_y[tokens], scaled), strict=True):
+            assert torch.equal(ours[:used], layer.by_slot(expected)[:used])
+            assert ours[used:].isnan().all()
+
+    def test_deals(self, kernels, machine):
+        layer, x = layer_of(torch.float16, 301, 2, 8, 8, seed=9), normal(301, 8, dtype=torch.float16)
+        seed = torch.tensor(9)
+        layer.seed.value, layer.seed.at = 0, seed.data_ptr()
+        out, dealt = layer.empty(8, torch.float16), torch.zeros(301).int()
+        rows, to = Rows(x.data_ptr(), False, None, dealt.data_ptr()), Gathered(x=out.data_ptr())
+        assert kernels.gather(ctypes.byref(layer), ctypes.byref(rows), ctypes.byref(to)) == b""
+        assert torch.equal(dealt, reference.random_permutation(301, seed))
+        assert torch.equal(out, layer.by_slot(x[dealt.long()]))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "num_rows", "expected"),
+    [
+        ([0, 3, 3, 600], 600, [0, 3, 3, 600]),
+        # Whatever they are, each row has an expert.
+        ([5, 3, 900, -1], 600, [0, 3, 600, 600]),
+        ([0] * 40 + [1] * 40, 600, [0] * 40 + [1] * 39 + [600]),
+        (list(range(0, 300 * 71, 300)), 300 * 70, list(range(0, 300 * 71, 300))),
+    ],
+    ids=["given", "wrong", "many", "more than a warp"],
+)
+def test_table_of_groups(offsets, num_rows, expected, kernels, machine):
+    layer = layer_of(torch.bfloat16, num_rows, [num_rows] + [0] * (len(offsets) - 2), 8, 8)
+    table = tabulate(kernels, layer, torch.tensor(offsets).int()).tolist()
+    sizes = [b - a for a, b in itertools.pairwise(expected)]
+    layer.given = sizes
+    pairs = [[e, row] for e, size in enumerate(sizes) for row in range(0, size, 256)]
+    of_experts = [list(of) for of in zip(expected, sizes, layer.first_slots, strict=False)]
+    assert table[0] == len(pairs)
+    rest = [number for numbers in of_experts + pairs for number in numbers]
+    assert table[1 : 1 + len(rest)] == rest
+    assert set(table[1 + len(rest) :]) <= {-1}
 
 
 def test_splits(kernels):
@@ -400,30 +399,32 @@ class TestRefused:
             ((2**31 - 1, 1, 8, 8), "up", {}, "num_rows must be 1 to"),
             ((8, 1, 12, 8), "down", {}, "sizes must be multiples of 8, got 12"),
             ((8, 1, 8, 8), "grad_weight", {"size_m": 8, "size_n": 4}, "sizes must be multiples of 8, got 4"),
-            ((8, 1, 8, 8), "down", {"out": 8}, "operands must begin at 16 bytes"),
-            ((8, 1, 8, 8), "up", {"rows": Rows(16, True, None, 2)}, "top_k must be 1"),
-            ((2**30, 1, 64, 8), "up", {"rows": Rows(16, True, None, 1)}, "x by token must be smaller"),
-            ((8, 1, 8, 8), "up", {"rows": Rows(16, True, None, 1), "activation": "relu"}, "are for gelu and silu"),
+            ((8, 1, 8, 8), "down", {"out": Number(8)}, "operands must begin at 16 bytes"),
+            ((8, 1, 8, 8), "up", {"rows": Rows(16, True), "top_k": 2}, "top_k must be 1"),
+            ((2**30, 1, 64, 8), "up", {"rows": Rows(16, True)}, "x by token must be smaller"),
+            ((8, 1, 8, 8), "up", {"rows": Rows(16, True), "activation": "relu"}, "are for gelu and silu"),
+            ((8, (8,), 8, 8), "up", {}, "need a table"),
         ],
     )
     def test_what(self, sizes, call, changes, expected, kernels, machine):
         changes = dict(changes)
-        layer = layer_of(torch.bfloat16, *sizes, changes.pop("activation", "gelu"))
+        of_layer = {name: changes.pop(name) for name in ("activation", "top_k") if name in changes}
+        layer = layer_of(torch.bfloat16, *sizes, **of_layer)
         operands = Operands(**changes)
         said = kernels.run(CALLS.index(call), ctypes.byref(layer), ctypes.byref(operands)).decode()
         assert expected in said
 
     def test_too_few_multiprocessors(self, kernels, machine):
         layer = layer_of(torch.bfloat16, 8, 1, 8, 8)
-        layer.multiprocessors = 1
+        layer.where.multiprocessors = 1
         assert b"two multiprocessors" in kernels.run(0, ctypes.byref(layer), ctypes.byref(Operands()))
 
 
 def test_what_is_infinite_where_no_row_is(kernels, machine):
     """The last slot of a smaller group is multiplied with zeros."""
     layer = layer_of(torch.float16, 3, 2, 8, 8, "relu2")
-    pre, grad_y = torch.full((2, 2, 8), 300.0).half(), layer.by_slot(normal(3, 8, dtype=torch.float16))
-    pre[0, 0] = pre[1] = 1.0
+    pre, grad_y = torch.full((4, 8), 300.0).half(), layer.by_slot(normal(3, 8, dtype=torch.float16))
+    pre[0] = pre[2:] = 1.0
     weight, grad, hidden = (
         normal(2, 8, 8, dtype=torch.float16),
         layer.empty(8, torch.float16),
@@ -431,4 +432,4 @@ def test_what_is_infinite_where_no_row_is(kernels, machine):
     )
     run(kernels, "grad_pre", layer, a=grad_y, b=weight, pre_activation=pre, out=grad, hidden=hidden)
     assert grad.isfinite().all()
-    assert torch.equal(hidden[0, 1], torch.zeros(8).half())
+    assert torch.equal(hidden[1], torch.zeros(8).half())

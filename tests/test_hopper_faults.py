@@ -40,6 +40,10 @@ def in_epilogue(program, text, instead, shows, slow=False):
     return Fault(program, "epilogues.cuh", text, instead, shows, slow)
 
 
+def in_groups(program, text, instead, shows, slow=False):
+    return Fault(program, "groups.cuh", text, instead, shows, slow)
+
+
 def in_descriptor(program, text, instead, shows, slow=False):
     return Fault(program, "descriptors.h", text, instead, shows, slow)
 
@@ -52,6 +56,9 @@ FAULTS = {
     ),
     "no cluster barrier after initialisation": in_product(
         "cooperative", "        cluster_sync();\n", "", UNINITIALISED, slow=True
+    ),
+    "no wait for the grid before": in_product(
+        "pingpong", "        griddepcontrol_wait();\n", "", "global memory is used before griddepcontrol_wait"
     ),
     # --- the ring of stages ---
     "producer does not wait": in_product(
@@ -77,7 +84,7 @@ FAULTS = {
     "stage released before its products": in_product(
         "cooperative",
         "if (i > 0) release(step - 1);",
-        "if (i + 1 < work.steps) release(step);",
+        "if (i + 1 < steps) release(step);",
         RACE,
     ),
     "released on the own CTA only": in_product(
@@ -117,8 +124,8 @@ FAULTS = {
     # --- multicast ---
     "multicast to the first CTA only": in_product(
         "pingpong",
-        "map, full(step), k, first, tile.expert, 3);",
-        "map, full(step), k, first, tile.expert, 1);",
+        "map, full(step), k, first, place, 3);",
+        "map, full(step), k, first, place, 1);",
         DEADLOCK,
         slow=True,
     ),
@@ -158,7 +165,7 @@ FAULTS = {
     ),
     # --- turns ---
     "both warpgroups take the same tiles": in_product(
-        "pingpong", "turn++ % 2 != group", "turn++ % 2 != 0", f"{RACE}|more arrivals", slow=True
+        "pingpong", "turn % 2 != group) continue", "turn % 2 != 0) continue", f"{RACE}|more arrivals", slow=True
     ),
     "no turn to multiply": in_product(
         "pingpong",
@@ -242,7 +249,7 @@ FAULTS = {
         "gathered", "shuffle(token, lane() / 8 + 4 * i)", "shuffle(token, lane() / 8 * 4 + i)", VALUES, slow=True
     ),
     "copies of rows that are not there": in_product(
-        "gathered", "if (tile.row + own < size) {", "if (tile.row + own <= size) {", VALUES, slow=True
+        "gathered", "if (own < tile.size) {", "if (own <= tile.size) {", VALUES, slow=True
     ),
     "a wait for fewer threads": in_product(
         "gathered",
@@ -252,8 +259,8 @@ FAULTS = {
         slow=True,
     ),
     # --- sums in parts, and of rows ---
-    "all parts sum up the first rows": in_product(
-        "summed", "k = tile.split * work.steps * step_depth;", "k = 0;", VALUES, slow=True
+    "all parts sum up the first rows": in_groups(
+        "summed", "tile.k = tile.split * work.steps * step_depth;", "", VALUES, slow=True
     ),
     "parts in the place of the first": in_product(
         "summed", "tile.expert * work.splits + tile.split", "tile.expert * work.splits", VALUES, slow=True
@@ -302,9 +309,11 @@ FAULTS = {
         VALUES,
         slow=True,
     ),
-    "rows of another expert": in_epilogue("scattered", "targets[i] = row < end ?", "targets[i] = row <= end ?", VALUES),
+    "rows of another expert": in_epilogue(
+        "scattered", "targets[i] = row < tile.size ?", "targets[i] = row <= tile.size ?", VALUES
+    ),
     "rows without their expert's start": in_epilogue(
-        "scattered", "with.permutation + row) : -1", "with.permutation + row - start) : -1", VALUES, slow=True
+        "scattered", "choice(tile.start + row) : -1", "choice(row) : -1", VALUES, slow=True
     ),
     "bias of another column tile": in_epilogue(
         "scattered", "const int column = tile.column * kColumns + i;", "const int column = i;", VALUES, slow=True

@@ -2,26 +2,33 @@
 #pragma once
 
 #include "../random.h"
+#include "groups.cuh"
 #include "instructions.cuh"
+#include "layer.h"
 
 namespace ewa::hopper {
 
 // A permutation that is dealt: `radix_a`, `radix_b` and `rounds` as `kernels/triton/permutation.py` has them.
 struct Deal {
-    uint64_t seed;
+    Seed seed;
     uint32_t num_rows, radix_a, radix_b, rounds;
 };
+
+__device__ __forceinline__ uint64_t value_of(const Seed& seed) {
+    return seed.at != nullptr ? load_constant_u64(seed.at) : seed.value;
+}
 
 constexpr int coin_word = 12;
 
 __device__ __forceinline__ uint32_t token_of_row(const Deal& deal, uint32_t row) {
-    const uint32_t coin = static_cast<uint32_t>(seed_word(deal.seed, coin_word)) & 1;
+    const uint64_t seed = value_of(deal.seed);
+    const uint32_t coin = static_cast<uint32_t>(seed_word(seed, coin_word)) & 1;
     uint32_t point = row < 2 && deal.num_rows > 1 ? row ^ coin : row;
     do {
         uint32_t right = point / deal.radix_a, left = point - right * deal.radix_a;
 #pragma unroll 1
         for (uint32_t i = 0; i < deal.rounds / 2; ++i) {
-            const uint64_t keys = seed_word(deal.seed, static_cast<int>(i));
+            const uint64_t keys = seed_word(seed, static_cast<int>(i));
             left += multiply_high(mix32(right ^ static_cast<uint32_t>(keys)), deal.radix_a);
             left = left >= deal.radix_a ? left - deal.radix_a : left;
             right += multiply_high(mix32(left ^ static_cast<uint32_t>(keys >> 32)), deal.radix_b);
@@ -32,20 +39,29 @@ __device__ __forceinline__ uint32_t token_of_row(const Deal& deal, uint32_t row)
     return point;
 }
 
-// Rows that a product finds by itself: those of x, one for each grouped row of its expert; groups are equal.
-struct Gather {
-    const void* x;               // [T, K]
-    int columns;                 // K
-    int num_rows, num_experts;   // grouped rows
+// Whose a grouped row is: the permutation that is given, [R], or one that is dealt.
+struct Owners {
     Deal deal;
-    const int32_t* permutation;  // [R], of choices, of which each token has `top_k`; null: dealt
+    const int32_t* permutation;  // null: dealt
     int32_t* dealt;              // [R] or null: where the permutation goes
-    int top_k;
+    int top_k;                   // choices of each token
+
+    // One that is given may hold anything: no address made of it leaves the tensors.
+    __device__ __forceinline__ int choice(int row) const {
+        const int most = static_cast<int>(deal.num_rows) - 1, found = load_global_i32(permutation + row);
+        return found < 0 ? 0 : found > most ? most : found;
+    }
+    __device__ __forceinline__ int token(int row) const {
+        return permutation != nullptr ? choice(row) / top_k
+                                      : static_cast<int>(token_of_row(deal, static_cast<uint32_t>(row)));
+    }
 };
 
-// First grouped row of an expert, where groups are equal.
-EWA_ANYWHERE int64_t first_row_of(int expert, int num_rows, int num_experts) {
-    return static_cast<int64_t>(expert) * num_rows / num_experts;
-}
+// Rows that a product finds by itself: those of x, one for each grouped row of its expert.
+struct Gather {
+    const void* x;  // [T, K]
+    int columns;    // K
+    Owners owners;
+};
 
 }  // namespace ewa::hopper

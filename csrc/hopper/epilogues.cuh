@@ -4,7 +4,7 @@
 // warpgroup for every 64 rows × `slice_columns` columns of accumulators: it leaves `outputs` blocks of 64 rows of
 // `slice_width` elements in shared memory from `slot` on, swizzled, of which the first `wanted` then go where
 // `Maps::out` says; or, if it `scatters`, where its `scatter` puts them. From `in` on are `inputs` such blocks of what
-// `Maps::in` says, of the same rows and columns. `row`: the slice's first, of the expert; n: its number in the tile.
+// `Maps::in` says, of the same rows and columns. `row`: the slice's first, of the tile; n: its number there.
 // `d`: this thread's accumulators, see `wgmma`. If `b_in_halves`, a tile has columns of two halves of B, which are apart
 // in memory.
 #pragma once
@@ -12,6 +12,7 @@
 #include "../random.h"
 #include "activations.cuh"
 #include "deal.cuh"
+#include "groups.cuh"
 #include "instructions.cuh"
 #include "layer.h"
 #include "schedule.h"
@@ -113,21 +114,24 @@ struct Biases {
     }
 };
 
-// y[permutation[row]] = d + bias. For cooperative products, whose warpgroups have 64 rows of a tile each.
+// y[permutation[row]] = (d + bias) · routing weight. For cooperative products, whose warpgroups have 64 rows of a tile
+// each.
 template <Operand kType, int kColumns>
 struct StoreScattered {
     static constexpr int outputs = 1, inputs = 0, slice_columns = 64, slice_width = 64, scratch_bytes = kColumns * 4;
     static constexpr bool b_in_halves = false, scatters = true, sums_rows = false;
 
     struct Arguments {
-        Bias bias;               // [E, D]
-        const int* permutation;  // [R]
-        void* y;                 // [R, D]
-        int d_model, num_rows, num_experts;
+        Bias bias;                     // [E, D]
+        const float* routing_weights;  // [R], by choice; null: 1
+        Owners owners;                 // of a permutation that is there
+        void* y;                       // [R, D]
+        int d_model;
     };
     const Arguments& with;
     Biases<kColumns> biases;
-    int targets[4];  // of the rows that this thread stores; −1: there is no such row
+    int targets[4];    // of the rows that this thread stores; −1: there is no such row
+    float factors[2];  // of those that it has accumulators of
 
     __device__ StoreScattered(const Arguments& arguments, uint32_t scratch) : with(arguments), biases{scratch} {}
 
@@ -136,12 +140,19 @@ struct StoreScattered {
             const int column = tile.column * kColumns + i;
             return column < with.d_model ? static_cast<int64_t>(tile.expert) * with.d_model + column : -1;
         });
-        const int64_t start = first_row_of(tile.expert, with.num_rows, with.num_experts);
-        const int64_t end = first_row_of(tile.expert + 1, with.num_rows, with.num_experts);
+        const int first = thread_id() / 128 * 64;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int64_t row = start + tile.row + thread_id() / 128 * 64 + thread_id() % 128 / 8 + 16 * i;
-            targets[i] = row < end ? load_constant_i32(with.permutation + row) : -1;
+            const int row = first + thread_id() % 128 / 8 + 16 * i;
+            targets[i] = row < tile.size ? with.owners.choice(tile.start + row) : -1;
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = first + own_row() + 8 * h;
+            const bool has_factor = with.routing_weights != nullptr && row < tile.size;
+            factors[h] = 1.0f;
+            if (has_factor)
+                factors[h] = load_constant_f32(with.routing_weights + with.owners.choice(tile.start + row));
         }
     }
 
@@ -151,6 +162,8 @@ struct StoreScattered {
             float v[8];
 #pragma unroll
             for (int h = 0; h < 2; ++h) biases.add(v + 4 * h, d + 8 * j + 4 * h, n * 64 + 16 * j + 8 * h);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) v[i] *= factors[i / 2 % 2];
             put_columns<kType>(slot, j, v);
         }
     }
@@ -174,9 +187,9 @@ struct Dropped {
     uint32_t threshold, of_rows[2], column_key;
     float scale;
 
-    __device__ __forceinline__ Dropped(const Dropout& dropout, int64_t first_row) {
+    __device__ __forceinline__ Dropped(const Dropout& dropout, int first_row) {
         if constexpr (kDropout) {
-            const DropoutKeys keys(dropout.seed);
+            const DropoutKeys keys(value_of(dropout.seed));
             threshold = dropout.threshold;
             scale = dropout.scale;
             column_key = keys.column;
@@ -212,7 +225,6 @@ struct StoreHidden {
     struct Arguments {
         Bias bias;  // [E, F or 2F]
         int d_ff;
-        int num_rows, num_experts;  // grouped rows
         Dropout dropout;
         bool saves;  // pre_activation
     };
@@ -232,7 +244,7 @@ struct StoreHidden {
     }
 
     __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t, const Tile& tile, int row, int n) {
-        Dropped<kDropout> dropped(with.dropout, first_row_of(tile.expert, with.num_rows, with.num_experts) + row);
+        Dropped<kDropout> dropped(with.dropout, tile.start + row);
         const int first = tile.column * (kGated ? kColumns / 2 : kColumns) + n * 64;  // of hidden
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -257,17 +269,21 @@ struct StoreHidden {
     }
 };
 
-// From d = grad_hidden and pre_activation: grad_pre, and hidden once more. In: pre_activation, or its gates and values;
-// out: grad_pre, or those of the gates and of the values, then hidden.
-template <Operand kType, int kColumns, class Activation, bool kGated, bool kDropout>
+// From d, the gradient of hidden, and pre_activation: grad_pre, and hidden once more. In: pre_activation, or its gates
+// and values; out: grad_pre, or those of the gates and of the values, then hidden. kScaled: with dropout, or routing
+// weights, by which d is multiplied, but not hidden; `partial_routing` takes the sums of their gradients over a slice.
+template <Operand kType, int kColumns, class Activation, bool kGated, bool kScaled>
 struct StoreGradPre {
     static constexpr int outputs = kGated ? 3 : 2, inputs = kGated ? 2 : 1;
     static constexpr int slice_columns = 64, slice_width = 64, scratch_bytes = 0;
     static constexpr bool b_in_halves = false, scatters = false, sums_rows = false;
 
     struct Arguments {
-        int num_rows, num_experts;  // grouped rows
         Dropout dropout;
+        const float* routing_weights;  // [R], by choice; null: 1
+        Owners owners;                 // of a permutation that is there, with routing weights
+        float* partial_routing;        // [⌈F/64⌉, R], by row, or null
+        int d_ff, num_rows;
     };
     const Arguments& with;
 
@@ -275,13 +291,20 @@ struct StoreGradPre {
     __device__ static int wanted() { return outputs; }
     __device__ __forceinline__ void begin(const Tile&) {}
 
+    __device__ __forceinline__ float factor_of(int row) const {
+        if (with.routing_weights == nullptr) return 1.0f;
+        return load_constant_f32(with.routing_weights + with.owners.choice(row));
+    }
+
     __device__ __forceinline__ void slice(const float* d, uint32_t slot, uint32_t in, const Tile& tile, int row,
                                           int n) {
-        const int64_t first_row = first_row_of(tile.expert, with.num_rows, with.num_experts) + row;
-        const int64_t end = first_row_of(tile.expert + 1, with.num_rows, with.num_experts);
+        const int own = row + own_row();
         // hidden is 0 in a row that is not there: what it is multiplied with there is 0, and it might be infinite.
-        const bool exists[2] = {first_row + own_row() < end, first_row + own_row() + 8 < end};
-        Dropped<kDropout> dropped(with.dropout, first_row);
+        const bool exists[2] = {own < tile.size, own + 8 < tile.size};
+        Dropped<kScaled> dropped(with.dropout, tile.start + row);
+        float factors[2], of_routing[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int h = 0; h < 2; ++h) factors[h] = kScaled && exists[h] ? factor_of(tile.start + own + 8 * h) : 1.0f;
         const int first = tile.column * kColumns + n * 64;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -296,30 +319,45 @@ struct StoreGradPre {
             float grad_gate[8], grad_value[8], hidden[8];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                float grad[4], out[4], kept[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-                dropped.multiply(kept, first + 16 * j + 8 * h);
+                float kept[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+                if (kScaled && with.dropout.threshold != 0) dropped.multiply(kept, first + 16 * j + 8 * h);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const float2 pair = unpack<kType>(gates[2 * h + i / 2]);
                     const ActivationAndSlope act = Activation::both(i % 2 == 0 ? pair.x : pair.y);
-                    grad[i] = d[8 * j + 4 * h + i];
-                    if (kDropout) grad[i] *= kept[i];
-                    out[i] = act.value;
+                    float grad = d[8 * j + 4 * h + i], out = act.value, value = 1.0f;
                     if (kGated) {
                         const float2 of_value = unpack<kType>(values[2 * h + i / 2]);
-                        const float value = i % 2 == 0 ? of_value.x : of_value.y;
-                        grad_value[4 * h + i] = grad[i] * act.value;
-                        grad[i] *= value;
-                        out[i] *= value;
+                        value = i % 2 == 0 ? of_value.x : of_value.y;
+                        out *= value;
                     }
-                    if (kDropout) out[i] *= kept[i];
-                    grad_gate[4 * h + i] = grad[i] * act.slope;
-                    hidden[4 * h + i] = out[i];
+                    if (kScaled) {
+                        grad *= kept[i];
+                        of_routing[i / 2] = fmaf(grad, out, of_routing[i / 2]);
+                        grad *= factors[i / 2];
+                        out *= kept[i];
+                    }
+                    if (kGated) {
+                        grad_value[4 * h + i] = grad * act.value;
+                        grad *= value;
+                    }
+                    grad_gate[4 * h + i] = grad * act.slope;
+                    hidden[4 * h + i] = out;
                 }
             }
             put_columns<kType>(slot, j, grad_gate);
             if (kGated) put_columns<kType>(slot + atom_bytes, j, grad_value);
             put_columns<kType>(slot + (outputs - 1) * atom_bytes, j, hidden);
+        }
+        if (kScaled && with.partial_routing != nullptr && first < with.d_ff) {
+            float* to = with.partial_routing + int64_t{first / 64} * with.num_rows + tile.start + own;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                // Of the four threads that have a row.
+                float sum = of_routing[h] + shuffle_xor(of_routing[h], 1);
+                sum += shuffle_xor(sum, 2);
+                if (exists[h] && thread_id() % 4 == 0) store_global_f32(to + 8 * h, sum);
+            }
         }
     }
 };

@@ -294,10 +294,27 @@ EWA_PTX void store_shared_u32x4(uint32_t at, uint4 v) {
                  : "memory");
 }
 
-// What no one writes while the kernel runs.
-EWA_PTX int load_constant_i32(const int* at) { return __ldg(at); }
-EWA_PTX float load_constant_f32(const float* at) { return __ldg(at); }
-EWA_PTX uint32_t load_constant_u16(const uint16_t* at) { return __ldg(at); }
+// What no one writes while the kernel runs, nor what came before it while it waited.
+EWA_PTX uint64_t load_constant_u64(const void* at) {
+    uint64_t v;
+    asm volatile("ld.global.nc.u64 %0, [%1];" : "=l"(v) : "l"(at));  // volatile: not before a wait for other grids
+    return v;
+}
+EWA_PTX float load_constant_f32(const float* at) {
+    float v;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(at));
+    return v;
+}
+EWA_PTX uint32_t load_constant_u16(const uint16_t* at) {
+    uint16_t v;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(at));
+    return v;
+}
+EWA_PTX int load_global_i32(const int* at) {
+    int v;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(at));
+    return v;
+}
 EWA_PTX void load_global_f32x4(const float* at, float (&v)[4]) {
     asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])

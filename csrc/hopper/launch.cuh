@@ -3,8 +3,10 @@
 
 #include <string>
 
+#include "layer.h"
 #include "parts.cuh"
 #include "product.cuh"
+#include "rows.cuh"
 
 namespace ewa::hopper {
 
@@ -73,18 +75,27 @@ inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string& er
     return map;
 }
 
-inline cudaLaunchConfig_t config_of(unsigned blocks, int threads, int bytes, void* stream) {
+// A grid may begin while the one before it ends: all kernels here wait for it by griddepcontrol_wait.
+template <class... Parameters, class... Arguments>
+std::string launch(void (*kernel)(Parameters...), int blocks, int threads, int bytes, const Where& where,
+                   const Arguments&... arguments) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = where.overlaps;
     cudaLaunchConfig_t config{};
-    config.gridDim = blocks;
+    config.gridDim = static_cast<unsigned>(blocks);
     config.blockDim = static_cast<unsigned>(threads);
     config.dynamicSmemBytes = static_cast<size_t>(bytes);
-    config.stream = static_cast<cudaStream_t>(stream);
-    return config;
+    config.stream = static_cast<cudaStream_t>(where.stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
 }
 
 template <class Shape, class Epilogue>
-std::string launch_product(const Maps<Epilogue>& maps, const Work& work, const Gather& rows,
-                           const typename Epilogue::Arguments& arguments, int multiprocessors, void* stream) {
+std::string launch_product(const Maps<Epilogue>& maps, const Work& work, const Groups& groups, const Gather& rows,
+                           const typename Epilogue::Arguments& arguments, const Where& where) {
     constexpr int bytes = Product<Shape, Epilogue>::shared_bytes;
     const auto kernel = product_kernel<Shape, Epilogue>;
     static std::atomic<uint64_t> prepared{0};  // devices on which the kernel may have so much shared memory
@@ -95,24 +106,29 @@ std::string launch_product(const Maps<Epilogue>& maps, const Work& work, const G
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         if (error == cudaSuccess) prepared.fetch_or(bit, std::memory_order_relaxed);
     }
-    const int clusters = work.tiles() < multiprocessors / 2 ? work.tiles() : multiprocessors / 2;
-    if (error == cudaSuccess) {
-        const cudaLaunchConfig_t config = config_of(2 * clusters, num_threads, bytes, stream);
-        error = cudaLaunchKernelEx(&config, kernel, maps, work, rows, arguments);
-    }
-    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    const int most = where.multiprocessors / 2, clusters = work.tiles() < most ? work.tiles() : most;
+    return launch(kernel, 2 * clusters, num_threads, bytes, where, maps, work, groups, rows, arguments);
 }
 
-inline std::string launch_sum(const float* parts, int64_t experts, int splits, int64_t size, void* out, int type,
-                              int multiprocessors, void* stream) {
-    const int64_t wanted = (experts * size / 4 + sum_threads - 1) / sum_threads, most = int64_t{8} * multiprocessors;
-    const cudaLaunchConfig_t config =
-        config_of(static_cast<unsigned>(wanted < most ? wanted : most), sum_threads, 0, stream);
-    const cudaError_t error =
-        cudaLaunchKernelEx(&config, sum_parts_kernel<sum_threads>, parts, experts, splits, size, out, type);
-    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
+// A kernel without clusters, and without shared memory of its own.
+template <class... Parameters, class... Arguments>
+std::string launch_simple(void (*kernel)(Parameters...), int blocks, int threads, const Where& where,
+                          const Arguments&... arguments) {
+    return launch(kernel, blocks, threads, 0, where, arguments...);
 }
 
 }  // namespace ewa::hopper
 
 #endif
+
+namespace ewa::hopper {
+
+inline std::string launch_sum(const float* parts, int64_t experts, int splits, int64_t size, const Output& out,
+                              const Layer& layer) {
+    const int64_t wanted = ceil_div(experts * size / 4, sum_threads), most = int64_t{8} * layer.where.multiprocessors;
+    return launch_simple(sum_parts_kernel<sum_threads>, static_cast<int>(wanted < most ? wanted : most), sum_threads,
+                         layer.where, parts, experts, splits, size, out.data, out.type);
+}
+
+}  // namespace ewa::hopper

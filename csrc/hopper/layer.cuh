@@ -13,7 +13,8 @@ namespace ewa::hopper {
 // Rows by slot, of `columns`; those of a wider tensor are `row_stride` apart.
 inline Operand3d by_slot(const Layer& layer, const void* data, int64_t columns, int64_t row_stride = 0) {
     if (row_stride == 0) row_stride = columns;
-    return {data, columns, layer.slots(), layer.num_experts, row_stride, row_stride * layer.slots()};
+    const int64_t places = layer.is_given ? 1 : layer.num_experts, slots = layer.slots() / places;
+    return {data, columns, slots, places, row_stride, row_stride * slots};
 }
 
 // A weight of every expert, [rows, columns].
@@ -23,10 +24,18 @@ inline Operand3d weight_of(const Layer& layer, const void* data, int64_t rows, i
 
 inline const void* after(const void* data, int64_t elements) { return static_cast<const uint16_t*>(data) + elements; }
 
-inline Gather gather_of(const Layer& layer, const Rows& rows) {
-    const Deal deal{rows.seed, static_cast<uint32_t>(layer.num_rows), rows.radix_a, rows.radix_b, rows.rounds};
-    return {rows.data, layer.d_model,    layer.num_rows, layer.num_experts,
-            deal,      rows.permutation, rows.dealt,     rows.top_k};
+inline Owners owners_of(const Layer& layer, const int32_t* permutation, int32_t* dealt = nullptr) {
+    const Deal deal{layer.seed, static_cast<uint32_t>(layer.num_rows), layer.radix_a, layer.radix_b, layer.rounds};
+    return {deal, permutation, dealt, layer.top_k};
+}
+
+inline Groups groups_of(const Layer& layer) { return {layer.num_rows, layer.num_experts, layer.table}; }
+
+inline int pairs_of(const Layer& layer) { return pairs_of(layer.num_rows, layer.num_experts, layer.is_given); }
+
+// Tiles of what is by slot, with so many columns of them, and steps of a sum of K.
+inline Work work_of(const Layer& layer, int columns, int size_k) {
+    return {pairs_of(layer), columns, layer.is_given ? 1 : layer.num_experts, tiles_of(size_k, step_depth)};
 }
 
 template <Operand kType>
@@ -52,13 +61,11 @@ struct Products {
         maps.out[0] = make_map(by_slot(layer, o.hidden, f), 64, error);
         for (int i = 1; i < Epilogue::outputs && o.pre_activation != nullptr; ++i)
             maps.out[i] = make_map(by_slot(layer, after(o.pre_activation, (i - 1) * int64_t{f}), f, num_up), 64, error);
-        const Work work{tiles_of(layer.slots(), 2 * tile_rows), tiles_of(f, width), layer.num_experts,
-                        tiles_of(d, step_depth)};
-        const typename Epilogue::Arguments arguments{
-            o.bias, f, layer.num_rows, layer.num_experts, layer.dropout, o.pre_activation != nullptr};
         if (!error.empty()) return error;
-        const Gather rows = gather_of(layer, o.rows);
-        return launch_product<OfProduct, Epilogue>(maps, work, rows, arguments, layer.multiprocessors, layer.stream);
+        const typename Epilogue::Arguments arguments{o.bias, f, layer.dropout(), o.pre_activation != nullptr};
+        const Gather rows{o.rows.data, d, owners_of(layer, o.rows.permutation, o.rows.dealt)};
+        return launch_product<OfProduct, Epilogue>(maps, work_of(layer, tiles_of(f, width), d), groups_of(layer), rows,
+                                                   arguments, layer.where);
     }
 
     template <class Act, bool kGated>
@@ -66,7 +73,7 @@ struct Products {
         // To keep the binary small: rows are found by the product for the activations that most models have.
         constexpr bool can_gather = std::is_same_v<Act, Gelu> || std::is_same_v<Act, Silu>;
         if (o.rows.by_token && !can_gather) return "rows by token are for gelu and silu";
-        const bool drops = layer.dropout.threshold != 0;
+        const bool drops = layer.dropout_threshold != 0;
         const auto by_token = drops ? up<Act, kGated, true, can_gather> : up<Act, kGated, false, can_gather>;
         const auto by_slot = drops ? up<Act, kGated, true, false> : up<Act, kGated, false, false>;
         return (o.rows.by_token ? by_token : by_slot)(layer, o);
@@ -84,21 +91,20 @@ struct Products {
         maps.a = make_map(by_slot(layer, o.a, size_k), tile_rows, error);
         maps.b[0] = maps.b[1] = make_map(b, kMajorB == Major::k ? columns / 2 : 64, error);
         if (!error.empty()) return error;
-        const Work work{tiles_of(layer.slots(), 2 * tile_rows), tiles_of(layer.d_model, columns), layer.num_experts,
-                        tiles_of(size_k, step_depth)};
-        const typename Epilogue::Arguments arguments{o.bias,        o.permutation,  o.out,
-                                                     layer.d_model, layer.num_rows, layer.num_experts};
-        return launch_product<OfProduct, Epilogue>(maps, work, {}, arguments, layer.multiprocessors, layer.stream);
+        const Work work = work_of(layer, tiles_of(layer.d_model, columns), size_k);
+        const typename Epilogue::Arguments arguments{o.bias, o.routing_weights, owners_of(layer, o.permutation),
+                                                     o.out.data, layer.d_model};
+        return launch_product<OfProduct, Epilogue>(maps, work, groups_of(layer), {}, arguments, layer.where);
     }
 
     // --- grad_pre ---
 
-    template <class Act, bool kGated, bool kDropout>
+    template <class Act, bool kGated, bool kScaled>
     static std::string grad_pre(const Layer& layer, const Operands& o) {
         constexpr int columns = 128;
         // Gated, three blocks go out and two come in: a stage less.
         using OfProduct = Shape<kType, Major::k, Major::mn, columns, kGated ? 3 : 4, true>;
-        using Epilogue = StoreGradPre<kType, columns, Act, kGated, kDropout>;
+        using Epilogue = StoreGradPre<kType, columns, Act, kGated, kScaled>;
         const int f = layer.d_ff, num_up = kGated ? 2 * f : f;
         std::string error;
         Maps<Epilogue> maps;
@@ -106,48 +112,61 @@ struct Products {
         maps.b[0] = maps.b[1] = make_map(weight_of(layer, o.b, layer.d_model, f), 64, error);
         for (int i = 0; i < Epilogue::inputs; ++i) {
             maps.in[i] = make_map(by_slot(layer, after(o.pre_activation, int64_t{i} * f), f, num_up), 64, error);
-            maps.out[i] = make_map(by_slot(layer, after(o.out, int64_t{i} * f), f, num_up), 64, error);
+            maps.out[i] = make_map(by_slot(layer, after(o.out.data, int64_t{i} * f), f, num_up), 64, error);
         }
         maps.out[Epilogue::outputs - 1] = make_map(by_slot(layer, o.hidden, f), 64, error);
         if (!error.empty()) return error;
-        const Work work{tiles_of(layer.slots(), 2 * tile_rows), tiles_of(f, columns), layer.num_experts,
-                        tiles_of(layer.d_model, step_depth)};
-        const typename Epilogue::Arguments arguments{layer.num_rows, layer.num_experts, layer.dropout};
-        return launch_product<OfProduct, Epilogue>(maps, work, {}, arguments, layer.multiprocessors, layer.stream);
+        const Work work = work_of(layer, tiles_of(f, columns), layer.d_model);
+        const typename Epilogue::Arguments arguments{
+            layer.dropout(), o.routing_weights, owners_of(layer, o.permutation), o.partial_routing, f, layer.num_rows};
+        return launch_product<OfProduct, Epilogue>(maps, work, groups_of(layer), {}, arguments, layer.where);
     }
 
     // --- gradients of weights ---
 
     template <bool kParts>
-    static std::string weight_in(const Layer& layer, const Operands& o, int splits) {
+    static std::string weight_in(const Layer& layer, const Operands& o, void* to, int splits) {
         using OfProduct = Shape<kType, Major::mn, Major::mn, weight_columns, 4, false>;
         using Epilogue = StoreSummed<kType, kParts>;
         std::string error;
         Maps<Epilogue> maps;
         maps.a = make_map(by_slot(layer, o.a, o.size_m), 64, error);
         maps.b[0] = maps.b[1] = make_map(by_slot(layer, o.b, o.size_n), 64, error);
-        Operand3d out = weight_of(layer, kParts ? o.parts : o.out, o.size_m, o.size_n);
+        Operand3d out = weight_of(layer, to, o.size_m, o.size_n);
         out.experts *= splits;
         out.is_float32 = kParts;
         maps.out[0] = make_map(out, 64, error);
         if (!error.empty()) return error;
-        const Work work{tiles_of(o.size_m, 2 * tile_rows), tiles_of(o.size_n, weight_columns), layer.num_experts,
-                        tiles_of(tiles_of(layer.slots(), step_depth), splits), splits};
-        return launch_product<OfProduct, Epilogue>(maps, work, {}, {o.part_sums, o.size_m, splits},
-                                                   layer.multiprocessors, layer.stream);
+        // Where groups are given, each expert has its own number of steps.
+        const int slots = tiles_of(layer.num_rows, layer.num_experts);
+        const Work work{tiles_of(o.size_m, 2 * tile_rows), tiles_of(o.size_n, weight_columns),
+                        layer.num_experts * splits, tiles_of(tiles_of(slots, step_depth), splits), splits};
+        return launch_product<OfProduct, Epilogue>(maps, work, groups_of(layer), {}, {o.part_sums, o.size_m, splits},
+                                                   layer.where);
     }
 
+    // What is asked for in float32 is made in that, as parts are.
     static std::string weight(const Layer& layer, const Operands& o) {
         const int splits = splits_of(layer, o.size_m, o.size_n);
-        const auto sum = [&](const float* parts, int64_t size, void* out, int type) {
-            return launch_sum(parts, layer.num_experts, splits, size, out, type, layer.multiprocessors, layer.stream);
-        };
-        std::string error = splits == 1 ? weight_in<false>(layer, o, 1) : weight_in<true>(layer, o, splits);
+        const bool by_parts = splits > 1 || o.out.type == float32;
+        void* to = splits > 1 ? o.parts : o.out.data;
+        std::string error = (by_parts ? weight_in<true> : weight_in<false>)(layer, o, to, splits);
         if (error.empty() && splits > 1)
-            error = sum(o.parts, int64_t{o.size_m} * o.size_n, o.out, kType == Operand::bf16 ? bfloat16 : float16);
+            error = launch_sum(o.parts, layer.num_experts, splits, int64_t{o.size_m} * o.size_n, o.out, layer);
         if (error.empty() && o.part_sums != nullptr)
-            error = sum(o.part_sums, o.size_m, o.sums.data, o.sums.type);
+            error = launch_sum(o.part_sums, layer.num_experts, splits, o.size_m, o.sums, layer);
         return error;
+    }
+
+    // --- rows by slot ---
+
+    static std::string gather(const Layer& layer, const Rows& rows, const Gathered& to) {
+        const int pairs = pairs_of(layer), blocks = pairs * (layer.is_given ? 1 : layer.num_experts) * 4;
+        const int most = 8 * layer.where.multiprocessors;
+        const GatherArguments arguments{rows.data, to, layer.d_model, owners_of(layer, rows.permutation, rows.dealt),
+                                        groups_of(layer), pairs};
+        return launch_simple(gather_kernel<kType>, blocks < most ? blocks : most, gather_threads, layer.where,
+                             arguments);
     }
 
     // --- all of them ---
@@ -155,7 +174,8 @@ struct Products {
     template <bool kGated, class Act>
     static std::string activated(Call call, const Layer& layer, const Operands& o) {
         if (call == Call::up) return up_of<Act, kGated>(layer, o);
-        return (layer.dropout.threshold != 0 ? grad_pre<Act, kGated, true> : grad_pre<Act, kGated, false>)(layer, o);
+        const bool is_scaled = layer.dropout_threshold != 0 || o.routing_weights != nullptr;
+        return (is_scaled ? grad_pre<Act, kGated, true> : grad_pre<Act, kGated, false>)(layer, o);
     }
 
     template <bool kGated>
@@ -169,7 +189,7 @@ struct Products {
     }
 
     static std::string run(Call call, const Layer& layer, const Operands& o) {
-        const int d = layer.d_model, f = layer.d_ff, num_up = layer.gated ? 2 * f : f;
+        const int d = layer.d_model, f = layer.d_ff, num_up = layer.num_up();
         if (call == Call::down) return scattered<Major::k>(layer, o, f, weight_of(layer, o.b, d, f));
         if (call == Call::grad_x) return scattered<Major::mn>(layer, o, num_up, weight_of(layer, o.b, num_up, d));
         if (call == Call::grad_weight) return weight(layer, o);

@@ -28,6 +28,8 @@ __device__ __forceinline__ void store(void* out, int type, int64_t at, const flo
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     sum_parts_kernel(const float* parts, int64_t experts, int splits, int64_t size, void* out, int type) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     const int64_t stride = static_cast<int64_t>(num_clusters()) * kThreads, quads = size / 4;
     for (int64_t i = static_cast<int64_t>(cluster_id()) * kThreads + thread_id(); i < experts * quads; i += stride) {
         const int64_t expert = i / quads;

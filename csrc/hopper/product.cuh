@@ -9,6 +9,7 @@
 #pragma once
 
 #include "deal.cuh"
+#include "groups.cuh"
 #include "instructions.cuh"
 #include "schedule.h"
 
@@ -35,9 +36,9 @@ struct Shape {
     static_assert(!gathers || (major_a == Major::k && stages >= 3));
 };
 
-// Operands as TMA sees them, [rows of an expert][columns] for each expert: boxes of 64 × 64 for what is MN-major and
-// for output, {64 k, 128 rows} for A and {64 k, half a tile's columns} for B that are K-major. `b[1]`: what the second
-// CTA loads; the same as b[0] but for gated projections.
+// Operands as TMA sees them, [rows of an expert][columns] for each expert, or slots of all: boxes of 64 × 64 for what is
+// MN-major and for output, {64 k, 128 rows} for A and {64 k, half a tile's columns} for B that are K-major. `b[1]`: what
+// the second CTA loads; the same as b[0] but for gated projections.
 template <class Epilogue>
 struct Maps {
     TensorMap a, b[2], out[Epilogue::outputs], in[Epilogue::inputs > 0 ? Epilogue::inputs : 1];
@@ -64,13 +65,24 @@ struct Product {
     static_assert(shared_bytes <= shared_limit);
     static_assert(Epilogue::scratch_bytes % 16 == 0);
     static constexpr int readers = Shape::pingpong ? 8 : 16;  // warps of both CTAs that read a stage
+    static constexpr bool over_rows = Epilogue::sums_rows;
+    static constexpr int slices = Shape::columns / Epilogue::slice_columns * Shape::blocks;  // of a warpgroup's tile
 
     const Work& work;
+    const Groups& groups;
     const Gather& rows;
     const Maps<Epilogue>& maps;
     const typename Epilogue::Arguments& arguments;
     uint32_t shared, rank;
 
+    // Asked anew each time: kept, it would take a register that epilogues need.
+    __device__ __forceinline__ int pairs() const {
+        return !over_rows && groups.table != nullptr ? num_pairs(groups) : work.pairs;
+    }
+    __device__ __forceinline__ int num_tiles() const { return work.parts * pairs() * work.columns; }
+    __device__ __forceinline__ Tile tile(int index) const {
+        return tile_at<over_rows>(work, groups, pairs(), index, static_cast<int>(rank));
+    }
     __device__ uint32_t stage(int step) const { return shared + step % Shape::stages * Shape::stage_bytes; }
     __device__ uint32_t full(int step) const { return shared + barriers_at + step % Shape::stages * 8; }
     __device__ uint32_t empty(int step) const { return full(step) + Shape::stages * 8; }
@@ -109,16 +121,19 @@ struct Product {
             fence_proxy_async_shared();
         }
         cluster_sync();
+        // What came before has ended, and what it wrote is there.
+        griddepcontrol_wait();
+        griddepcontrol_launch_dependents();
     }
 
     // --- the warpgroup that loads ---
 
     __device__ __forceinline__ void load_a(uint32_t to, int step, const Tile& tile, int k) const {
         if constexpr (Shape::major_a == Major::k) {
-            tma_load_3d(to, &maps.a, full(step), k, tile.row, tile.expert);
+            tma_load_3d(to, &maps.a, full(step), k, tile.row, tile.place);
         } else {
             for (int i = 0; i < tile_rows / 64; ++i)
-                tma_load_3d(to + i * atom_bytes, &maps.a, full(step), tile.row + i * 64, k, tile.expert);
+                tma_load_3d(to + i * atom_bytes, &maps.a, full(step), tile.row + i * 64, k, tile.place);
         }
     }
 
@@ -126,23 +141,24 @@ struct Product {
     __device__ __forceinline__ void load_b(uint32_t to, int step, const Tile& tile, int k) const {
         constexpr int half = Shape::columns / 2;
         const int first = Epilogue::b_in_halves ? tile.column * half : tile.column * Shape::columns + rank * half;
+        const int place = over_rows ? tile.place : tile.expert;
         const TensorMap* map = &maps.b[rank];
         to += rank * (Shape::b_bytes / 2);
         if constexpr (Shape::major_b == Major::k) {
-            tma_load_multicast_3d(to, map, full(step), k, first, tile.expert, 3);
+            tma_load_multicast_3d(to, map, full(step), k, first, place, 3);
         } else {
             for (int i = 0; i < half / 64; ++i)
-                tma_load_multicast_3d(to + i * atom_bytes, map, full(step), first + i * 64, k, tile.expert, 3);
+                tma_load_multicast_3d(to + i * atom_bytes, map, full(step), first + i * 64, k, place, 3);
         }
     }
 
     // One thread.
     __device__ __forceinline__ void load() const {
         int step = 0;
-        for (int index = cluster_id(); index < work.tiles(); index += num_clusters()) {
-            const Tile tile = tile_at(work, index, rank);
+        for (int index = cluster_id(); index < num_tiles(); index += num_clusters()) {
+            const Tile tile = this->tile(index);
 #pragma unroll 1
-            for (int i = 0, k = tile.split * work.steps * step_depth; i < work.steps; ++i, k += step_depth, ++step) {
+            for (int i = 0, k = tile.k; i < tile.steps; ++i, k += step_depth, ++step) {
                 mbarrier_wait(empty(step), parity(step) ^ 1);
                 mbarrier_arrive_expect_tx(full(step), Shape::stage_bytes);
                 load_a(stage(step), step, tile, k);
@@ -163,17 +179,13 @@ struct Product {
         const int thread = thread_id() - 2 * warpgroup_threads, chunk = thread % 8;
         const int first = thread / 32 * 4, own = first + lane() % 4 + 16 * (lane() / 4);
         int step = 0;
-        for (int index = cluster_id(); index < work.tiles(); index += num_clusters()) {
-            const Tile tile = tile_at(work, index, rank);
-            const int64_t start = first_row_of(tile.expert, rows.num_rows, rows.num_experts);
-            const int size = static_cast<int>(first_row_of(tile.expert + 1, rows.num_rows, rows.num_experts) - start);
+        for (int index = cluster_id(); index < num_tiles(); index += num_clusters()) {
+            const Tile tile = this->tile(index);
             int token = -1;  // there is no such row: zeros
-            if (tile.row + own < size) {
-                const int64_t row = start + tile.row + own;
-                token = rows.permutation != nullptr
-                            ? load_constant_i32(rows.permutation + row) / rows.top_k
-                            : static_cast<int>(token_of_row(rows.deal, static_cast<uint32_t>(row)));
-                if (rows.dealt != nullptr && tile.column == 0) store_global_i32(rows.dealt + row, token);
+            if (own < tile.size) {
+                const int row = tile.start + own;
+                token = rows.owners.token(row);
+                if (rows.owners.dealt != nullptr && tile.column == 0) store_global_i32(rows.owners.dealt + row, token);
             }
             uint32_t offsets[8];  // of 16 bytes; all bits: none
 #pragma unroll
@@ -182,7 +194,7 @@ struct Product {
                 offsets[i] = of_row < 0 ? ~0u : static_cast<uint32_t>(of_row) * (rows.columns / 8) + chunk;
             }
 #pragma unroll 1
-            for (int k = 0; k < work.steps * step_depth; k += step_depth, ++step) {
+            for (int k = 0; k < tile.steps * step_depth; k += step_depth, ++step) {
                 // Before the wait: with few stages it lasts until those rows have been multiplied.
                 if (step >= 2) gathered<1>(step - 2);
                 mbarrier_wait(empty(step), parity(step) ^ 1);
@@ -217,10 +229,9 @@ struct Product {
 
     // One thread, of a warp of its own: what slices read beside the product.
     __device__ __forceinline__ void load_inputs() const {
-        constexpr int slices = Shape::columns / 64 * Shape::blocks;
         int turn = 0;
-        for (int index = cluster_id(); index < work.tiles(); index += num_clusters(), ++turn) {
-            const Tile tile = tile_at(work, index, rank);
+        for (int index = cluster_id(); index < num_tiles(); index += num_clusters(), ++turn) {
+            const Tile tile = this->tile(index);
             const int group = turn % 2;
 #pragma unroll 1
             for (int i = 0; i < slices; ++i) {
@@ -230,7 +241,7 @@ struct Product {
                 mbarrier_arrive_expect_tx(barrier, input_bytes);
                 for (int j = 0; j < Epilogue::inputs; ++j)
                     tma_load_3d(input(group, slice) + j * atom_bytes, &maps.in[j], barrier, column,
-                                tile.row + i % Shape::blocks * 64, tile.expert);
+                                tile.row + i % Shape::blocks * 64, tile.place);
             }
         }
     }
@@ -244,9 +255,9 @@ struct Product {
 
     // kSums: `sums` too, A times ones.
     template <bool kSums>
-    __device__ __forceinline__ void multiply(Accumulators& d, float (&sums)[4], int step, int group) const {
+    __device__ __forceinline__ void multiply(Accumulators& d, float (&sums)[4], int step, int steps, int group) const {
 #pragma unroll 1
-        for (int i = 0; i < work.steps; ++i, ++step) {
+        for (int i = 0; i < steps; ++i, ++step) {
             mbarrier_wait(full(step), parity(step));
             const uint32_t at = stage(step) + (Shape::pingpong ? 0 : group * atom_bytes);
             const uint64_t a = make_descriptor<Shape::major_a>(at);
@@ -281,9 +292,10 @@ struct Product {
     }
 
     // What is done with a tile, in slices of 64 rows × 64 columns of output.
-    __device__ __forceinline__ void store(const Accumulators& d, const Tile& tile, int group, uint32_t& count,
+    __device__ __forceinline__ void store(const Accumulators& d, const Tile& tile, int group, int turn,
                                           Epilogue& epilogue) const {
         const bool leads = thread_id() % warpgroup_threads == 0;
+        uint32_t count = turn / (Shape::pingpong ? 2 : 1) * slices;  // of this warpgroup's slices
 #pragma unroll
         for (int n = 0; n < Shape::columns / Epilogue::slice_columns; ++n)
 #pragma unroll
@@ -291,7 +303,7 @@ struct Product {
                 const uint32_t slot = shared + slots_at + (group * slots + count % slots) * slot_bytes;
                 if (leads && !Epilogue::scatters) tma_store_wait_read<slots - 1>();
                 named_barrier_sync(own_warpgroup + group, warpgroup_threads);
-                const int row = tile.row + (Shape::pingpong ? m : group) * 64;
+                const int row = (Shape::pingpong ? m : group) * 64;
                 if (Epilogue::inputs > 0) mbarrier_wait(input_full(group, count), input_parity(count));
                 epilogue.slice(&d[m][n * Epilogue::slice_columns / 2], slot, input(group, count), tile, row, n);
                 // Also between what was read from `in` and what TMA writes there next.
@@ -306,11 +318,13 @@ struct Product {
                 if constexpr (Epilogue::scatters) {
                     epilogue.scatter(slot, column);
                 } else if (leads) {
+                    const int place = over_rows ? tile.expert * work.splits + tile.split : tile.place;
+                    // Past an expert's slots are the next one's.
+                    const bool exists = over_rows || row < tile.slots;
 #pragma unroll
                     for (int i = 0; i < Epilogue::outputs; ++i)
-                        if (i < epilogue.wanted())
-                            tma_store_3d(&maps.out[i], slot + i * atom_bytes, column, row,
-                                         tile.expert * work.splits + tile.split);
+                        if (exists && i < epilogue.wanted())
+                            tma_store_3d(&maps.out[i], slot + i * atom_bytes, column, tile.row + row, place);
                     tma_store_commit();
                 }
             }
@@ -318,14 +332,17 @@ struct Product {
 
     __device__ __forceinline__ void consume(int group) const {
         int step = 0, turn = 0;
-        uint32_t count = 0;
         if (Shape::pingpong && group == 1) {  // the first turns are warpgroup 0's
             named_barrier_arrive(turn_to_multiply, 2 * warpgroup_threads);
             named_barrier_arrive(turn_to_store, 2 * warpgroup_threads);
         }
-        for (int index = cluster_id(); index < work.tiles(); index += num_clusters(), step += work.steps) {
-            if (Shape::pingpong && turn++ % 2 != group) continue;
-            const Tile tile = tile_at(work, index, rank);
+        for (;; ++turn) {
+            const int index = cluster_id() + turn * num_clusters();
+            if (index >= num_tiles()) break;
+            if (Shape::pingpong && turn % 2 != group) continue;
+            const Tile tile = this->tile(index);
+            const int steps = tile.steps;
+            if (!over_rows) step = turn * steps;  // not counted: epilogues need the register
             Epilogue epilogue(arguments, shared + scratch_at + group * Epilogue::scratch_bytes);
             epilogue.begin(tile);
             Accumulators d;
@@ -335,20 +352,21 @@ struct Product {
             if constexpr (Epilogue::sums_rows) with_sums = epilogue.wants_sums(tile);
             // Two loops: a branch around a product would have all of them wait for one another.
             if (Epilogue::sums_rows && with_sums)
-                multiply<Epilogue::sums_rows>(d, sums, step, group);
+                multiply<Epilogue::sums_rows>(d, sums, step, steps, group);
             else
-                multiply<false>(d, sums, step, group);
+                multiply<false>(d, sums, step, steps, group);
             if (Shape::pingpong) {
                 named_barrier_arrive(turn_to_multiply + 1 - group, 2 * warpgroup_threads);
                 finish(d, sums);
             }
-            release(step + work.steps - 1);
+            release(step + steps - 1);
             if constexpr (Epilogue::sums_rows) {
                 if (with_sums) epilogue.put_sums(sums, tile, tile.row + group * 64);
             }
             if (Shape::pingpong) named_barrier_sync(turn_to_store + group, 2 * warpgroup_threads);
-            store(d, tile, group, count, epilogue);
+            store(d, tile, group, turn, epilogue);
             if (Shape::pingpong) named_barrier_arrive(turn_to_store + 1 - group, 2 * warpgroup_threads);
+            step += steps;
         }
         if (Shape::pingpong) take_last_turns(group, turn);
         if (thread_id() % warpgroup_threads == 0 && !Epilogue::scatters) tma_store_wait_read<0>();
@@ -387,9 +405,9 @@ struct Product {
 template <class Shape, class Epilogue>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(num_threads, 1)
     product_kernel(const __grid_constant__ Maps<Epilogue> maps, const __grid_constant__ Work work,
-                   const __grid_constant__ Gather rows,
+                   const __grid_constant__ Groups groups, const __grid_constant__ Gather rows,
                    const __grid_constant__ typename Epilogue::Arguments arguments) {
-    Product<Shape, Epilogue>{work, rows, maps, arguments, shared_memory(), cluster_rank()}.run();
+    Product<Shape, Epilogue>{work, groups, rows, maps, arguments, shared_memory(), cluster_rank()}.run();
 }
 
 }  // namespace ewa::hopper

@@ -68,6 +68,8 @@ struct Operands {
     Work work() const {
         return {tiles_of(m, 2 * tile_rows), tiles_of(n, Shape::columns), num_experts, tiles_of(k, step_depth)};
     }
+    // As many rows of an expert as there are slots.
+    Groups groups() const { return {num_experts * m, num_experts, nullptr}; }
 };
 
 // What is said, or the first place where values are not as expected.
@@ -79,6 +81,10 @@ std::string compare(const std::string& said, const std::vector<uint16_t>& values
             return "values: " + std::to_string(widen(BFloat16{values[i]})) + " at " + std::to_string(i) + ", not " +
                    std::to_string(widen(BFloat16{expected[i]}));
     return {};
+}
+
+Owners owners(int num_rows, const std::vector<int>& permutation) {
+    return {{{}, static_cast<uint32_t>(num_rows), 1, 1, 0}, permutation.data(), nullptr, 1};
 }
 
 // As for gradients of weights: both operands MN-major, more steps than stages, and clipped in every direction.
@@ -97,7 +103,7 @@ std::string compare(const std::string& said, const std::vector<uint16_t>& values
     auto maps = with.maps<Epilogue>();
     maps.out[0] = c.map(64);
     const Epilogue::Arguments arguments{nullptr, with.m, 1};
-    return compare(launch_product<Of, Epilogue>(maps, with.work(), {}, arguments, 0, nullptr), c.bits, expected);
+    return compare(launch_product<Of, Epilogue>(maps, with.work(), with.groups(), {}, arguments, {}), c.bits, expected);
 }
 
 // Up projection: more tiles than clusters, two outputs.
@@ -124,8 +130,8 @@ std::string compare(const std::string& said, const std::vector<uint16_t>& values
     maps.out[0] = hidden.map(64);
     maps.out[1] = pre.map(64);
     const Epilogue::Arguments arguments{
-        {bias.data(), float32}, with.n, num_experts * with.m, num_experts, {}, true};
-    const std::string said = launch_product<Of, Epilogue>(maps, with.work(), {}, arguments, 0, nullptr);
+        {bias.data(), float32}, with.n, {}, true};
+    const std::string said = launch_product<Of, Epilogue>(maps, with.work(), with.groups(), {}, arguments, {});
     hidden.bits.insert(hidden.bits.end(), pre.bits.begin(), pre.bits.end());
     return compare(said, hidden.bits, expected);
 }
@@ -154,8 +160,9 @@ std::string compare(const std::string& said, const std::vector<uint16_t>& values
     auto maps = with.maps<Epilogue>();
     maps.out[0] = maps.a;  // not used
     const Epilogue::Arguments arguments{
-        {bias.data(), float32}, permutation.data(), y.data(), with.n, num_rows, num_experts};
-    return compare(launch_product<Of, Epilogue>(maps, with.work(), {}, arguments, 0, nullptr), y, expected);
+        {bias.data(), float32}, nullptr, owners(static_cast<int>(permutation.size()), permutation), y.data(), with.n};
+    const Groups groups{num_rows, num_experts, nullptr};
+    return compare(launch_product<Of, Epilogue>(maps, with.work(), groups, {}, arguments, {}), y, expected);
 }
 
 // Rows of tokens in reverse order; the second expert has a row more than the first.
@@ -184,9 +191,10 @@ std::string compare(const std::string& said, const std::vector<uint16_t>& values
     Tensor c(with.m, with.n, 0);
     auto maps = with.maps<Epilogue>();
     maps.out[0] = c.map(64);
-    const Gather rows{x.bits.data(), with.k, num_rows, num_experts, {}, permutation.data(), nullptr, 1};
-    const Epilogue::Arguments arguments{{}, with.n, num_rows, num_experts, {}, false};
-    return compare(launch_product<Of, Epilogue>(maps, with.work(), rows, arguments, 0, nullptr), c.bits, expected);
+    const Gather rows{x.bits.data(), with.k, owners(num_rows, permutation)};
+    const Groups groups{num_rows, num_experts, nullptr};
+    const Epilogue::Arguments arguments{{}, with.n, {}, false};
+    return compare(launch_product<Of, Epilogue>(maps, with.work(), groups, rows, arguments, {}), c.bits, expected);
 }
 
 // Two parts of the sum over K, in float32, and sums of A's rows.
@@ -220,10 +228,11 @@ std::string compare(const std::string& said, const std::vector<uint16_t>& values
     maps.out[0] = make_map({parts.data(), with.n, with.m, num_experts * splits, with.n, int64_t{with.m} * with.n, true},
                            64, error);
     Work work = with.work();
+    work.parts *= splits;
     work.steps = steps;
     work.splits = splits;
     const std::string said =
-        launch_product<Of, Epilogue>(maps, work, {}, {sums.data(), with.m, splits}, 0, nullptr);
+        launch_product<Of, Epilogue>(maps, work, with.groups(), {}, {sums.data(), with.m, splits}, {});
     std::vector<uint16_t> values;
     for (const auto* of : {&parts, &sums})
         for (float v : *of) values.push_back(rounded(v));
@@ -253,8 +262,8 @@ std::string compare(const std::string& said, const std::vector<uint16_t>& values
     maps.in[0] = pre.map(64);
     maps.out[0] = grad.map(64);
     maps.out[1] = hidden.map(64);
-    const Epilogue::Arguments arguments{num_experts * with.m, num_experts, {}};
-    const std::string said = launch_product<Of, Epilogue>(maps, with.work(), {}, arguments, 0, nullptr);
+    const Epilogue::Arguments arguments{{}, nullptr, {}, nullptr, with.n, num_experts * with.m};
+    const std::string said = launch_product<Of, Epilogue>(maps, with.work(), with.groups(), {}, arguments, {});
     grad.bits.insert(grad.bits.end(), hidden.bits.begin(), hidden.bits.end());
     return compare(said, grad.bits, expected);
 }

@@ -27,6 +27,19 @@ const char* run(int call, const ewa::hopper::Layer* layer, const ewa::hopper::Op
     return say(ewa::hopper::run(static_cast<ewa::hopper::Call>(call), *layer, *operands));
 }
 
+const char* gather(const ewa::hopper::Layer* layer, const ewa::hopper::Rows* rows,
+                   const ewa::hopper::Gathered* gathered) {
+    return say(ewa::hopper::gather(*layer, *rows, *gathered));
+}
+
+const char* tabulate(const ewa::hopper::Layer* layer, const int32_t* expert_offsets, int32_t* table) {
+    return say(ewa::hopper::tabulate(*layer, expert_offsets, table));
+}
+
+int slots_of(const ewa::hopper::Layer* layer) { return layer->slots(); }
+
+int64_t table_size(const ewa::hopper::Layer* layer) { return layer->table_size(); }
+
 int splits_of(const ewa::hopper::Layer* layer, int size_m, int size_n) {
     return ewa::hopper::splits_of(*layer, size_m, size_n);
 }

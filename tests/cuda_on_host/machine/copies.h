@@ -24,6 +24,7 @@ inline void complete(const Load& load) {
 
 inline void load(int rank, uint32_t to, const TensorMap* map, uint32_t barrier, std::array<int, 3> at, uint32_t mask) {
     preempt();
+    check_dependent();
     check_tensor_map(*map, rank);
     for (uint32_t i = 0; mask >> i != 0; ++i) {
         if ((mask >> i & 1) == 0) continue;
@@ -64,6 +65,7 @@ inline void complete(Store& store) {
 
 inline void store(int rank, const TensorMap* map, uint32_t from, std::array<int, 3> at) {
     preempt();
+    check_dependent();
     check_tensor_map(*map, rank);
     check_box_address(own_cta(), *map, from);
     begin_async_read(own_cta(), from - shared_begin, static_cast<uint32_t>(map->box_bytes()));
@@ -122,6 +124,7 @@ inline void wait_for_copies(int left) {
 }
 
 inline void check_copy(uint32_t to, const void* from, uint32_t bytes) {
+    check_dependent();
     shared_index(own_cta(), to, 16, 16);
     if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("cp.async: misaligned address in global memory");
     if (bytes > 16) fail("cp.async: more than 16 bytes");

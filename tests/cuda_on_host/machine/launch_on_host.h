@@ -6,6 +6,11 @@ namespace ewa::hopper {
 inline machine::Options options_of_launches;
 inline int multiprocessors_of_launches = 4;  // fewer than any device has: the grid would take long
 
+inline machine::Options dependent(machine::Options options) {
+    options.dependent = true;
+    return options;
+}
+
 inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string&) {
     const int itemsize = tensor.itemsize();
     return machine::make_tensor_map(const_cast<void*>(tensor.data), itemsize,
@@ -15,18 +20,19 @@ inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string&) {
 }
 
 template <class Shape, class Epilogue>
-std::string launch_product(const Maps<Epilogue>& maps, const Work& work, const Gather& rows,
-                           const typename Epilogue::Arguments& arguments, int, void*) {
+std::string launch_product(const Maps<Epilogue>& maps, const Work& work, const Groups& groups, const Gather& rows,
+                           const typename Epilogue::Arguments& arguments, const Where&) {
     const int clusters = std::min(work.tiles(), multiprocessors_of_launches / 2);
     const machine::Grid grid{clusters, 2, num_threads, (Product<Shape, Epilogue>::shared_bytes + 15) / 16 * 16};
-    return machine::launch(grid, options_of_launches,
-                           [&] { product_kernel<Shape, Epilogue>(maps, work, rows, arguments); });
+    return machine::launch(grid, dependent(options_of_launches),
+                           [&] { product_kernel<Shape, Epilogue>(maps, work, groups, rows, arguments); });
 }
 
-inline std::string launch_sum(const float* parts, int64_t experts, int splits, int64_t size, void* out, int type, int,
-                              void*) {
-    return machine::launch({multiprocessors_of_launches, 1, sum_threads, 16}, options_of_launches,
-                           [&] { sum_parts_kernel<sum_threads>(parts, experts, splits, size, out, type); });
+template <class... Parameters, class... Arguments>
+std::string launch_simple(void (*kernel)(Parameters...), int blocks, int threads, const Where&,
+                          const Arguments&... arguments) {
+    const machine::Grid grid{std::min(blocks, multiprocessors_of_launches), 1, threads, 16};
+    return machine::launch(grid, dependent(options_of_launches), [&] { kernel(arguments...); });
 }
 
 }  // namespace ewa::hopper

@@ -14,7 +14,8 @@
 // - Convergence is seen where lanes are in different aligned instructions, or have ended; lanes at the same instruction
 //   in two places of a program are taken for converged.
 // - Descriptors of other swizzles than 128 bytes, boxes narrower than the swizzle, A from registers, clusters of more
-//   than two, the L2 and its hints. griddepcontrol does nothing: launches come one after the other.
+//   than two, the L2 and its hints. Launches come one after the other: of a grid that is
+//   dependent each thread must have called griddepcontrol_wait before it uses global memory.
 // - A loop that polls a flag some times and then goes on by itself may be taken for a livelock.
 #pragma once
 

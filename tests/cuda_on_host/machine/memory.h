@@ -23,6 +23,12 @@ inline uint32_t shared_index(const Cta& cta, uint32_t address, uint32_t bytes, u
     return address - shared_begin;
 }
 
+// A thread reads or writes global memory, itself or by TMA.
+inline void check_dependent() {
+    if (state.options.dependent && !self().has_waited_for_grids)
+        fail("global memory is used before griddepcontrol_wait");
+}
+
 inline Stamp now(const Fibre& fibre) { return fibre.cta->warps[fibre.thread / 32].now; }
 
 inline bool knows(const Fibre& fibre, Stamp stamp) { return fibre.knows.at(stamp.warp) >= stamp.epoch; }
@@ -109,6 +115,7 @@ inline void write_shared_by_tma(Cta& cta, uint32_t begin, const void* from, uint
 
 // What threads write to global memory is there at once, but TMA still reads what was there before.
 inline void write_global(void* to, const void* from, size_t bytes) {
+    check_dependent();
     const auto begin = reinterpret_cast<uintptr_t>(to);
     if (begin % bytes != 0) fail("misaligned store to global memory");
     Stale& stale = state.stale[begin / 16];
@@ -150,6 +157,14 @@ inline void write_global_by_tma(uint8_t* to, const void* from, size_t bytes) {
     memcpy(to, from, bytes);
     make_current(reinterpret_cast<uintptr_t>(to), bytes);
     if (!state.global_writers.empty()) state.global_writers.erase(reinterpret_cast<uintptr_t>(to) / 16);
+}
+
+template <class T>
+T read_constant(const void* at) {
+    check_dependent();
+    T value;
+    memcpy(&value, at, sizeof value);
+    return value;
 }
 
 // A fence shows what its thread wrote and what it knows that others wrote; what it does not know stays hidden.
@@ -196,7 +211,7 @@ inline void fence_proxy_async_shared() {
 }
 inline void fence_proxy_async_global() { machine::fence_global(); }
 inline void fence_gpu() {}
-inline void griddepcontrol_wait() {}
+inline void griddepcontrol_wait() { machine::self().has_waited_for_grids = true; }
 inline void griddepcontrol_launch_dependents() {}
 
 inline uint32_t load_shared_u32(uint32_t at) { return machine::read_shared<uint32_t>(at); }
@@ -208,11 +223,12 @@ inline void store_shared_f32(uint32_t at, float v) { machine::write_shared(machi
 inline void store_shared_f32x2(uint32_t at, float2 v) { machine::write_shared(machine::self(), at, &v, 8); }
 inline void store_shared_u32x4(uint32_t at, uint4 v) { machine::write_shared(machine::self(), at, &v, 16); }
 
-inline int load_constant_i32(const int* at) { return *at; }
-inline float load_constant_f32(const float* at) { return *at; }
-inline uint32_t load_constant_u16(const uint16_t* at) { return *at; }
+inline uint64_t load_constant_u64(const void* at) { return machine::read_constant<uint64_t>(at); }
+inline float load_constant_f32(const float* at) { return machine::read_constant<float>(at); }
+inline uint32_t load_constant_u16(const uint16_t* at) { return machine::read_constant<uint16_t>(at); }
 template <class T>
 T load_global(const void* at) {
+    machine::check_dependent();
     const auto address = reinterpret_cast<uintptr_t>(at);
     if (address % sizeof(T) != 0) machine::fail("misaligned load from global memory");
     const auto writer = machine::state.global_writers.find(address / 16);
@@ -226,6 +242,7 @@ inline void load_global_f32x4(const float* at, float (&v)[4]) {
     memcpy(v, &bits, 16);
 }
 inline uint4 load_global_u32x4(const void* at) { return load_global<uint4>(at); }
+inline int load_global_i32(const int* at) { return load_global<int>(at); }
 inline void store_global_i32(int* at, int v) { machine::write_global(at, &v, 4); }
 inline void store_global_u32(uint32_t* at, uint32_t v) { machine::write_global(at, &v, 4); }
 inline void store_global_f32(float* at, float v) { machine::write_global(at, &v, 4); }

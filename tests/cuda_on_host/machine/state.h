@@ -28,6 +28,7 @@ struct Options {
     int ctas_at_once = 4;               // the number of multiprocessors
     int registers = 0;                  // of a thread at launch; 0: as many as there are for its CTA
     uint64_t max_switches = 20000000;  // between fibres
+    bool dependent = false;            // launched before the grid before it has ended
 };
 
 struct Grid {
@@ -202,7 +203,7 @@ struct Fibre {
     Context context;
     int thread = 0;
     Cta* cta = nullptr;
-    bool done = false;
+    bool done = false, has_waited_for_grids = false;
     Reason reason;
 
     Clock knows;

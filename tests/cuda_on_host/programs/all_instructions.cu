@@ -89,7 +89,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     store_shared_u32x4(s, load_shared_u32x4(s + 16));
     float2 v = load_shared_f32x2(s);
     store_global_u32x4(out, load_global_u32x4(out + 4));
-    store_global_f32(out, exp2_approx(v.x) + load_constant_f32(out) + load_constant_i32(in));
+    store_global_f32(out, exp2_approx(v.x) + load_constant_f32(out) + load_global_i32(in) +
+                              load_constant_u64(in));
     v.x += shuffle(v.y, 3) + shuffle_xor(v.x, 1);
     v = unpack<Operand::f16>(pack<Operand::bf16>(v.x, v.y) ^ pack<Operand::f16>(v.x, v.y));
     store_global_f32(out + 1, v.x + unpack<Operand::bf16>(multiply_high(r[0], t[0])).y);
