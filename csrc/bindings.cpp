@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "hopper/bindings.h"
 #include "layer/merge.h"
 #include "layer/moe_ffn.h"
 #include "layer/permutation.h"
@@ -193,6 +194,9 @@ PYBIND11_MODULE(_C, m) {
         },
         unlocked);
     m.def("cuda_versions", &ewa::cuda_versions);
+#ifdef EWA_HOPPER
+    ewa::hopper::bind(m);
+#endif
     m.attr("cuda") = EWA_CUDA;
 #else
     m.attr("cuda") = py::none();

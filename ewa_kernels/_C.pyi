@@ -133,5 +133,66 @@ def parameter_pass_cuda(
     plan: CudaPlan, scalars: Scalars, memory: int, counter: int, device: int, stream: int
 ) -> None: ...
 
+# Where "90a" is in `cuda`, of csrc/hopper/layer.h: a call's seed, or its address; the table of groups that are given;
+# multiprocessors, stream, and whether launches overlap.
+HopperOfCall = tuple[int, int, int, int, int, bool]
+HopperRows = tuple[int, bool, int, int]
+
+class HopperActivation: ...
+class HopperCall: ...
+
+class HopperLayer:
+    slots: int
+    table_size: int
+    def __init__(
+        self,
+        is_bfloat16: bool,
+        num_rows: int,
+        num_experts: int,
+        d_model: int,
+        d_ff: int,
+        top_k: int,
+        is_given: bool,
+        activation: HopperActivation,
+        gated: bool,
+        radices: Sequence[int],
+        dropout_threshold: int,
+        dropout_scale: float,
+    ) -> None: ...
+    def splits_of(self, size_m: int, size_n: int) -> int: ...
+
+def hopper_tabulate(layer: HopperLayer, of_call: HopperOfCall, expert_offsets: int, table: int) -> None: ...
+def hopper_gather(
+    layer: HopperLayer,
+    of_call: HopperOfCall,
+    rows: HopperRows,
+    x: int,
+    grad_y: int,
+    of_grad_y: int,
+    weighted: int,
+    routing_weights: int,
+) -> None: ...
+def hopper_product(
+    call: HopperCall,
+    layer: HopperLayer,
+    of_call: HopperOfCall,
+    *,
+    rows: HopperRows = ...,
+    a: int = 0,
+    b: int = 0,
+    bias: Matrix = ...,
+    permutation: int = 0,
+    routing_weights: int = 0,
+    partial_routing: int = 0,
+    pre_activation: int = 0,
+    hidden: int = 0,
+    out: Matrix = ...,
+    size_m: int = 0,
+    size_n: int = 0,
+    parts: int = 0,
+    part_sums: int = 0,
+    sums: Matrix = ...,
+) -> None: ...
+
 # (of the driver, of the build), as 1000 * major + 10 * minor.
 def cuda_versions() -> tuple[int, int]: ...

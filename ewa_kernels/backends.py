@@ -13,13 +13,15 @@ from ewa_kernels.version import VERSION
 
 BACKENDS = (
     *("auto", "reference", "torch", "triton", "triton-single", "triton-split", "triton-onchip", "cublas"),
-    *("cuda", "cpp"),
+    *("hopper", "cuda", "cpp"),
 )
 
 # Best first: "auto" picks the first that can run. The last of moe_ffn are forms of "triton", which picks the best.
 _IMPLEMENTED = {
     "random_permutation": ("triton", "cpp", "reference"),
-    "moe_ffn": ("triton", "cpp", "torch", "reference", "triton-single", "triton-split", "triton-onchip", "cublas"),
+    "moe_ffn": (
+        *("triton", "cpp", "torch", "reference", "triton-single", "triton-split", "triton-onchip", "cublas", "hopper"),
+    ),
     "average_experts_": ("cuda", "triton", "cpp", "reference"),
     "adamw": ("cuda", "cpp", "torch"),
     "merge_experts": ("triton", "cpp", "reference"),
@@ -31,6 +33,7 @@ _DESCRIPTIONS: dict[str | tuple[str, str], str] = {
     "triton": "Triton: the layer in one launch forward and one backward, averaging in one for each tensor",
     ("moe_ffn", "triton"): "Triton, one launch forward and one backward; on Hopper cublas where that should be faster",
     "cublas": "PyTorch's matrix products, and Triton's passes over rows between them",
+    "hopper": "CUDA for sm_90a, products and all between them; what it is not for by Triton",
     "cuda": "CUDA, one launch for all tensors",
     "cpp": "C++",
     ("moe_ffn", "cpp"): "C++, in part with PyTorch's matrix products",
@@ -97,9 +100,11 @@ def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dty
         if torch.version.hip:
             return "it is for NVIDIA's GPUs"
         return extension.WHY_NOT_CUDA or parameter_pass.old_driver() or parameter_pass.too_old(device)
-    # Triton, in all its forms.
+    # Triton, in all its forms; Hopper's kernels leave to it what they are not for.
     if triton_kernels.WHY_NOT is not None:
         return triton_kernels.WHY_NOT
+    if backend == "hopper":
+        return _why_not_hopper(device)
     if device.type == "cuda":
         return parameter_pass.too_old(device)
     if device.type != "cpu":
@@ -107,6 +112,18 @@ def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dty
     if not triton_kernels.INTERPRETED:
         return "on the CPU it needs Triton's interpreter: set TRITON_INTERPRET=1 before ewa_kernels is imported"
     return None
+
+
+def _why_not_hopper(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it is for CUDA devices"
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return f"it is for compute capability 9.0, the device has {torch.cuda.get_device_capability(device)}"
+    if extension.WHY_NOT_CUDA is not None:
+        return extension.WHY_NOT_CUDA
+    if "90a" not in (extension.CUDA_ARCHITECTURES or "").split():
+        return f"the extension is built without architecture 90a: {extension.HOW_TO}"
+    return parameter_pass.old_driver()
 
 
 def _why_not_auto(operation: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:

@@ -164,6 +164,9 @@ def keep(among: dict[Any, Problem], key: Any, problem: Problem) -> Problem:
 
 def num_kept(backend: str, is_given: bool, num_rows: int, num_experts: int) -> int:
     """Rows of pre_activation: R; on a GPU, where groups are equal, ⌈R/E⌉ for each expert, which only a library's
-    batched products need: whether one makes them is known later than how much is kept."""
+    batched products need: whether one makes them is known later than how much is kept. Our own kernels for Hopper have
+    slots, see `csrc/hopper/groups.cuh`."""
+    if backend == "hopper":
+        return (num_rows // 64 + num_experts) * 64 if is_given else -(-num_rows // num_experts) * num_experts
     is_on_gpu = backend == "auto" or backend == "cublas" or backend.startswith("triton")
     return -(-num_rows // num_experts) * num_experts if is_on_gpu and not is_given else num_rows

@@ -1,9 +1,12 @@
 """csrc/hopper in the model of sm_90a on the host, for Python: its structures, its library, its functions."""
 
 import ctypes
+import importlib.util
 import itertools
 import subprocess
+import sysconfig
 
+import pybind11
 import torch
 from host_model import MODEL, ROOT, compiler, flags
 
@@ -125,18 +128,34 @@ class Gathered(ctypes.Structure):
     _fields_ = tuple((name, POINTER) for name in ("x", "grad_y", "of_grad_y", "weighted", "routing_weights"))
 
 
-def build(folder):
-    """The library of the kernels in the model."""
-    sources = [*sorted((ROOT / "csrc/hopper").glob("*.cu")), MODEL / "hopper_layer.cpp"]
+def compile_sources(folder, others, target):
+    """The kernels, and other sources, for the model."""
+    sources = [*sorted((ROOT / "csrc/hopper").glob("*.cu")), MODEL / "hopper_layer.cpp", *others]
     objects = [folder / f"{source.stem}.o" for source in sources]
+    python = [f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
     commands = [
-        [compiler(), *flags(), "-fPIC", "-x", "c++", "-c", source, "-o", target]
+        [compiler(), *flags(), *python, "-fPIC", "-x", "c++", "-c", source, "-o", target]
         for source, target in zip(sources, objects, strict=True)
     ]
     for process in [subprocess.Popen(command) for command in commands]:
         assert process.wait() == 0
-    subprocess.run([compiler(), "-shared", *objects, "-o", folder / "hopper.so"], check=True)
-    library = ctypes.CDLL(str(folder / "hopper.so"))
+    subprocess.run([compiler(), "-shared", *objects, "-o", folder / target], check=True)
+    return str(folder / target)
+
+
+def build_module(folder):
+    """What `ewa_kernels._C` has of the kernels, and `set_machine`."""
+    others = [ROOT / "csrc/hopper/bindings.cpp", MODEL / "hopper_module.cpp"]
+    path = compile_sources(folder, others, "hopper_on_host.so")
+    spec = importlib.util.spec_from_file_location("hopper_on_host", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(folder):
+    """The library of the kernels."""
+    library = ctypes.CDLL(compile_sources(folder, [], "hopper.so"))
     for name in ("run", "gather", "tabulate"):
         getattr(library, name).restype = ctypes.c_char_p
     library.table_size.restype = INT64

@@ -129,13 +129,13 @@ CASES = [
         lambda: moe_ffn(backend="fast"),
         ValueError,
         "backend must be one of auto, reference, torch, triton, triton-single, triton-split, triton-onchip, cublas, "
-        "cuda, cpp, got 'fast'",
+        "hopper, cuda, cpp, got 'fast'",
     ),
     (
         lambda: moe_ffn(backend="cuda"),
         ewa.BackendError,
         "backend='cuda' cannot run moe_ffn on cpu: ewa_kernels 0.1.0 has triton, cpp, torch, reference, triton-single, "
-        "triton-split, triton-onchip and cublas only",
+        "triton-split, triton-onchip, cublas and hopper only",
     ),
     (
         lambda: moe_ffn(**{name: t.double() for name, t in OPERANDS.items()}, backend="triton"),

@@ -20,4 +20,8 @@ def of(problem: Problem) -> Any:
     """The module for the problem's backend."""
     if problem.backend == "cublas":
         return triton_kernels.cublas
+    if problem.backend == "hopper":
+        from ewa_kernels.kernels import hopper  # which needs Triton
+
+        return hopper
     return triton_kernels.moe_ffn if problem.backend.startswith("triton") else blocked_ffn

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace ewa::hopper {
+
+// Into ewa_kernels._C, where it is built for Hopper; or into a module of the tests, for the model of the machine.
+void bind(pybind11::module_& m);
+
+}  // namespace ewa::hopper
