@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,11 +26,13 @@ import ewa_kernels as ewa
 from benchmarks.environment import ROOT, environment
 from benchmarks.timing import Variant, ratios, rounds, timings
 from ewa_kernels import backends
+from ewa_kernels.kernels import devices
 from ewa_kernels.kernels import triton as triton_kernels
 
 NUM_TOKENS, D_MODEL, D_FF, NUM_EXPERTS, NUM_LAYERS = 8, 16, 32, 4, 12
 CALLS = {"optimizer": 5, "layer": 50}  # in a sample
 DENSE, FUSED, STUBBED = "dense FFN", "torch's fused AdamW", "triton, launches stubbed"
+HOPPER = "hopper, launches stubbed"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ LIMITS = (
     Limit("optimizer step", "averager.step", 0.5),
     Limit("forward", STUBBED, 2.5),
     Limit("forward, backward", STUBBED, 2.0),
+    Limit("forward", HOPPER, 2.5),
+    Limit("forward, backward", HOPPER, 2.5),
 )
 
 
@@ -62,11 +67,24 @@ class _Nothing:
         return lambda *args, **kwargs: self
 
 
+class _Unlaunched:
+    """Stands in for the extension: its kernels for Hopper launch nothing."""
+
+    HopperActivation = SimpleNamespace(gelu="gelu")
+    HopperCall = SimpleNamespace(up="up", down="down", grad_pre="grad_pre", grad_x="grad_x", grad_weight="grad_weight")
+    HopperLayer = staticmethod(lambda *of_layer: SimpleNamespace(slots=NUM_TOKENS, splits_of=lambda m, n: 1))
+    hopper_gather = hopper_product = staticmethod(lambda *args, **operands: None)
+
+
 def stub_launches() -> None:
-    """Of all Triton kernels of the layer, for the rest of the process; of none where there is no Triton."""
+    """Of all kernels for GPUs of the layer, for the rest of the process; of none where there is no Triton."""
     if triton_kernels.WHY_NOT is not None:
         return
+    from ewa_kernels.kernels import hopper
     from ewa_kernels.kernels.triton import backward, forward, onchip
+
+    hopper._C = _Unlaunched  # type: ignore[assignment, attr-defined]
+    devices.why_not_hopper = lambda device: None
 
     for module in (forward, backward, onchip):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
@@ -75,16 +93,24 @@ def stub_launches() -> None:
 
 def layer_cases(device: str) -> dict[str, dict[str, Callable[[], object]]]:
     """{what is called: {by whom: the call}}; the first is the baseline."""
-    x = torch.randn(NUM_TOKENS, D_MODEL, device=device).requires_grad_()
-    grad_y = torch.randn_like(x)
+    x = torch.randn(NUM_TOKENS, D_MODEL, device=device)
+    xs = {dtype: x.to(dtype, copy=True).requires_grad_() for dtype in (torch.float32, torch.bfloat16)}
     up, down = nn.Linear(D_MODEL, D_FF, device=device), nn.Linear(D_FF, D_MODEL, device=device)
     layers: dict[str, nn.Module] = {DENSE: nn.Sequential(up, nn.GELU(), down)}
-    for backend in ("auto", "cpp", "torch", "triton"):
+    stubbed = {"triton": STUBBED, "hopper": HOPPER} if device == "cpu" else {}
+    for backend in ("auto", "cpp", "torch", "triton", "hopper"):
         if backend == "auto" or backends.why_not("moe_ffn", backend, torch.device(device)) is None:
-            name = STUBBED if backend == "triton" and device == "cpu" else backend
-            layers[name] = ewa.RandomPartitionMoE(D_MODEL, D_FF, NUM_EXPERTS, backend=backend, device=device)
+            dtype = torch.bfloat16 if backend == "hopper" else torch.float32
+            layers[stubbed.get(backend, backend)] = ewa.RandomPartitionMoE(
+                D_MODEL, D_FF, NUM_EXPERTS, backend=backend, device=device, dtype=dtype
+            )
+
+    def x_of(layer: nn.Module) -> Tensor:
+        return xs[next(layer.parameters()).dtype]
 
     def forward_and_backward(layer: nn.Module) -> Callable[[], object]:
+        x, grad_y = x_of(layer), torch.randn_like(x_of(layer))
+
         def call() -> None:
             layer.zero_grad()
             x.grad = None
@@ -93,6 +119,8 @@ def layer_cases(device: str) -> dict[str, dict[str, Callable[[], object]]]:
         return call
 
     def evaluate(layer: nn.Module) -> Callable[[], object]:
+        x = x_of(layer)
+
         def call() -> None:
             with torch.no_grad():
                 layer.eval()(x)
@@ -101,6 +129,7 @@ def layer_cases(device: str) -> dict[str, dict[str, Callable[[], object]]]:
         return call
 
     def forward(layer: nn.Module) -> Callable[[], object]:
+        x = x_of(layer)
         return lambda: layer(x)
 
     return {

@@ -27,7 +27,7 @@ from benchmarks.cases import Case
 from benchmarks.environment import environment
 from benchmarks.parity import differs
 from benchmarks.timing import Stopwatch, Variant, interleaved, timed
-from ewa_kernels.kernels import forms
+from ewa_kernels.kernels import devices, forms
 from ewa_kernels.kernels import moe_ffn as kernels
 from ewa_kernels.kernels.triton import cublas
 from ewa_kernels.kernels.triton.layer import Layer
@@ -40,7 +40,7 @@ TOLERANCE = 1e-2  # between forms, in norm
 
 def backend_of(form: str) -> str:
     """How the public functions call a form."""
-    return form if form == "cublas" else f"triton-{form}"
+    return form if form in ("cublas", "hopper") else f"triton-{form}"
 
 
 class Operands:
@@ -64,6 +64,8 @@ class Operands:
         """Those that there are for this shape; the first is what others are held against."""
         fits = self.layer("single").onchip_tile() is not None
         yield from ("single", "split", "cublas")
+        if devices.why_not_hopper(self.grad_y.device) is None:
+            yield "hopper"
         if phase == "forward" and fits:
             yield "onchip"
 

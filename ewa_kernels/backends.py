@@ -7,7 +7,7 @@ import warnings
 import torch
 
 import ewa_kernels.checks as checks
-from ewa_kernels.kernels import extension, multiprocessors, parameter_pass
+from ewa_kernels.kernels import devices, extension, multiprocessors
 from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.version import VERSION
 
@@ -70,7 +70,7 @@ def _warn_once_of_slowness(operation: str, found: str, device: torch.device) -> 
     """Where the extension would be faster and is not there: one warning for all operations on a kind of device."""
     missing = extension.WHY_NOT if device.type == "cpu" else None
     if device.type == "cuda":
-        missing = extension.WHY_NOT_CUDA or parameter_pass.old_driver()
+        missing = extension.WHY_NOT_CUDA or devices.old_driver()
     expected = {"cpu": "cpp", "cuda": "cuda"}.get(device.type)
     # On AMD's GPUs there is nothing to install.
     if missing is None or torch.version.hip or device.type in _warned or expected not in _IMPLEMENTED[operation]:
@@ -99,31 +99,19 @@ def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dty
             return "it is for CUDA devices"
         if torch.version.hip:
             return "it is for NVIDIA's GPUs"
-        return extension.WHY_NOT_CUDA or parameter_pass.old_driver() or parameter_pass.too_old(device)
+        return devices.why_not_cuda(device)
     # Triton, in all its forms; Hopper's kernels leave to it what they are not for.
     if triton_kernels.WHY_NOT is not None:
         return triton_kernels.WHY_NOT
     if backend == "hopper":
-        return _why_not_hopper(device)
+        return devices.why_not_hopper(device)
     if device.type == "cuda":
-        return parameter_pass.too_old(device)
+        return devices.too_old(device)
     if device.type != "cpu":
         return "it is for CUDA devices"
     if not triton_kernels.INTERPRETED:
         return "on the CPU it needs Triton's interpreter: set TRITON_INTERPRET=1 before ewa_kernels is imported"
     return None
-
-
-def _why_not_hopper(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "it is for CUDA devices"
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return f"it is for compute capability 9.0, the device has {torch.cuda.get_device_capability(device)}"
-    if extension.WHY_NOT_CUDA is not None:
-        return extension.WHY_NOT_CUDA
-    if "90a" not in (extension.CUDA_ARCHITECTURES or "").split():
-        return f"the extension is built without architecture 90a: {extension.HOW_TO}"
-    return parameter_pass.old_driver()
 
 
 def _why_not_auto(operation: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:

@@ -97,11 +97,11 @@ class TestTable:
             sizes = (entry.gated, entry.num_rows, entry.num_experts, entry.d_model, entry.d_ff)
             assert forms.nearest(device, torch.bfloat16, *sizes) == entry
         near = forms.nearest(device, torch.float16, False, 40_000, 4, 800, 3200)
-        assert (near.name, near.backend, near.fastest("forward", ("single", "split"))) == ("ViT-B", "cublas", "split")
+        assert (near.name, near.backend(), near.fastest("forward", ("single", "split"))) == ("ViT-B", "cublas", "split")
         assert forms.nearest(device, torch.bfloat16, True, 16_000, 8, 2048, 4096).name == "DINOv2-g"
-        assert forms.nearest(device, torch.bfloat16, False, 8000, 4, 384, 1536).backend == "triton"
+        assert forms.nearest(device, torch.bfloat16, False, 8000, 4, 384, 1536).backend() == "triton"
         # Better by less than the model errs.
-        assert forms.nearest(device, torch.bfloat16, False, 802_816, 4, 96, 384).backend == "triton"
+        assert forms.nearest(device, torch.bfloat16, False, 802_816, 4, 96, 384).backend() == "triton"
         assert forms.nearest(device, torch.float32, False, 40_000, 4, 768, 3072) is None
         assert forms.nearest(torch.device("cpu"), torch.bfloat16, False, 40_000, 4, 768, 3072) is None
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -116,9 +116,18 @@ class TestTable:
         forms.entries.cache_clear()
         try:
             assert forms.entries() == (own,)
-            assert own.backend == "triton"
+            assert own.backend() == "triton"
         finally:
             forms.entries.cache_clear()
+
+    def test_hoppers_kernels_only_where_they_were_measured_and_run(self):
+        (entry, *_) = forms.read(forms.TABLE)
+        faster = dataclasses.replace(
+            entry, **{p: {**getattr(entry, p), "hopper": 1.0} for p in ("forward", "backward")}
+        )
+        measured = dataclasses.replace(faster, measured=True)
+        assert faster.backend() == entry.backend() == measured.backend(has_hopper=False)
+        assert measured.backend() == "hopper"
 
     @pytest.mark.parametrize("text", ["", "{}", '{"entries": [{"name": "x"}]}'], ids=["empty", "other", "fields"])
     def test_a_file_that_is_none(self, tmp_path, text):

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
+from ewa_kernels.kernels import devices
 from ewa_kernels.problem import Inputs, Problem
 
 TABLE = Path(__file__).with_name("forms.json")
-FORMS = ("single", "split", "onchip", "cublas")  # Triton's are named as the backends are, without "triton-"
+FORMS = ("single", "split", "onchip", "cublas", "hopper")  # Triton's are named as the backends, without "triton-"
 # A predicted gain must be so large before "auto" leaves Triton's forms, which have been measured.
 MARGIN = 0.9
 
@@ -69,13 +70,15 @@ class Entry:
         times: dict[str, float] = getattr(self, phase)
         return min((form for form in forms if form in times), key=lambda form: times[form], default=None)
 
-    @property
-    def backend(self) -> str:
-        """What takes the least time, forward and backward together: "triton", whatever its form, or "cublas"."""
-        phases = (self.forward, self.backward)
-        of_triton = sum(min(t for form, t in times.items() if form != "cublas") for times in phases)
-        of_cublas = sum(times.get("cublas", math.inf) for times in phases)
-        return "cublas" if of_cublas < of_triton * (1.0 if self.measured else MARGIN) else "triton"
+    def backend(self, has_hopper: bool = True) -> str:
+        """What takes the least time, forward and backward together: "triton", whatever its form, "cublas", or "hopper",
+        which must have been measured."""
+        phases, others = (self.forward, self.backward), ("cublas", "hopper")
+        of_triton = sum(min(t for form, t in times.items() if form not in others) for times in phases)
+        totals = {"triton": of_triton * (1.0 if self.measured else MARGIN)}
+        for form in others[: 1 + (has_hopper and self.measured)]:
+            totals[form] = sum(times.get(form, math.inf) for times in phases)
+        return min(totals, key=lambda form: totals[form])
 
 
 @functools.cache
@@ -102,11 +105,12 @@ def read(path: Path) -> tuple[Entry, ...]:
 
 
 def backend_for(inputs: Inputs, is_given: bool, dtype: torch.dtype) -> str:
-    """ "triton" or "cublas", where "auto" has found that Triton runs: nothing is known of groups that are given."""
+    """ "triton", "cublas" or "hopper", where "auto" has found that Triton runs: nothing is known of groups that are
+    given."""
     x, (num_experts, d_model, d_ff) = inputs.x, inputs.down_weight.shape
     gated = inputs.up_weight.shape[1] == 2 * d_ff
     entry = None if is_given else nearest(x.device, dtype, gated, x.numel() // d_model, num_experts, d_model, d_ff)
-    return "triton" if entry is None else entry.backend
+    return "triton" if entry is None else entry.backend(devices.why_not_hopper(x.device) is None)
 
 
 def nearest_to(problem: Problem) -> Entry | None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ewa_kernels.kernels import extension
 from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.kernels.parameter_pass import DTYPES, too_old
+from ewa_kernels.kernels.devices import too_old
+from ewa_kernels.kernels.parameter_pass import DTYPES
 
 if extension.WHY_NOT is None:
     import ewa_kernels._C as _C

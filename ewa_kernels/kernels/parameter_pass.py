@@ -30,26 +30,6 @@ NUM_OPTIONS = 5
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-def too_old(device: torch.device) -> str | None:
-    """Why a GPU cannot run kernels of ours, CUDA's or Triton's; None if it can."""
-    capability = torch.cuda.get_device_capability(device)
-    return None if capability >= (8, 0) else f"it needs compute capability 8.0, the device has {capability}"
-
-
-def old_driver() -> str | None:
-    """Why the driver cannot run the CUDA part; None if it can: what was built with its own major version, or older."""
-    driver, built = _C.cuda_versions()
-    # Built with 12.1 or newer, a launch has parameters of more than 4 KB, which drivers for 12.0 refuse.
-    if driver // 1000 >= built // 1000 and not driver < 12010 <= built:
-        return None
-    names = [f"{version // 1000}.{version % 1000 // 10}" for version in (built, driver)]
-    return f"the extension is built with CUDA {names[0]}, the driver is for {names[1]}: update it, or build with that"
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler, which cannot look into the call.
-old_driver._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def groups_of(tensors: Sequence[Any], group_sizes: Sequence[int]) -> Iterator[list[Any]]:
     """The tensors of each group: one that is stacked where the size is 0, else as many as it says."""
     remaining = iter(tensors)
