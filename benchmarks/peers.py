@@ -63,7 +63,7 @@ def _form(name: str, backend: str) -> Peer:
 # --- what one would write in PyTorch ---
 
 
-def _dense(case: Case) -> Function:
+def dense(case: Case) -> Function:
     return _dense_by(_dense_core, case)
 
 
@@ -205,7 +205,7 @@ def peers() -> list[Peer]:
         _form("split form", "triton-split"),
         _form("on chip", "triton-onchip"),
         _form("PyTorch calls", "torch"),
-        Peer(DENSE, _dense, _no_dense, Problem.as_dense),
+        Peer(DENSE, dense, _no_dense, Problem.as_dense),
         Peer(
             f"{DENSE}, compiled",
             lambda case: _dense_by(torch.compile(_dense_core, dynamic=False), case),

@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import floors, model, problem
+from benchmarks import floors, model, peers, problem
 from benchmarks.cases import Case
 from benchmarks.environment import environment
 from benchmarks.parity import differs
 from benchmarks.timing import Stopwatch, Variant, interleaved, timed
-from ewa_kernels.kernels import devices, forms
+from ewa_kernels.kernels import devices, forms, hopper
 from ewa_kernels.kernels import moe_ffn as kernels
 from ewa_kernels.kernels.triton import cublas
 from ewa_kernels.kernels.triton.layer import Layer
@@ -52,6 +52,7 @@ class Operands:
         leaves |= {name: leaf.detach() for name, leaf in made.leaves.items()}
         self.case, self.grad_y = case, made.grad_y
         self.inputs = Inputs(**leaves)
+        self.dense = made.as_dense()
 
     def problem(self, form: str) -> Problem:
         options = Options(self.case.activation, self.case.gated, 0.0, backend_of(form), False)
@@ -88,9 +89,46 @@ class Operands:
 
         return backward
 
+    def beside(self, phase: str) -> dict[str, Callable[[], Any]]:
+        """What forms are held against: the dense FFN, and a library's products with nothing between them."""
+        (x, up, _, down, *_), experts = self.inputs, self.case.num_experts
+        y = peers.dense(self.case)(self.dense, None)
+        rows = x[: len(x) // experts * experts].view(experts, -1, x.shape[1])
+        hidden, pre = (rows.new_zeros(*rows.shape[:2], width) for width in (down.shape[2], up.shape[1]))
+
+        def products() -> None:
+            torch.bmm(rows, up.mT)
+            torch.bmm(hidden, down.mT)
+
+        def products_backward() -> None:
+            torch.bmm(rows, down)
+            torch.bmm(pre, up)
+            torch.bmm(rows.mT, hidden)
+            torch.bmm(pre.mT, rows)
+
+        def backward() -> None:
+            torch.autograd.grad(y, list(self.dense.leaves.values()), self.dense.grad_y, retain_graph=True)
+
+        if phase == "forward":
+            return {"dense FFN": lambda: peers.dense(self.case)(self.dense, None), "products alone": products}
+        return {"dense FFN": backward, "products alone": products_backward}
+
+
+def one_after_the_other(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A call in which no launch begins before the one before it has ended."""
+
+    def without_overlap() -> Any:
+        hopper.OVERLAPS = False
+        try:
+            return call()
+        finally:
+            hopper.OVERLAPS = True
+
+    return without_overlap
+
 
 def measure(operands: Operands, watch: Stopwatch, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
-    """Microseconds by phase and form; a form that computes something else raises an error."""
+    """Microseconds by phase and form, and of what is beside; a form that computes something else raises an error."""
     found: dict[str, dict[str, float]] = {}
     for phase in ("forward", "backward"):
         variants: dict[str, Variant] = {}
@@ -104,8 +142,11 @@ def measure(operands: Operands, watch: Stopwatch, rounds: int = ROUNDS) -> dict[
             if (error := differs(ours, expected)) > TOLERANCE:
                 raise RuntimeError(f"{operands.case.name}, {phase}, {form}: differs by {error:.1e} from the first form")
             variants[form] = timed(call, watch)
+            if form == "hopper":
+                variants["hopper, no overlap"] = timed(one_after_the_other(call), watch)
+        variants |= {name: timed(call, watch) for name, call in operands.beside(phase).items()}
         timings = interleaved(variants, 0, min_rounds=rounds)
-        found[phase] = {form: round(1e3 * timings[form][0].median, 2) for form in variants}
+        found[phase] = {name: round(1e3 * timings[name][0].median, 2) for name in variants}
     return found
 
 
@@ -159,18 +200,17 @@ def entry(case: Case, capability: int, found: dict[str, dict[str, float]], sourc
         num_experts=case.num_experts,
         d_model=case.d_model,
         d_ff=case.d_ff,
-        forward=found["forward"],
-        backward=found["backward"],
+        **{phase: {form: t for form, t in times.items() if form in forms.FORMS} for phase, times in found.items()},
         measured=True,
         source=source,
     )
 
 
-def show(console: Console, of_shape: forms.Entry, of_rows: list[Pass]) -> None:
-    table = Table("phase", *forms.FORMS, title=f"{of_shape.name}, µs")
-    for phase in ("forward", "backward"):
-        times: dict[str, float] = getattr(of_shape, phase)
-        table.add_row(phase, *(f"{times[form]:.0f}" if form in times else "" for form in forms.FORMS))
+def show(console: Console, name: str, found: dict[str, dict[str, float]], of_rows: list[Pass]) -> None:
+    names = list(dict.fromkeys(name for times in found.values() for name in times))
+    table = Table("phase", *names, title=f"{name}, µs")
+    for phase, times in found.items():
+        table.add_row(phase, *(f"{times[name]:.0f}" if name in times else "" for name in names))
     console.print(table)
     console.print("passes, of a copy: " + ", ".join(f"{p.name} {p.of_copy:.2f}" for p in of_rows))
 
@@ -193,6 +233,7 @@ def main() -> None:
     copy_rate = floors.measure("cuda", ()).copy_rate
     entries: list[forms.Entry] = []
     of_rows: dict[str, Any] = {}
+    of_all: dict[str, Any] = {}
     for shape in arguments.shapes:
         if time.monotonic() - start > 60 * arguments.minutes:
             console.print(f"{shape}: left out for want of time")
@@ -202,8 +243,9 @@ def main() -> None:
         entries.append(entry(cases[shape], capability, found, f"measured on an {name}, {stamp['commit']}"))
         rows = passes(operands, copy_rate, watch)
         of_rows[shape] = [asdict(p) for p in rows]
-        show(console, entries[-1], rows)
-        found_so_far = {"environment": stamp, "copy_rate": copy_rate, "passes": of_rows}
+        of_all[shape] = found
+        show(console, shape, found, rows)
+        found_so_far = {"environment": stamp, "copy_rate": copy_rate, "passes": of_rows, "all": of_all}
         path.write_text(json.dumps({**found_so_far, "entries": [asdict(e) for e in entries]}, indent=1) + "\n")
     if arguments.ship:
         kept = [e for e in forms.read(forms.TABLE) if (e.capability, e.itemsize) != (capability, 2)]

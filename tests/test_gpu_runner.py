@@ -36,10 +36,11 @@ def test_a_section_that_takes_too_long_is_stopped(runner):
     assert time.monotonic() - start < 20
 
 
-def test_commands_exist_and_fit_in_ten_minutes(runner):
+@pytest.mark.parametrize(("of", "minutes"), [("sections", 9.5), ("hopper_sections", 6)])
+def test_commands_exist_and_fit_in_time(of, minutes, runner):
     """If each takes as long as it may; those of a group run at the same time."""
-    groups = runner.sections(Path())
-    assert sum(max(limit for _, limit in group.values()) for group in groups) <= 570
+    groups = getattr(runner, of)(Path())
+    assert sum(max(limit for _, limit in group.values()) for group in groups) <= 60 * minutes
     for group in groups:
         for command, _ in group.values():
             for word in command:
@@ -70,6 +71,24 @@ def test_one_failed_section_does_not_keep_the_next_from_running(runner, monkeypa
     assert runner.main() == 1
     results = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert {name: result["returncode"] for name, result in results.items()} == {"bad": 1, "missing": 127, "good": 0}
+
+
+@pytest.mark.parametrize("commit", ["the same", "another"])
+def test_what_has_passed_is_left_out_when_resumed(commit, runner, monkeypatch, tmp_path):
+    of_commit = {"device": "none", "capability": "9.0", "commit": "the same"}
+    passes, fails = ([sys.executable, "-c", f"raise SystemExit({code})"] for code in (0, 1))
+    (tmp_path / "log").touch()
+    notes = [sys.executable, "-c", f"open({str(tmp_path / 'log')!r}, 'a').write('again ')"]
+    for flags, first, code in (([], fails, 1), (["--resume"], passes, 0)):
+        groups = [{"first": (first, 60), "second": (notes, 60)}]
+        monkeypatch.setattr(runner, "device", lambda of_commit=of_commit: of_commit)
+        monkeypatch.setattr(runner, "hopper_sections", lambda output, groups=groups: groups)
+        monkeypatch.setattr(sys, "argv", ["run.py", "--hopper", *flags, "--output", str(tmp_path)])
+        assert runner.main() == code
+        of_commit = {**of_commit, "commit": commit}
+    results = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    assert {name: result["returncode"] for name, result in results.items()} == {"first": 0, "second": 0}
+    assert (tmp_path / "log").read_text() == ("again " if commit == "the same" else "again again ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")

@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 NOT_RUN = 125  # for want of time
 SMALL = [sys.executable, "tests/gpu/small.py"]
+TUNE = [sys.executable, "-m", "benchmarks.tune"]
 BENCHMARKS = [sys.executable, "-m", "benchmarks", "--device", "cuda"]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
 if importlib.util.find_spec("xdist"):
@@ -30,28 +32,54 @@ if importlib.util.find_spec("pytest_timeout"):
     PYTEST += ["--timeout", "90", "--timeout-method", "thread"]  # a kernel that waits for ever costs one test
 
 Section = tuple[list[str], int]  # a command, and the seconds it may take
+Group = dict[str, Section]  # by name; they run at the same time
 
 
-def sections(output: Path) -> list[dict[str, Section]]:
-    """By name, in the order in which they run; those of one dict at the same time."""
-    sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
+BUILD = [sys.executable, "setup.py", "-q", "build_ext"]
+SANITIZER = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
+
+
+def sections(output: Path) -> list[Group]:
+    """Of the package, in the order in which they run."""
     return [
-        {"build": ([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 80)},
+        {"build": ([*BUILD, "--inplace"], 80)},
         {"report": ([sys.executable, "-m", "ewa_kernels"], 20)},
         {
             "tests": (
                 [*PYTEST, "tests/test_fused.py", "tests/test_launches.py", "tests/test_routed.py", "tests/gpu"],
                 200,
             ),
-            "memcheck": ([*sanitizer, "memcheck", *SMALL], 200),
+            "memcheck": ([*SANITIZER, "memcheck", *SMALL], 200),
             # Of shared memory alone: that programs hand results over in order is for repetition to show (tests/gpu).
-            "racecheck": ([*sanitizer, "racecheck", *SMALL], 200),
-            "initcheck": ([*sanitizer, "initcheck", *SMALL], 200),
-            "synccheck": ([*sanitizer, "synccheck", *SMALL], 200),
+            "racecheck": ([*SANITIZER, "racecheck", *SMALL], 200),
+            "initcheck": ([*SANITIZER, "initcheck", *SMALL], 200),
+            "synccheck": ([*SANITIZER, "synccheck", *SMALL], 200),
         },
-        {"tune": ([sys.executable, "-m", "benchmarks.tune", "--minutes", "1.5", "--output", str(output)], 130)},
+        {"tune": ([*TUNE, "--minutes", "1.5", "--output", str(output)], 130)},
         # The budget is less than the limit: what does not fit is left out, and what was measured is written.
         {"benchmarks": ([*BENCHMARKS, "--budget", "100", "--output", str(output)], 140)},
+    ]
+
+
+def hopper_sections(output: Path) -> list[Group]:
+    """Of the kernels in csrc/hopper alone: first that nobody waits for ever or strays, then values, then times."""
+    folder = ROOT / "build" / "debug"  # in this build, who waits too long ends the kernel
+    module = folder / "ewa_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    debug_build = [*BUILD, "--build-lib", str(folder), "--build-temp", str(folder / "objects")]
+    small = [sys.executable, "tests/gpu/small_hopper.py"]
+
+    def sanitized(tool: str) -> Section:
+        return ["env", f"EWA_TEST_EXTENSION={module}", *SANITIZER, tool, *small], 90
+
+    return [
+        {
+            "build": ([*BUILD, "--inplace"], 90),
+            "hopper-build": (["env", "NVCC_APPEND_FLAGS=-DEWA_HOPPER_DEBUG", *debug_build], 90),
+        },
+        {"hopper-small": (["env", f"EWA_TEST_EXTENSION={module}", *small], 30)},
+        {"hopper-tests": ([*PYTEST, "tests/gpu/test_gpu_hopper.py"], 90)},
+        {"hopper-times": ([*TUNE, "--minutes", "0.6", "--output", str(output)], 60)},
+        {f"hopper-{tool}": sanitized(tool) for tool in ("memcheck", "synccheck", "racecheck")},
     ]
 
 
@@ -64,7 +92,7 @@ def run(command: list[str], limit: float, log, architecture: str = "", prefix: s
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *paths]), "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)
     environment.setdefault("EWA_CUDA_ARCHITECTURES", architecture)
-    if command[0] == "compute-sanitizer":
+    if "compute-sanitizer" in command:
         # Else tensors are pieces of large allocations, and an access beyond one is within another.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
@@ -108,10 +136,23 @@ def device() -> dict[str, str]:
     return {**json.loads(result.stdout), "python": sys.version.split()[0], "commit": commit}
 
 
+def passed_before(path: Path, environment: dict[str, str]) -> dict[str, dict[str, float]]:
+    """The sections of a run in the same environment that passed; builds are made again, and cost little then."""
+    if not path.exists():
+        return {}
+    before = json.loads(path.read_text())
+    if before["environment"] != environment:
+        return {}
+    passed = {name: result for name, result in before["sections"].items() if result["returncode"] == 0}
+    return {name: result for name, result in passed.items() if "build" not in name}
+
+
 def main() -> int:
-    names = [name for group in sections(Path()) for name in group]
+    names = list(dict.fromkeys(n for groups in (sections, hopper_sections) for group in groups(Path()) for n in group))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--hopper", action="store_true", help='only what shows that backend="hopper" is right and fast')
+    parser.add_argument("--resume", action="store_true", help="leave out what has passed before at the same commit")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all sections together")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="a folder")
     arguments = parser.parse_args()
@@ -119,11 +160,13 @@ def main() -> int:
     output.mkdir(parents=True, exist_ok=True)
 
     summary = {"environment": device(), "sections": {}}
+    if arguments.resume:
+        summary["sections"] = passed_before(output / "gpu.json", summary["environment"])
     print(json.dumps(summary["environment"], indent=1), flush=True)
     capability = summary["environment"]["capability"].replace(".", "")
     architecture = "90a" if capability == "90" else capability
     begin = time.monotonic()
-    with (output / "gpu.log").open("w") as log:
+    with (output / "gpu.log").open("a" if arguments.resume else "w") as log:
 
         def take(name: str, section: Section, prefix: str) -> dict[str, float]:
             command, limit = section
@@ -134,8 +177,12 @@ def main() -> int:
             returncode = run(command, limit, log, architecture, prefix) if limit > 0 else NOT_RUN
             return {"returncode": returncode, "seconds": round(time.monotonic() - start, 1)}
 
-        for group in sections(output):
-            chosen = {name: section for name, section in group.items() if name in arguments.sections}
+        for group in hopper_sections(output) if arguments.hopper else sections(output):
+            chosen = {
+                name: section
+                for name, section in group.items()
+                if name in arguments.sections and name not in summary["sections"]
+            }
             with concurrent.futures.ThreadPoolExecutor(len(group)) as pool:
                 running = {
                     pool.submit(take, name, section, f"{name}: " if len(chosen) > 1 else ""): name
