@@ -114,17 +114,18 @@ class Operands:
         return {"dense FFN": backward, "products alone": products_backward}
 
 
-def one_after_the_other(call: Callable[[], Any]) -> Callable[[], Any]:
-    """A call in which no launch begins before the one before it has ended."""
+def with_choice(call: Callable[[], Any], **choice: bool) -> Callable[[], Any]:
+    """A call in which `kernels/hopper.py` has another choice than it ships with."""
 
-    def without_overlap() -> Any:
-        hopper.OVERLAPS = False
+    def function() -> Any:
+        before = {name: getattr(hopper, name) for name in choice}
+        vars(hopper).update(choice)
         try:
             return call()
         finally:
-            hopper.OVERLAPS = True
+            vars(hopper).update(before)
 
-    return without_overlap
+    return function
 
 
 def measure(operands: Operands, watch: Stopwatch, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
@@ -143,7 +144,9 @@ def measure(operands: Operands, watch: Stopwatch, rounds: int = ROUNDS) -> dict[
                 raise RuntimeError(f"{operands.case.name}, {phase}, {form}: differs by {error:.1e} from the first form")
             variants[form] = timed(call, watch)
             if form == "hopper":
-                variants["hopper, no overlap"] = timed(one_after_the_other(call), watch)
+                variants["hopper, no overlap"] = timed(with_choice(call, OVERLAPS=False), watch)
+                if phase == "forward":
+                    variants["hopper, one launch"] = timed(with_choice(call, ONE_LAUNCH=True), watch)
         variants |= {name: timed(call, watch) for name, call in operands.beside(phase).items()}
         timings = interleaved(variants, 0, min_rounds=rounds)
         found[phase] = {name: round(1e3 * timings[name][0].median, 2) for name in variants}

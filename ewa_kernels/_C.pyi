@@ -144,6 +144,7 @@ class HopperCall: ...
 class HopperLayer:
     slots: int
     table_size: int
+    num_flags: int
     def __init__(
         self,
         is_bfloat16: bool,
@@ -171,6 +172,21 @@ def hopper_gather(
     of_grad_y: int,
     weighted: int,
     routing_weights: int,
+) -> None: ...
+def hopper_forward(
+    layer: HopperLayer,
+    of_call: HopperOfCall,
+    rows: HopperRows,
+    up_weight: int,
+    up_bias: Matrix,
+    pre_activation: int,
+    hidden: int,
+    down_weight: int,
+    down_bias: Matrix,
+    permutation: int,
+    routing_weights: int,
+    out: Matrix,
+    flags: int,
 ) -> None: ...
 def hopper_product(
     call: HopperCall,

@@ -156,7 +156,7 @@ def build_module(folder):
 def build(folder):
     """The library of the kernels."""
     library = ctypes.CDLL(compile_sources(folder, [], "hopper.so"))
-    for name in ("run", "gather", "tabulate"):
+    for name in ("run", "forward", "gather", "tabulate"):
         getattr(library, name).restype = ctypes.c_char_p
     library.table_size.restype = INT64
     return library
@@ -182,8 +182,11 @@ def tabulate(kernels, layer, offsets=None):
     return layer.of_table
 
 
-def run(kernels, call, layer, *, rows=None, bias=None, out=None, sums=None, size_m=0, size_n=0, **tensors):
+def operands_of(*, rows=None, bias=None, out=None, sums=None, size_m=0, size_n=0, **tensors):
     numbers = {"bias": number(bias), "out": number(out), "sums": number(sums)}
-    operands = Operands(rows=rows or Rows(), size_m=size_m, size_n=size_n, **numbers, **pointers(tensors))
+    return Operands(rows=rows or Rows(), size_m=size_m, size_n=size_n, **numbers, **pointers(tensors))
+
+
+def run(kernels, call, layer, **operands):
     tabulate(kernels, layer)
-    assert kernels.run(CALLS.index(call), ctypes.byref(layer), ctypes.byref(operands)) == b""
+    assert kernels.run(CALLS.index(call), ctypes.byref(layer), ctypes.byref(operands_of(**operands))) == b""

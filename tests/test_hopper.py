@@ -15,6 +15,7 @@ from hopper_model import (
     Rows,
     build,
     layer_of,
+    operands_of,
     pointers,
     run,
     tabulate,
@@ -213,6 +214,56 @@ class TestScattered:
             machine(seed, mode)
             results.append(check_scattered(kernels, layer, call))
         assert all(torch.equal(result, results[0]) for result in results)
+
+
+def check_forward(kernels, layer, by_token="dealt"):
+    """Both projections in one launch: the bits of two, and no flag is left."""
+    dtype, (r, e, d, f) = dtype_of(layer), (layer.num_rows, layer.num_experts, layer.d_model, layer.d_ff)
+    x = normal(r // layer.top_k, d, dtype=dtype)
+    up_weight = normal(e, layer.num_up, d, dtype=dtype, scale=d**-0.5, seed=1)
+    down_weight = normal(e, d, f, dtype=dtype, scale=f**-0.5, seed=2)
+    up_bias, down_bias, routing_weights = normal(e, layer.num_up), normal(e, d), normal(r)
+    flags = torch.zeros(kernels.num_flags(ctypes.byref(layer)), dtype=torch.int32)
+    tabulate(kernels, layer)
+    results = []
+    for together in (True, False):
+        permutation = torch.randperm(r, generator=torch.Generator().manual_seed(3)).int()
+        rows = Rows(x.data_ptr(), True, permutation.data_ptr(), None)
+        if by_token == "dealt":
+            permutation = torch.full((r,), -1).int()
+            rows = Rows(x.data_ptr(), True, None, permutation.data_ptr())
+        hidden, pre = layer.empty(f, dtype), layer.empty(layer.num_up, dtype)
+        y = torch.full((r, d), torch.nan, dtype=dtype)
+        up = operands_of(rows=rows, b=up_weight, bias=up_bias, hidden=hidden, pre_activation=pre)
+        down = operands_of(
+            a=hidden, b=down_weight, bias=down_bias, permutation=permutation, routing_weights=routing_weights, out=y
+        )
+        if together:
+            assert kernels.forward(*map(ctypes.byref, (layer, up, down)), ctypes.c_void_p(flags.data_ptr())) == b""
+        else:
+            assert kernels.run(CALLS.index("up"), ctypes.byref(layer), ctypes.byref(up)) == b""
+            assert kernels.run(CALLS.index("down"), ctypes.byref(layer), ctypes.byref(down)) == b""
+        results.append((permutation, layer.by_row(hidden), layer.by_row(pre), y))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert not flags.any()
+    assert y.isfinite().all()
+
+
+class TestOneLaunch:
+    @pytest.mark.parametrize("sizes", [(1, 1, 8, 8), (301, 2, 72, 136), (700, 2, 264, 392), (5, 8, 16, 72)], ids=str)
+    def test_dealt(self, sizes, kernels, machine):
+        check_forward(kernels, layer_of(torch.bfloat16, *sizes, seed=5))
+        check_forward(kernels, layer_of(torch.float16, *sizes, "silu", True, 3, 0.3))
+
+    @pytest.mark.parametrize("sizes", GIVEN, ids=str)
+    def test_given(self, sizes, kernels, machine):
+        check_forward(kernels, layer_of(torch.bfloat16, sum(sizes), sizes, 72, 200), "given")
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_whatever_comes_first(self, mode, kernels, machine):
+        for seed, multiprocessors in ((1, 2), (2, 4), (3, 6)):
+            machine(seed, mode, multiprocessors)
+            check_forward(kernels, layer_of(torch.bfloat16, 1100, 1, 136, 392))
 
 
 def check_grad_pre(kernels, layer, routed=False):

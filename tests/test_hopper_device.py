@@ -21,6 +21,7 @@ class Kernel:
     stores: bool  # by TMA
     gathers: bool = False
     sums: bool = False  # over rows: a loop has a product of 8 columns more
+    second: int = 0  # columns of another product in the same launch
 
 
 KERNELS = {
@@ -32,6 +33,8 @@ KERNELS = {
     "grad_x": Kernel("5MajorE0ELS4_1E.*14StoreScattered", 256, 4, False),
     "grad_pre, gelu": Kernel("12StoreGradPre.*4GeluELb0", 128, 8, True),
     "grad_pre, silu, gated": Kernel("12StoreGradPre.*4SiluELb1", 128, 8, True),
+    "grad_pre, gelu, gated, scaled": Kernel("12StoreGradPre.*4GeluELb1ELb1", 128, 8, True),
+    "both projections": Kernel("11StoreHidden.*4GeluELb0ELb0E.*14StoreScattered", 128, 8, True, True, second=256),
     "gradients of weights": Kernel("StoreSummedI.*Lb0EEEEE", 256, 4, True, sums=True),
     "gradients of weights, in parts": Kernel("StoreSummedI.*Lb1EEEEE", 256, 4, True, sums=True),
 }
@@ -90,7 +93,8 @@ def test_all_kernels(dtype, tmp_path):
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 def test_instructions(kernel, code):
-    (instructions,) = (some for name, some in code.items() if re.search(kernel.name, name))
+    kind = "11pair_kernel" if kernel.second else "14product_kernel"
+    (instructions,) = (some for name, some in code.items() if re.search(f"{kind}.*{kernel.name}", name))
     opcodes = [opcode(instruction) for instruction in instructions]
 
     def having(pattern):
@@ -108,19 +112,22 @@ def test_instructions(kernel, code):
     for instruction, name in zip(instructions, opcodes, strict=True):
         if name.startswith("HGMMA"):
             is_sum = kernel.sums and "HGMMA.64x8x16.F32.BF16" in instruction
-            assert is_sum or f"HGMMA.64x{kernel.columns}x16.F32.BF16" in instruction
+            (columns,) = re.findall(r"HGMMA\.64x(\d+)x16\.F32\.BF16", instruction)
+            assert is_sum or int(columns) in (kernel.columns, kernel.second)
             between[-1] += 1
         elif name == "WARPGROUP.DEPBAR.LE":
             waits.append(instruction.split()[-1])
             between.append(0)
-    assert set(between) == {0, kernel.products} | ({2 * kernel.products} if kernel.sums else set())
+    others = ({2 * kernel.products} if kernel.sums else set()) | ({4} if kernel.second else set())
+    assert set(between) == {0, kernel.products} | others
     assert {wait for wait, count in zip(waits, between, strict=False) if count} == {"0x1"}
     assert waits[-1] == "0x0"
 
     loads = having("UTMALDG")
     assert any(".MULTICAST" in i for i in loads)
-    assert any(".MULTICAST" not in i for i in loads) != kernel.gathers
+    assert any(".MULTICAST" not in i for i in loads) != (kernel.gathers and not kernel.second)
     assert bool(having("LDGSTS")) == kernel.gathers
     assert bool(having("UTMASTG")) == kernel.stores
-    # One that gathers also notes the permutation.
-    assert bool(having("STG")) != (kernel.stores and not kernel.gathers and not kernel.sums)
+    # One that gathers also notes the permutation; one that scales, what routing weights get.
+    others = kernel.gathers or kernel.sums or kernel.name.endswith("ELb1ELb1")
+    assert bool(having("STG")) == (others or not kernel.stores)

@@ -274,6 +274,42 @@ FAULTS = {
     "sums of the other warpgroup's rows": in_product(
         "summed", "tile, tile.row + group * 64);", "tile, tile.row + (1 - group) * 64);", VALUES, slow=True
     ),
+    # --- two products in one launch ---
+    "rows are given over before they are there": in_product(
+        "joined",
+        "        tma_store_wait<0>();\n        fence_proxy_async_global();\n        add",
+        "        add",
+        VALUES,
+    ),
+    "rows are taken over too early": in_product(
+        "joined",
+        "        while (load_acquire(flag) < there) back_off();\n",
+        "",
+        f"{VALUES}|race: reads in global memory",
+    ),
+    "a tile too few is waited for": in_product(
+        "joined",
+        "while (load_acquire(flag) < there)",
+        "while (load_acquire(flag) + 1 < there)",
+        f"{VALUES}|race: reads in global memory",
+        slow=True,
+    ),
+    "a flag is left": in_product(
+        "joined", "        if (fetch_add(flag, 1) == last) store_global_u32(flag, 0);\n", "", VALUES, slow=True
+    ),
+    "the permutation is read before its rows": in_product(
+        "joined",
+        "if (kPart != Part::second) epilogue.begin(tile);",
+        "epilogue.begin(tile);",
+        f"{VALUES}|race: reads in global memory",
+        slow=True,
+    ),
+    "the second product begins in the first one's memory": in_product(
+        "joined",
+        "        cluster_sync();\n    }\n\n    __device__ __forceinline__ void run() const {\n        if",
+        "    }\n\n    __device__ __forceinline__ void run() const {\n        if",
+        f"{RACE}|{VALUES}",
+    ),
     # --- what slices read beside the product ---
     "no wait for what a slice reads": in_product(
         "backward",

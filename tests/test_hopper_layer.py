@@ -122,6 +122,18 @@ def test_no_more_than_is_needed(needed, expected, calls):
     assert calls == ["up", "down", *expected]
 
 
+@pytest.mark.parametrize(("activation", "products"), [("gelu", []), ("relu", ["up", "down"])])
+def test_forward_in_one_launch(activation, products, calls, monkeypatch):
+    """To the same bits; where rows of x are gathered before, there are two."""
+    weights, x = random_ffn(3, 40, 72, dtype=torch.bfloat16), tokens(301, 40)
+    options = {"seed": 3, "activation": activation, "dropout_p": 0.2, "backend": "hopper"}
+    expected = moe_ffn(x, *weights, **options)
+    calls.clear()
+    monkeypatch.setattr(hopper, "ONE_LAUNCH", True)
+    assert torch.equal(moe_ffn(x, *weights, **options), expected)
+    assert calls == products
+
+
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_computed_again(activation, calls):
     """To the same bits: by a deal that backward makes once more."""

@@ -81,6 +81,7 @@ void bind(py::module_& m) {
         }))
         .def_property_readonly("slots", &Layer::slots)
         .def_property_readonly("table_size", &Layer::table_size)
+        .def_property_readonly("num_flags", &Layer::num_flags)
         .def("splits_of", &splits_of);
 
     m.def("hopper_tabulate", [](const Layer& layer, const OfCall& of_call, uintptr_t expert_offsets, uintptr_t table) {
@@ -92,6 +93,24 @@ void bind(py::module_& m) {
                           pointer<const float>(routing_weights)};
         check(gather(with(layer, of_call), rows_of(rows), to));
     });
+    m.def("hopper_forward",
+          [](const Layer& layer, const OfCall& of_call, const RowsOf& rows, uintptr_t up_weight, Number up_bias,
+             uintptr_t pre_activation, uintptr_t hidden, uintptr_t down_weight, Number down_bias, uintptr_t permutation,
+             uintptr_t routing_weights, Number out, uintptr_t flags) {
+              Operands up, down;
+              up.rows = rows_of(rows);
+              up.b = pointer(up_weight);
+              up.bias = {pointer(up_bias.first), up_bias.second};
+              up.pre_activation = pointer(pre_activation);
+              up.hidden = pointer(hidden);
+              down.a = pointer(hidden);
+              down.b = pointer(down_weight);
+              down.bias = {pointer(down_bias.first), down_bias.second};
+              down.permutation = pointer<const int32_t>(permutation);
+              down.routing_weights = pointer<const float>(routing_weights);
+              down.out = {pointer(out.first), out.second};
+              check(forward(with(layer, of_call), up, down, pointer<uint32_t>(flags)));
+          });
     const Number none{0, 0};
     m.def(
         "hopper_product",

@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(kThreads)
 struct Tile {
     int expert, split, column;  // column: the how manieth tile
     int row, place;  // where it is: in a gradient of weights, or in [places, slots, …]
+    int band;        // of 128 rows, the how manieth of all
     int start, size, slots;  // first grouped row, how many rows follow, and how many slots
     int k, steps;  // where the sum begins, and its length
 };
@@ -114,7 +115,8 @@ __device__ __forceinline__ Tile tile_at(const Work& work, const Groups& groups, 
     if (!kOverRows && is_given) find_pair(groups, pair, expert, row);
     row += rank * tile_rows;
     const Group group = group_of(groups, expert);
-    Tile tile{expert, part - expert * work.splits, column, row, group.place, 0, 0, 0, 0, work.steps};
+    const int band = (part * pairs + pair) * 2 + rank;
+    Tile tile{expert, part - expert * work.splits, column, row, group.place, band, 0, 0, 0, 0, work.steps};
     if constexpr (!kOverRows) {
         tile.row = group.first_slot + row;
         tile.start = group.start + row;

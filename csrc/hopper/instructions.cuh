@@ -178,6 +178,15 @@ EWA_PTX void add_release(uint32_t* flag, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
+// What was there before; in no order with anything else.
+EWA_PTX uint32_t fetch_add(uint32_t* flag, uint32_t value) {
+    uint32_t before;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(flag), "r"(value) : "memory");
+    return before;
+}
+// Of a thread that waits for a flag.
+EWA_PTX void back_off() { __nanosleep(64); }
+
 // Until the kernels before this one are done and what they wrote is visible; lets the next one start.
 EWA_PTX void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 EWA_PTX void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

@@ -27,6 +27,7 @@ struct Operand3d {
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 
 namespace ewa::hopper {
@@ -75,13 +76,19 @@ inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string& er
     return map;
 }
 
-// A grid may begin while the one before it ends: all kernels here wait for it by griddepcontrol_wait.
-template <class... Parameters, class... Arguments>
+// kTogether: all CTAs run at once, or none.
+template <bool kTogether, class... Parameters, class... Arguments>
 std::string launch(void (*kernel)(Parameters...), int blocks, int threads, int bytes, const Where& where,
                    const Arguments&... arguments) {
     cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = where.overlaps;
+    if (kTogether) {
+        attribute.id = cudaLaunchAttributeCooperative;
+        attribute.val.cooperative = 1;
+    } else {
+        // A grid may begin while the one before it ends: all kernels here wait for it by griddepcontrol_wait.
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = where.overlaps;
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = static_cast<unsigned>(blocks);
     config.blockDim = static_cast<unsigned>(threads);
@@ -93,29 +100,51 @@ std::string launch(void (*kernel)(Parameters...), int blocks, int threads, int b
     return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
 }
 
-template <class Shape, class Epilogue>
-std::string launch_product(const Maps<Epilogue>& maps, const Work& work, const Groups& groups, const Gather& rows,
-                           const typename Epilogue::Arguments& arguments, const Where& where) {
-    constexpr int bytes = Product<Shape, Epilogue>::shared_bytes;
-    const auto kernel = product_kernel<Shape, Epilogue>;
-    static std::atomic<uint64_t> prepared{0};  // devices on which the kernel may have so much shared memory
+// A kernel in clusters of two, with so many of them at most. kTogether: no more than run at once.
+template <bool kTogether, int kBytes, class... Parameters, class... Arguments>
+std::string launch_clusters(void (*kernel)(Parameters...), std::atomic<int> (&most)[64], int wanted, const Where& where,
+                            const Arguments&... arguments) {
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
-    const uint64_t bit = uint64_t{1} << (device & 63);
-    if (error == cudaSuccess && (prepared.load(std::memory_order_relaxed) & bit) == 0) {
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        if (error == cudaSuccess) prepared.fetch_or(bit, std::memory_order_relaxed);
-    }
     if (error != cudaSuccess) return cudaGetErrorString(error);
-    const int most = where.multiprocessors / 2, clusters = work.tiles() < most ? work.tiles() : most;
-    return launch(kernel, 2 * clusters, num_threads, bytes, where, maps, work, groups, rows, arguments);
+    // Once for a kernel and a device: it may have so much shared memory, and so many clusters run at once.
+    std::atomic<int>& known = most[device & 63];
+    int clusters = known.load(std::memory_order_relaxed);
+    if (clusters == 0) {
+        cudaLaunchConfig_t config{};
+        config.gridDim = 2;
+        config.blockDim = num_threads;
+        config.dynamicSmemBytes = kBytes;
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+        if (error != cudaSuccess) return cudaGetErrorString(error);
+        known.store(clusters, std::memory_order_relaxed);
+    }
+    clusters = std::min({clusters, wanted, where.multiprocessors / 2});
+    return launch<kTogether>(kernel, 2 * clusters, num_threads, kBytes, where, arguments...);
+}
+
+template <class Shape, class Epilogue>
+std::string launch_product(const Task<Epilogue>& task, const Where& where) {
+    static std::atomic<int> most[64];
+    return launch_clusters<false, Product<Shape, Epilogue>::shared_bytes>(product_kernel<Shape, Epilogue>, most,
+                                                                          task.work.tiles(), where, task);
+}
+
+template <class FirstShape, class FirstEpilogue, class SecondShape, class SecondEpilogue>
+std::string launch_pair(const Task<FirstEpilogue>& first, const Task<SecondEpilogue>& second, const HandOver& hand_over,
+                        const Where& where) {
+    static std::atomic<int> most[64];
+    return launch_clusters<true, Pair<FirstShape, FirstEpilogue, SecondShape, SecondEpilogue>::shared_bytes>(
+        pair_kernel<FirstShape, FirstEpilogue, SecondShape, SecondEpilogue>, most,
+        std::max(first.work.tiles(), second.work.tiles()), where, first, second, hand_over);
 }
 
 // A kernel without clusters, and without shared memory of its own.
 template <class... Parameters, class... Arguments>
 std::string launch_simple(void (*kernel)(Parameters...), int blocks, int threads, const Where& where,
                           const Arguments&... arguments) {
-    return launch(kernel, blocks, threads, 0, where, arguments...);
+    return launch<false>(kernel, blocks, threads, 0, where, arguments...);
 }
 
 }  // namespace ewa::hopper

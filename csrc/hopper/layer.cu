@@ -11,6 +11,8 @@ namespace ewa::hopper {
 
 std::string run_bfloat16(Call call, const Layer& layer, const Operands& operands);
 std::string run_float16(Call call, const Layer& layer, const Operands& operands);
+std::string forward_bfloat16(const Layer& layer, const Operands& up, const Operands& down, uint32_t* flags);
+std::string forward_float16(const Layer& layer, const Operands& up, const Operands& down, uint32_t* flags);
 std::string gather_bfloat16(const Layer& layer, const Rows& rows, const Gathered& gathered);
 std::string gather_float16(const Layer& layer, const Rows& rows, const Gathered& gathered);
 
@@ -55,6 +57,10 @@ std::string what_is_wrong(Call call, const Layer& layer, const Operands& o) {
 }  // namespace
 
 int Layer::slots() const { return slots_of(num_rows, num_experts, is_given); }
+int Layer::num_flags() const {
+    const int of_expert = 2 * pairs_of(num_rows, num_experts, is_given);
+    return is_given ? of_expert : of_expert * num_experts;
+}
 int64_t Layer::table_size() const { return ewa::hopper::table_size(num_rows, num_experts); }
 
 // That with which the clusters of an H200 are done first: 1,024 cycles a step, some 1,500 until a tile of a part is
@@ -80,6 +86,15 @@ std::string run(Call call, const Layer& layer, const Operands& operands) {
     if (wrong.empty()) wrong = what_is_wrong(call, layer, operands);
     if (!wrong.empty()) return wrong;
     return (layer.is_bfloat16 ? run_bfloat16 : run_float16)(call, layer, operands);
+}
+
+std::string forward(const Layer& layer, const Operands& up, const Operands& down, uint32_t* flags) {
+    std::string wrong = what_is_wrong(layer);
+    if (wrong.empty()) wrong = what_is_wrong(Call::up, layer, up);
+    if (wrong.empty()) wrong = what_is_wrong(Call::down, layer, down);
+    if (wrong.empty() && !up.rows.by_token) wrong = "one launch is for rows by token";
+    if (!wrong.empty()) return wrong;
+    return (layer.is_bfloat16 ? forward_bfloat16 : forward_float16)(layer, up, down, flags);
 }
 
 std::string gather(const Layer& layer, const Rows& rows, const Gathered& to) {

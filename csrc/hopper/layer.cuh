@@ -42,59 +42,109 @@ template <Operand kType>
 struct Products {
     // --- up projection ---
 
-    template <class Act, bool kGated, bool kDropout, bool kGathers>
-    static std::string up(const Layer& layer, const Operands& o) {
-        // With 192 columns dropout would spill registers; gated, 128 are 64 of hidden.
-        constexpr int columns = kGated || kDropout ? 128 : 192, width = kGated ? columns / 2 : columns;
+    // kWithDown: in one launch with the down projection.
+    template <class Act, bool kGated, bool kDropout, bool kGathers, bool kWithDown = false>
+    struct Up {
+        // With 192 columns dropout, or another product behind, would spill registers; gated, 128 are 64 of hidden.
+        static constexpr int columns = kGated || kDropout || kWithDown ? 128 : 192;
+        static constexpr int width = kGated ? columns / 2 : columns;
         using OfProduct = Shape<kType, Major::k, Major::k, columns, 4, true, kGathers>;
         using Epilogue = StoreHidden<kType, columns, Act, kGated, kDropout>;
-        const int d = layer.d_model, f = layer.d_ff, num_up = kGated ? 2 * f : f;
-        std::string error;
-        Maps<Epilogue> maps;
-        if (!kGathers) maps.a = make_map(by_slot(layer, o.rows.data, d), tile_rows, error);
-        const auto weight = [&](int first_row) {
-            const void* from = after(o.b, int64_t{first_row} * d);
-            return make_map({from, d, f, layer.num_experts, d, int64_t{num_up} * d}, columns / 2, error);
-        };
-        maps.b[0] = weight(0);
-        maps.b[1] = kGated ? weight(f) : maps.b[0];  // gates, and values
-        maps.out[0] = make_map(by_slot(layer, o.hidden, f), 64, error);
-        for (int i = 1; i < Epilogue::outputs && o.pre_activation != nullptr; ++i)
-            maps.out[i] = make_map(by_slot(layer, after(o.pre_activation, (i - 1) * int64_t{f}), f, num_up), 64, error);
-        if (!error.empty()) return error;
-        const typename Epilogue::Arguments arguments{o.bias, f, layer.dropout(), o.pre_activation != nullptr};
-        const Gather rows{o.rows.data, d, owners_of(layer, o.rows.permutation, o.rows.dealt)};
-        return launch_product<OfProduct, Epilogue>(maps, work_of(layer, tiles_of(f, width), d), groups_of(layer), rows,
-                                                   arguments, layer.where);
-    }
+
+        static Task<Epilogue> task(const Layer& layer, const Operands& o, std::string& error) {
+            const int d = layer.d_model, f = layer.d_ff, num_up = layer.num_up();
+            Maps<Epilogue> maps;
+            if (!kGathers) maps.a = make_map(by_slot(layer, o.rows.data, d), tile_rows, error);
+            const auto weight = [&](int first_row) {
+                const void* from = after(o.b, int64_t{first_row} * d);
+                return make_map({from, d, f, layer.num_experts, d, int64_t{num_up} * d}, columns / 2, error);
+            };
+            maps.b[0] = weight(0);
+            maps.b[1] = kGated ? weight(f) : maps.b[0];  // gates, and values
+            maps.out[0] = make_map(by_slot(layer, o.hidden, f), 64, error);
+            for (int i = 1; i < Epilogue::outputs && o.pre_activation != nullptr; ++i)
+                maps.out[i] =
+                    make_map(by_slot(layer, after(o.pre_activation, (i - 1) * int64_t{f}), f, num_up), 64, error);
+            return {maps, work_of(layer, tiles_of(f, width), d), groups_of(layer),
+                    Gather{o.rows.data, d, owners_of(layer, o.rows.permutation, o.rows.dealt)},
+                    {o.bias, f, layer.dropout(), o.pre_activation != nullptr}};
+        }
+
+        static std::string run(const Layer& layer, const Operands& o) {
+            std::string error;
+            const Task<Epilogue> of_up = task(layer, o, error);
+            return error.empty() ? launch_product<OfProduct>(of_up, layer.where) : error;
+        }
+
+        // And the down projection, in the same launch.
+        static std::string run_with_down(const Layer& layer, const Operands& o, const Operands& of_down,
+                                         uint32_t* flags) {
+            using Down = Scattered<Major::k>;
+            std::string error;
+            const Task<Epilogue> first = task(layer, o, error);
+            const auto second = Down::task(layer, of_down, layer.d_ff, down_weight(layer, of_down), error);
+            const HandOver hand_over{flags, first.work.columns, second.work.columns};
+            if (!error.empty()) return error;
+            return launch_pair<OfProduct, Epilogue, typename Down::OfProduct, typename Down::Epilogue>(
+                first, second, hand_over, layer.where);
+        }
+    };
+
+    // To keep the binary small: rows are found by the product for the activations that most models have.
+    template <class Act>
+    static constexpr bool can_gather = std::is_same_v<Act, Gelu> || std::is_same_v<Act, Silu>;
 
     template <class Act, bool kGated>
     static std::string up_of(const Layer& layer, const Operands& o) {
-        // To keep the binary small: rows are found by the product for the activations that most models have.
-        constexpr bool can_gather = std::is_same_v<Act, Gelu> || std::is_same_v<Act, Silu>;
-        if (o.rows.by_token && !can_gather) return "rows by token are for gelu and silu";
+        constexpr bool gathers = can_gather<Act>;
+        if (o.rows.by_token && !gathers) return "rows by token are for gelu and silu";
         const bool drops = layer.dropout_threshold != 0;
-        const auto by_token = drops ? up<Act, kGated, true, can_gather> : up<Act, kGated, false, can_gather>;
-        const auto by_slot = drops ? up<Act, kGated, true, false> : up<Act, kGated, false, false>;
+        const auto by_token = drops ? Up<Act, kGated, true, gathers>::run : Up<Act, kGated, false, gathers>::run;
+        const auto by_slot = drops ? Up<Act, kGated, true, false>::run : Up<Act, kGated, false, false>::run;
         return (o.rows.by_token ? by_token : by_slot)(layer, o);
+    }
+
+    template <class Act, bool kGated>
+    static std::string forward_of(const Layer& layer, const Operands& up, const Operands& down, uint32_t* flags) {
+        const auto both = layer.dropout_threshold != 0 ? Up<Act, kGated, true, true, true>::run_with_down
+                                                       : Up<Act, kGated, false, true, true>::run_with_down;
+        return both(layer, up, down, flags);
+    }
+
+    static std::string forward(const Layer& layer, const Operands& up, const Operands& down, uint32_t* flags) {
+        if (layer.activation == Activation::gelu)
+            return (layer.gated ? forward_of<Gelu, true> : forward_of<Gelu, false>)(layer, up, down, flags);
+        if (layer.activation == Activation::silu)
+            return (layer.gated ? forward_of<Silu, true> : forward_of<Silu, false>)(layer, up, down, flags);
+        return "one launch is for gelu and silu";
     }
 
     // --- down projection, and gradients of x ---
 
     template <Major kMajorB>
-    static std::string scattered(const Layer& layer, const Operands& o, int size_k, const Operand3d& b) {
-        constexpr int columns = 256;
+    struct Scattered {
+        static constexpr int columns = 256;
         using OfProduct = Shape<kType, Major::k, kMajorB, columns, 4, false>;
         using Epilogue = StoreScattered<kType, columns>;
-        std::string error;
-        Maps<Epilogue> maps;
-        maps.a = make_map(by_slot(layer, o.a, size_k), tile_rows, error);
-        maps.b[0] = maps.b[1] = make_map(b, kMajorB == Major::k ? columns / 2 : 64, error);
-        if (!error.empty()) return error;
-        const Work work = work_of(layer, tiles_of(layer.d_model, columns), size_k);
-        const typename Epilogue::Arguments arguments{o.bias, o.routing_weights, owners_of(layer, o.permutation),
-                                                     o.out.data, layer.d_model};
-        return launch_product<OfProduct, Epilogue>(maps, work, groups_of(layer), {}, arguments, layer.where);
+
+        static Task<Epilogue> task(const Layer& layer, const Operands& o, int size_k, const Operand3d& b,
+                                   std::string& error) {
+            Maps<Epilogue> maps;
+            maps.a = make_map(by_slot(layer, o.a, size_k), tile_rows, error);
+            maps.b[0] = maps.b[1] = make_map(b, kMajorB == Major::k ? columns / 2 : 64, error);
+            return {maps, work_of(layer, tiles_of(layer.d_model, columns), size_k), groups_of(layer), {},
+                    {o.bias, o.routing_weights, owners_of(layer, o.permutation), o.out.data, layer.d_model}};
+        }
+
+        static std::string run(const Layer& layer, const Operands& o, int size_k, const Operand3d& b) {
+            std::string error;
+            const Task<Epilogue> of_product = task(layer, o, size_k, b, error);
+            return error.empty() ? launch_product<OfProduct>(of_product, layer.where) : error;
+        }
+    };
+
+    static Operand3d down_weight(const Layer& layer, const Operands& o) {
+        return weight_of(layer, o.b, layer.d_model, layer.d_ff);
     }
 
     // --- grad_pre ---
@@ -109,17 +159,18 @@ struct Products {
         std::string error;
         Maps<Epilogue> maps;
         maps.a = make_map(by_slot(layer, o.a, layer.d_model), tile_rows, error);
-        maps.b[0] = maps.b[1] = make_map(weight_of(layer, o.b, layer.d_model, f), 64, error);
+        maps.b[0] = maps.b[1] = make_map(down_weight(layer, o), 64, error);
         for (int i = 0; i < Epilogue::inputs; ++i) {
             maps.in[i] = make_map(by_slot(layer, after(o.pre_activation, int64_t{i} * f), f, num_up), 64, error);
             maps.out[i] = make_map(by_slot(layer, after(o.out.data, int64_t{i} * f), f, num_up), 64, error);
         }
         maps.out[Epilogue::outputs - 1] = make_map(by_slot(layer, o.hidden, f), 64, error);
         if (!error.empty()) return error;
-        const Work work = work_of(layer, tiles_of(f, columns), layer.d_model);
-        const typename Epilogue::Arguments arguments{
-            layer.dropout(), o.routing_weights, owners_of(layer, o.permutation), o.partial_routing, f, layer.num_rows};
-        return launch_product<OfProduct, Epilogue>(maps, work, groups_of(layer), {}, arguments, layer.where);
+        const Owners owners = owners_of(layer, o.permutation);
+        const Task<Epilogue> task{
+            maps, work_of(layer, tiles_of(f, columns), layer.d_model), groups_of(layer), {},
+            {layer.dropout(), o.routing_weights, owners, o.partial_routing, f, layer.num_rows}};
+        return launch_product<OfProduct>(task, layer.where);
     }
 
     // --- gradients of weights ---
@@ -141,8 +192,8 @@ struct Products {
         const int slots = tiles_of(layer.num_rows, layer.num_experts);
         const Work work{tiles_of(o.size_m, 2 * tile_rows), tiles_of(o.size_n, weight_columns),
                         layer.num_experts * splits, tiles_of(tiles_of(slots, step_depth), splits), splits};
-        return launch_product<OfProduct, Epilogue>(maps, work, groups_of(layer), {}, {o.part_sums, o.size_m, splits},
-                                                   layer.where);
+        const Task<Epilogue> task{maps, work, groups_of(layer), {}, {o.part_sums, o.size_m, splits}};
+        return launch_product<OfProduct>(task, layer.where);
     }
 
     // What is asked for in float32 is made in that, as parts are.
@@ -189,9 +240,9 @@ struct Products {
     }
 
     static std::string run(Call call, const Layer& layer, const Operands& o) {
-        const int d = layer.d_model, f = layer.d_ff, num_up = layer.num_up();
-        if (call == Call::down) return scattered<Major::k>(layer, o, f, weight_of(layer, o.b, d, f));
-        if (call == Call::grad_x) return scattered<Major::mn>(layer, o, num_up, weight_of(layer, o.b, num_up, d));
+        const int d = layer.d_model, num_up = layer.num_up();
+        if (call == Call::down) return Scattered<Major::k>::run(layer, o, layer.d_ff, down_weight(layer, o));
+        if (call == Call::grad_x) return Scattered<Major::mn>::run(layer, o, num_up, weight_of(layer, o.b, num_up, d));
         if (call == Call::grad_weight) return weight(layer, o);
         return (layer.gated ? activated<true> : activated<false>)(call, layer, o);
     }

@@ -62,6 +62,7 @@ struct Layer {
     int num_up() const { return gated ? 2 * d_ff : d_ff; }
     int slots() const;           // of all experts
     int64_t table_size() const;  // int32
+    int num_flags() const;       // uint32
     Dropout dropout() const { return {seed, dropout_threshold, dropout_scale}; }
 };
 
@@ -115,6 +116,8 @@ struct Gathered {
 
 // All return what went wrong, before anything was launched if it could be seen before, or nothing.
 std::string run(Call call, const Layer& layer, const Operands& operands);
+// Call::up, of rows by token, and Call::down of what it makes, in one launch. flags [num_flags]: 0, before and after.
+std::string forward(const Layer& layer, const Operands& up, const Operands& down, uint32_t* flags);
 std::string gather(const Layer& layer, const Rows& rows, const Gathered& gathered);
 // table [table_size] from offsets [E + 1], whatever these are.
 std::string tabulate(const Layer& layer, const int32_t* expert_offsets, int32_t* table);

@@ -44,11 +44,30 @@ struct Maps {
     TensorMap a, b[2], out[Epilogue::outputs], in[Epilogue::inputs > 0 ? Epilogue::inputs : 1];
 };
 
+// What a launch has to do.
+template <class Epilogue>
+struct Task {
+    Maps<Epilogue> maps;
+    Work work;
+    Groups groups;
+    Gather rows;
+    typename Epilogue::Arguments arguments;
+};
+
+// A product may be one of two in a launch, of which the second reads by TMA what the first stores: bands of 128 rows,
+// of which each has a flag. A tile of the first adds 1 when its rows are there, and one of the second when it has seen
+// that all are; the last of these leaves 0 behind.
+enum class Part { alone, first, second };
+struct HandOver {
+    uint32_t* flags = nullptr;        // of bands
+    int first_columns, last_columns;  // tiles of a band, of the first and of the second product
+};
+
 // Named barriers, each of two warpgroups; those of `own_warpgroup` of one.
 enum Barrier { turn_to_multiply = 1, turn_to_store = 3, own_warpgroup = 5 };
 
-// `Epilogue`: see epilogues.cuh.
-template <class Shape, class Epilogue>
+// `Epilogue`: see epilogues.cuh. kBarriersAt: in shared memory; 0: behind all else.
+template <class Shape, class Epilogue, Part kPart = Part::alone, uint32_t kBarriersAt = 0>
 struct Product {
     using Accumulators = float[Shape::blocks][Shape::columns / 2];
     // Of output of a warpgroup. One is filled while TMA reads the other; threads are done when the next is begun.
@@ -58,30 +77,28 @@ struct Product {
     static constexpr uint32_t slots_at = Shape::stages * Shape::stage_bytes;
     static constexpr uint32_t inputs_at = slots_at + 2 * slots * slot_bytes;
     static constexpr uint32_t scratch_at = inputs_at + 2 * input_slots * input_bytes;
-    static constexpr uint32_t barriers_at = scratch_at + 2 * Epilogue::scratch_bytes;
+    static constexpr uint32_t end_of_data = scratch_at + 2 * Epilogue::scratch_bytes;
+    static constexpr uint32_t barriers_at = kBarriersAt > 0 ? kBarriersAt : end_of_data;
     static constexpr uint32_t input_barriers_at = barriers_at + 2 * Shape::stages * 8;
-    static constexpr int shared_bytes =
-        input_barriers_at + (Epilogue::inputs > 0 ? 4 * input_slots * 8 : 0) + alignment;
+    static constexpr uint32_t end_of_barriers = input_barriers_at + (Epilogue::inputs > 0 ? 4 * input_slots * 8 : 0);
+    static constexpr int shared_bytes = end_of_barriers + alignment;
     static_assert(shared_bytes <= shared_limit);
     static_assert(Epilogue::scratch_bytes % 16 == 0);
     static constexpr int readers = Shape::pingpong ? 8 : 16;  // warps of both CTAs that read a stage
     static constexpr bool over_rows = Epilogue::sums_rows;
     static constexpr int slices = Shape::columns / Epilogue::slice_columns * Shape::blocks;  // of a warpgroup's tile
 
-    const Work& work;
-    const Groups& groups;
-    const Gather& rows;
-    const Maps<Epilogue>& maps;
-    const typename Epilogue::Arguments& arguments;
+    const Task<Epilogue>& task;
+    const HandOver& hand_over;
     uint32_t shared, rank;
 
     // Asked anew each time: kept, it would take a register that epilogues need.
     __device__ __forceinline__ int pairs() const {
-        return !over_rows && groups.table != nullptr ? num_pairs(groups) : work.pairs;
+        return !over_rows && task.groups.table != nullptr ? num_pairs(task.groups) : task.work.pairs;
     }
-    __device__ __forceinline__ int num_tiles() const { return work.parts * pairs() * work.columns; }
+    __device__ __forceinline__ int num_tiles() const { return task.work.parts * pairs() * task.work.columns; }
     __device__ __forceinline__ Tile tile(int index) const {
-        return tile_at<over_rows>(work, groups, pairs(), index, static_cast<int>(rank));
+        return tile_at<over_rows>(task.work, task.groups, pairs(), index, static_cast<int>(rank));
     }
     __device__ uint32_t stage(int step) const { return shared + step % Shape::stages * Shape::stage_bytes; }
     __device__ uint32_t full(int step) const { return shared + barriers_at + step % Shape::stages * 8; }
@@ -102,26 +119,33 @@ struct Product {
     __device__ uint32_t ones() const { return shared + scratch_at; }
     __device__ static int lane() { return thread_id() % 32; }
 
-    __device__ __forceinline__ void initialise() const {
-        if (thread_id() == 0) {
-            if (!Shape::gathers) prefetch_tensor_map(&maps.a);
-            prefetch_tensor_map(&maps.b[rank]);
-            for (int i = 0; i < Shape::stages; ++i) {
-                mbarrier_init(full(i), Shape::gathers ? 1 + warpgroup_threads : 1);
-                mbarrier_init(empty(i), readers);
-            }
-            for (int i = 0; Epilogue::inputs > 0 && i < 4; ++i) {  // two of each warpgroup
-                mbarrier_init(input_full(i / 2, i), 1);
-                mbarrier_init(input_empty(i / 2, i), warpgroup_threads / 32);
-            }
-            fence_mbarrier_init();
+    // One thread.
+    __device__ __forceinline__ void initialise_barriers() const {
+        if (!Shape::gathers) prefetch_tensor_map(&task.maps.a);
+        prefetch_tensor_map(&task.maps.b[rank]);
+        for (int i = 0; i < Shape::stages; ++i) {
+            mbarrier_init(full(i), Shape::gathers ? 1 + warpgroup_threads : 1);
+            mbarrier_init(empty(i), readers);
         }
+        for (int i = 0; Epilogue::inputs > 0 && i < 4; ++i) {  // two of each warpgroup
+            mbarrier_init(input_full(i / 2, i), 1);
+            mbarrier_init(input_empty(i / 2, i), warpgroup_threads / 32);
+        }
+        fence_mbarrier_init();
+    }
+
+    __device__ __forceinline__ void initialise() const {
+        if (thread_id() == 0) initialise_barriers();
         if constexpr (Epilogue::sums_rows) {
             if (thread_id() < 256) store_shared_u32(ones() + 4 * thread_id(), pack<Shape::type>(1.0f, 1.0f));
             fence_proxy_async_shared();
         }
+        begin();
+    }
+
+    // What came before has ended, and what it wrote is there.
+    __device__ __forceinline__ static void begin() {
         cluster_sync();
-        // What came before has ended, and what it wrote is there.
         griddepcontrol_wait();
         griddepcontrol_launch_dependents();
     }
@@ -130,10 +154,10 @@ struct Product {
 
     __device__ __forceinline__ void load_a(uint32_t to, int step, const Tile& tile, int k) const {
         if constexpr (Shape::major_a == Major::k) {
-            tma_load_3d(to, &maps.a, full(step), k, tile.row, tile.place);
+            tma_load_3d(to, &task.maps.a, full(step), k, tile.row, tile.place);
         } else {
             for (int i = 0; i < tile_rows / 64; ++i)
-                tma_load_3d(to + i * atom_bytes, &maps.a, full(step), tile.row + i * 64, k, tile.place);
+                tma_load_3d(to + i * atom_bytes, &task.maps.a, full(step), tile.row + i * 64, k, tile.place);
         }
     }
 
@@ -142,7 +166,7 @@ struct Product {
         constexpr int half = Shape::columns / 2;
         const int first = Epilogue::b_in_halves ? tile.column * half : tile.column * Shape::columns + rank * half;
         const int place = over_rows ? tile.place : tile.expert;
-        const TensorMap* map = &maps.b[rank];
+        const TensorMap* map = &task.maps.b[rank];
         to += rank * (Shape::b_bytes / 2);
         if constexpr (Shape::major_b == Major::k) {
             tma_load_multicast_3d(to, map, full(step), k, first, place, 3);
@@ -157,6 +181,7 @@ struct Product {
         int step = 0;
         for (int index = cluster_id(); index < num_tiles(); index += num_clusters()) {
             const Tile tile = this->tile(index);
+            if (kPart == Part::second) take_over(tile);
 #pragma unroll 1
             for (int i = 0, k = tile.k; i < tile.steps; ++i, k += step_depth, ++step) {
                 mbarrier_wait(empty(step), parity(step) ^ 1);
@@ -166,6 +191,16 @@ struct Product {
             }
         }
         drain(step);
+    }
+
+    // Waits for the rows that are multiplied.
+    __device__ __forceinline__ void take_over(const Tile& tile) const {
+        uint32_t* flag = hand_over.flags + tile.band;
+        const auto there = static_cast<uint32_t>(hand_over.first_columns);
+        while (load_acquire(flag) < there) back_off();
+        fence_proxy_async_global();
+        const uint32_t last = there + static_cast<uint32_t>(hand_over.last_columns) - 1;
+        if (fetch_add(flag, 1) == last) store_global_u32(flag, 0);
     }
 
     // When all stages are free, the peer neither writes to us nor arrives here any more.
@@ -178,20 +213,22 @@ struct Product {
     __device__ __forceinline__ void gather() const {
         const int thread = thread_id() - 2 * warpgroup_threads, chunk = thread % 8;
         const int first = thread / 32 * 4, own = first + lane() % 4 + 16 * (lane() / 4);
+        const auto* x = static_cast<const char*>(task.rows.x);
         int step = 0;
         for (int index = cluster_id(); index < num_tiles(); index += num_clusters()) {
             const Tile tile = this->tile(index);
             int token = -1;  // there is no such row: zeros
             if (own < tile.size) {
                 const int row = tile.start + own;
-                token = rows.owners.token(row);
-                if (rows.owners.dealt != nullptr && tile.column == 0) store_global_i32(rows.owners.dealt + row, token);
+                token = task.rows.owners.token(row);
+                int32_t* dealt = task.rows.owners.dealt;
+                if (dealt != nullptr && tile.column == 0) store_global_i32(dealt + row, token);
             }
             uint32_t offsets[8];  // of 16 bytes; all bits: none
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const int of_row = shuffle(token, lane() / 8 + 4 * i);
-                offsets[i] = of_row < 0 ? ~0u : static_cast<uint32_t>(of_row) * (rows.columns / 8) + chunk;
+                offsets[i] = of_row < 0 ? ~0u : static_cast<uint32_t>(of_row) * (task.rows.columns / 8) + chunk;
             }
 #pragma unroll 1
             for (int k = 0; k < tile.steps * step_depth; k += step_depth, ++step) {
@@ -202,13 +239,13 @@ struct Product {
                     mbarrier_arrive_expect_tx(full(step), Shape::b_bytes);
                     load_b(stage(step) + Shape::a_bytes, step, tile, k);
                 }
-                const bool inside = k + 8 * chunk < rows.columns;
+                const bool inside = k + 8 * chunk < task.rows.columns;
                 const uint32_t to = stage(step) + swizzled_offset(thread / 8, chunk);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     const bool there = inside && offsets[i] != ~0u;
                     const uint64_t offset = there ? uint64_t{offsets[i]} * 16 + k * 2 : 0;
-                    cp_async_16(to + i * 16 * swizzle_bytes, static_cast<const char*>(rows.x) + offset, there ? 16 : 0);
+                    cp_async_16(to + i * 16 * swizzle_bytes, x + offset, there ? 16 : 0);
                 }
                 cp_async_commit();
             }
@@ -240,7 +277,7 @@ struct Product {
                 mbarrier_wait(input_empty(group, slice), input_parity(slice) ^ 1);
                 mbarrier_arrive_expect_tx(barrier, input_bytes);
                 for (int j = 0; j < Epilogue::inputs; ++j)
-                    tma_load_3d(input(group, slice) + j * atom_bytes, &maps.in[j], barrier, column,
+                    tma_load_3d(input(group, slice) + j * atom_bytes, &task.maps.in[j], barrier, column,
                                 tile.row + i % Shape::blocks * 64, tile.place);
             }
         }
@@ -318,16 +355,23 @@ struct Product {
                 if constexpr (Epilogue::scatters) {
                     epilogue.scatter(slot, column);
                 } else if (leads) {
-                    const int place = over_rows ? tile.expert * work.splits + tile.split : tile.place;
+                    const int place = over_rows ? tile.expert * task.work.splits + tile.split : tile.place;
                     // Past an expert's slots are the next one's.
                     const bool exists = over_rows || row < tile.slots;
 #pragma unroll
                     for (int i = 0; i < Epilogue::outputs; ++i)
                         if (exists && i < epilogue.wanted())
-                            tma_store_3d(&maps.out[i], slot + i * atom_bytes, column, tile.row + row, place);
+                            tma_store_3d(&task.maps.out[i], slot + i * atom_bytes, column, tile.row + row, place);
                     tma_store_commit();
                 }
             }
+    }
+
+    // One thread, which has stored this warpgroup's tile; asked anew, it takes no register meanwhile.
+    __device__ __forceinline__ void give_over(int index) const {
+        tma_store_wait<0>();
+        fence_proxy_async_global();
+        add_release(hand_over.flags + tile(index).band, 1);
     }
 
     __device__ __forceinline__ void consume(int group) const {
@@ -343,8 +387,9 @@ struct Product {
             const Tile tile = this->tile(index);
             const int steps = tile.steps;
             if (!over_rows) step = turn * steps;  // not counted: epilogues need the register
-            Epilogue epilogue(arguments, shared + scratch_at + group * Epilogue::scratch_bytes);
-            epilogue.begin(tile);
+            Epilogue epilogue(task.arguments, shared + scratch_at + group * Epilogue::scratch_bytes);
+            // What the second reads there comes with its rows.
+            if (kPart != Part::second) epilogue.begin(tile);
             Accumulators d;
             if (Shape::pingpong) named_barrier_sync(turn_to_multiply + group, 2 * warpgroup_threads);
             float sums[4];
@@ -360,12 +405,15 @@ struct Product {
                 finish(d, sums);
             }
             release(step + steps - 1);
+            if (kPart == Part::second) epilogue.begin(tile);
             if constexpr (Epilogue::sums_rows) {
                 if (with_sums) epilogue.put_sums(sums, tile, tile.row + group * 64);
             }
             if (Shape::pingpong) named_barrier_sync(turn_to_store + group, 2 * warpgroup_threads);
             store(d, tile, group, turn, epilogue);
             if (Shape::pingpong) named_barrier_arrive(turn_to_store + 1 - group, 2 * warpgroup_threads);
+            if (kPart == Part::first && thread_id() % warpgroup_threads == 0)
+                give_over(cluster_id() + turn * num_clusters());
             step += steps;
         }
         if (Shape::pingpong) take_last_turns(group, turn);
@@ -379,21 +427,25 @@ struct Product {
         named_barrier_sync(turn_to_store + group, 2 * warpgroup_threads);
     }
 
+    // `warp`: of the warpgroup that loads.
+    __device__ __forceinline__ void produce(int warp) const {
+        if constexpr (Shape::gathers) {
+            gather();
+        } else {
+            if (warp == 0 && elect_one()) load();
+        }
+        if constexpr (Epilogue::inputs > 0) {
+            static_assert(Shape::pingpong && !Shape::gathers);
+            if (warp == 1 && elect_one()) load_inputs();
+        }
+    }
+
     __device__ __forceinline__ void run() const {
         initialise();
         const int group = warp_uniform(thread_id() / warpgroup_threads);
         if (group == 2) {
             setmaxnreg_dec<Shape::loading_registers>();
-            const int warp = warp_uniform(thread_id() / 32) % 4;
-            if constexpr (Shape::gathers) {
-                gather();
-            } else {
-                if (warp == 0 && elect_one()) load();
-            }
-            if constexpr (Epilogue::inputs > 0) {
-                static_assert(Shape::pingpong && !Shape::gathers);
-                if (warp == 1 && elect_one()) load_inputs();
-            }
+            produce(warp_uniform(thread_id() / 32) % 4);
         } else {
             setmaxnreg_inc<Shape::multiplying_registers>();
             consume(group);
@@ -404,10 +456,70 @@ struct Product {
 // Grid: clusters of two, at most as many as run at once.
 template <class Shape, class Epilogue>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(num_threads, 1)
-    product_kernel(const __grid_constant__ Maps<Epilogue> maps, const __grid_constant__ Work work,
-                   const __grid_constant__ Groups groups, const __grid_constant__ Gather rows,
-                   const __grid_constant__ typename Epilogue::Arguments arguments) {
-    Product<Shape, Epilogue>{work, groups, rows, maps, arguments, shared_memory(), cluster_rank()}.run();
+    product_kernel(const __grid_constant__ Task<Epilogue> task) {
+    const HandOver none{};
+    Product<Shape, Epilogue>{task, none, shared_memory(), cluster_rank()}.run();
+}
+
+// Two products, one after the other; see `Part`.
+template <class FirstShape, class FirstEpilogue, class SecondShape, class SecondEpilogue>
+struct Pair {
+    static constexpr uint32_t one = Product<FirstShape, FirstEpilogue, Part::first>::end_of_data;
+    static constexpr uint32_t other = Product<SecondShape, SecondEpilogue, Part::second>::end_of_data;
+    static constexpr uint32_t barriers_at = one > other ? one : other;
+    using First = Product<FirstShape, FirstEpilogue, Part::first, barriers_at>;
+    using Second = Product<SecondShape, SecondEpilogue, Part::second, First::end_of_barriers>;
+    static constexpr int shared_bytes = Second::shared_bytes;
+    static_assert(shared_bytes <= shared_limit);
+    static_assert(FirstShape::loading_registers == SecondShape::loading_registers);
+    static_assert(FirstShape::multiplying_registers == SecondShape::multiplying_registers);
+
+    const Task<FirstEpilogue>& first_task;
+    const Task<SecondEpilogue>& second_task;
+    const HandOver& hand_over;
+
+    // Anew for each of the two: kept from one to the other, they would take registers.
+    __device__ __forceinline__ First first() const { return {first_task, hand_over, shared_memory(), cluster_rank()}; }
+    __device__ __forceinline__ Second second() const {
+        return {second_task, hand_over, shared_memory(), cluster_rank()};
+    }
+
+    // Nobody reads or writes any more what the first product had in the shared memory of either CTA.
+    __device__ __forceinline__ static void change_over() {
+        fence_proxy_async_shared();
+        cluster_sync();
+    }
+
+    __device__ __forceinline__ void run() const {
+        if (thread_id() == 0) {
+            first().initialise_barriers();
+            second().initialise_barriers();
+        }
+        First::begin();
+        const int group = warp_uniform(thread_id() / warpgroup_threads);
+        if (group == 2) {
+            setmaxnreg_dec<FirstShape::loading_registers>();
+            const int warp = warp_uniform(thread_id() / 32) % 4;
+            first().produce(warp);
+            warp_sync();
+            change_over();
+            second().produce(warp);
+        } else {
+            setmaxnreg_inc<FirstShape::multiplying_registers>();
+            first().consume(group);
+            warp_sync();
+            change_over();
+            second().consume(group);
+        }
+    }
+};
+
+// Grid: clusters of two, which must all run at once: they wait for one another.
+template <class FirstShape, class FirstEpilogue, class SecondShape, class SecondEpilogue>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(num_threads, 1)
+    pair_kernel(const __grid_constant__ Task<FirstEpilogue> first, const __grid_constant__ Task<SecondEpilogue> second,
+                const __grid_constant__ HandOver hand_over) {
+    Pair<FirstShape, FirstEpilogue, SecondShape, SecondEpilogue>{first, second, hand_over}.run();
 }
 
 }  // namespace ewa::hopper

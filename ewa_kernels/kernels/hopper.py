@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ewa_kernels.kernels import multiprocessors
 from ewa_kernels.kernels.choices import grad_of_routing_weights, sum_of_choices
+from ewa_kernels.kernels.counters import give_back, zeroed_counters
 from ewa_kernels.kernels.triton import moe_ffn as triton_ffn
 from ewa_kernels.kernels.triton.configs import aligned, ceil_div
 from ewa_kernels.kernels.triton.layer import check_sizes
@@ -24,8 +25,10 @@ from ewa_kernels.problem import Deal, Inputs, Problem
 with contextlib.suppress(ImportError):
     import ewa_kernels._C as _C
 
-# Whether a launch begins while the one before it ends: results are the same.
+# Two choices to be measured; results are the same. Whether a launch begins while the one before it ends; and whether
+# forward is one launch, in which the products hand over rows by flags, in place of two.
 OVERLAPS = True
+ONE_LAUNCH = False
 
 _NUMBER_TYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # of csrc/hopper/layer.h
 # For these, and up to so many elements of x by row, the up projection finds its rows by itself.
@@ -61,8 +64,11 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
         y = x.new_empty(problem.num_rows, problem.d_model)
         pre_activation = x.new_empty(problem.num_kept, problem.num_up) if problem.save else None
         if problem.num_rows > 0:
-            hidden = call.up(pre_activation)
-            call.scatter("down", hidden, inputs.down_weight, y, inputs.down_bias, inputs.routing_weights)
+            if ONE_LAUNCH and call.gathers:
+                call.up_and_down(pre_activation, y)
+            else:
+                hidden = call.up(pre_activation)
+                call.scatter("down", hidden, inputs.down_weight, y, inputs.down_bias, inputs.routing_weights)
     return sum_of_choices(y, problem.top_k), pre_activation, call.permutation
 
 
@@ -155,10 +161,27 @@ class _Call:
     def _product(self, call: str, **operands: Any) -> None:
         _C.hopper_product(getattr(_C.HopperCall, call), self._layer, self._of_call, **operands)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the up projection finds its rows of x by itself."""
+        problem = self._problem
+        return problem.activation in _GATHERING and problem.num_rows * problem.d_model < _MAX_GATHERED
+
+    def up_and_down(self, pre_activation: Tensor | None, y: Tensor) -> None:
+        """`up` and `scatter` in one launch, where the up projection finds its rows."""
+        x, up_weight, up_bias, down_weight, down_bias, routing_weights = self._inputs
+        hidden, rows = self.new_by_slot(self._problem.d_ff), self._rows(x, True)
+        flags, whose = zeroed_counters(self._layer.num_flags, x.device)
+        _C.hopper_forward(
+            self._layer, self._of_call, rows, _at(up_weight), _number(up_bias), _at(pre_activation), _at(hidden),
+            _at(down_weight), _number(down_bias), _at(self.permutation), _at(routing_weights), _number(y), _at(flags),
+        )  # fmt: skip
+        give_back(flags, whose)
+
     def up(self, pre_activation: Tensor | None) -> Tensor:
         """hidden `[slots, F]`; fills pre_activation `[slots, F or 2F]`."""
         problem, (x, up_weight, up_bias, *_) = self._problem, self._inputs
-        if problem.activation in _GATHERING and problem.num_rows * problem.d_model < _MAX_GATHERED:
+        if self.gathers:
             rows = self._rows(x, True)
         else:
             grouped_x = self.gather(x, None, None).x

@@ -11,11 +11,17 @@ using Of = Products<Operand::bf16>;
 
 // By `volatile`, so that none is left out.
 volatile Launch launches[] = {
-    Of::up<Gelu, false, false, false>, Of::up<Silu, true, false, false>, Of::up<Gelu, false, true, false>,
-    Of::up<Gelu, false, false, true>,  Of::grad_pre<Gelu, false, false>, Of::grad_pre<Silu, true, false>,
+    Of::Up<Gelu, false, false, false>::run,
+    Of::Up<Silu, true, false, false>::run,
+    Of::Up<Gelu, false, true, false>::run,
+    Of::Up<Gelu, false, false, true>::run,
+    Of::grad_pre<Gelu, false, false>,
+    Of::grad_pre<Silu, true, false>,
+    Of::grad_pre<Gelu, true, true>,
     Of::weight,
 };
-volatile auto down = Of::scattered<Major::k>;
-volatile auto grad_x = Of::scattered<Major::mn>;
+volatile auto both = Of::Up<Gelu, false, false, true, true>::run_with_down;
+volatile auto down = Of::Scattered<Major::k>::run;
+volatile auto grad_x = Of::Scattered<Major::mn>::run;
 
 }  // namespace ewa::hopper

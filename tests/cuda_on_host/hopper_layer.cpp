@@ -27,6 +27,13 @@ const char* run(int call, const ewa::hopper::Layer* layer, const ewa::hopper::Op
     return say(ewa::hopper::run(static_cast<ewa::hopper::Call>(call), *layer, *operands));
 }
 
+const char* forward(const ewa::hopper::Layer* layer, const ewa::hopper::Operands* up,
+                    const ewa::hopper::Operands* down, uint32_t* flags) {
+    return say(ewa::hopper::forward(*layer, *up, *down, flags));
+}
+
+int num_flags(const ewa::hopper::Layer* layer) { return layer->num_flags(); }
+
 const char* gather(const ewa::hopper::Layer* layer, const ewa::hopper::Rows* rows,
                    const ewa::hopper::Gathered* gathered) {
     return say(ewa::hopper::gather(*layer, *rows, *gathered));

@@ -15,6 +15,7 @@ import torch
 from parity import check_ffn, random_ffn
 
 import ewa_kernels as ewa
+from ewa_kernels.kernels import hopper
 
 CASES = (
     ((1, 1, 8, 8), {}),
@@ -27,7 +28,8 @@ CASES = (
 for (num_tokens, *sizes), options in CASES:
     weights = random_ffn(*sizes, dtype=torch.bfloat16, gated=options.get("gated", False))
     x = torch.randn(num_tokens, sizes[1]).bfloat16().cuda()
-    check_ffn(x, tuple(t.cuda() for t in weights), backend="hopper", seed=3, **options)
+    for hopper.ONE_LAUNCH in (False, True):
+        check_ffn(x, tuple(t.cuda() for t in weights), backend="hopper", seed=3, **options)
     print(num_tokens, sizes, options, "done", flush=True)
 routed = ewa.RoutedMoE(72, 136, 3, 2, device="cuda", dtype=torch.bfloat16, backend="hopper")
 x = torch.randn(333, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True)

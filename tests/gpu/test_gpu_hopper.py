@@ -50,24 +50,28 @@ def test_given_partition(gated, top_k):
         assert_parity(name, ours, exact[name], baseline[name])
 
 
-def test_number_of_launches():
+def test_number_of_launches(monkeypatch):
     """Of ViT-B: two forward; backward the gather, four products, and the sums of both weights' and biases' parts."""
     weights = [t.requires_grad_() for t in parameters(4, 768, 3072)]
     x, grad_y = tokens(50432, 768).requires_grad_(), tokens(50432, 768)
     y = ewa.functional.moe_ffn(x, *weights, seed=0, backend="hopper")
     forward = kernels(lambda: ewa.functional.moe_ffn(x, *weights, seed=0, backend="hopper"))
     assert len(forward) == 2, forward
+    monkeypatch.setattr(hopper, "ONE_LAUNCH", True)
+    forward = kernels(lambda: ewa.functional.moe_ffn(x, *weights, seed=0, backend="hopper"))
+    assert len(forward) == 1, forward
     backward = kernels(lambda: torch.autograd.grad(y, [x, *weights], grad_y, retain_graph=True))
     assert len(backward) == 9, backward
 
 
 def test_same_bits_whatever_else(monkeypatch):
-    """A hundred times; also where launches do not overlap, and on fewer multiprocessors."""
+    """A hundred times; also where launches do not overlap, are one, and on fewer multiprocessors."""
     weights = [t.requires_grad_() for t in parameters(4, 384, 1536)]
     x, grad_y = tokens(9001, 384).requires_grad_(), tokens(9001, 384)
     first = step(x, weights, grad_y, 1, "hopper")
     for i in range(100):
         monkeypatch.setattr(hopper, "OVERLAPS", i % 2 == 0)
+        monkeypatch.setattr(hopper, "ONE_LAUNCH", i % 3 == 0)
         ewa.set_sm_margin(i % 5)
         try:
             again = step(x, weights, grad_y, 1, "hopper")
@@ -91,8 +95,10 @@ def test_streams_do_not_disturb_one_another():
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_in_a_graph():
+@pytest.mark.parametrize("one_launch", [False, True])
+def test_in_a_graph(one_launch, monkeypatch):
     """A replay reads the seed that is there then."""
+    monkeypatch.setattr(hopper, "ONE_LAUNCH", one_launch)
     weights, x, seed = parameters(4, 384, 1536), tokens(5000, 384), torch.tensor(1, device="cuda")
     options = {"dropout_p": 0.1, "backend": "hopper"}
     ewa.functional.moe_ffn(x, *weights, seed=seed, **options)

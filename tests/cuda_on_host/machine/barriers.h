@@ -182,5 +182,13 @@ inline void add_release(uint32_t* flag, uint32_t value) {
     *flag += value;
     machine::wake(machine::state.spinning);
 }
+inline uint32_t fetch_add(uint32_t* flag, uint32_t value) {
+    machine::preempt();
+    const uint32_t before = *flag;
+    *flag += value;
+    machine::wake(machine::state.spinning);
+    return before;
+}
+inline void back_off() {}
 
 }  // namespace ewa::hopper

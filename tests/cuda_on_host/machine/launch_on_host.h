@@ -19,13 +19,25 @@ inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string&) {
                                     {static_cast<int>(swizzle_bytes) / itemsize, box_rows, 1});
 }
 
+inline machine::Grid grid_of(int tiles, int shared_bytes) {
+    return {std::min(tiles, multiprocessors_of_launches / 2), 2, num_threads, (shared_bytes + 15) / 16 * 16};
+}
+
 template <class Shape, class Epilogue>
-std::string launch_product(const Maps<Epilogue>& maps, const Work& work, const Groups& groups, const Gather& rows,
-                           const typename Epilogue::Arguments& arguments, const Where&) {
-    const int clusters = std::min(work.tiles(), multiprocessors_of_launches / 2);
-    const machine::Grid grid{clusters, 2, num_threads, (Product<Shape, Epilogue>::shared_bytes + 15) / 16 * 16};
-    return machine::launch(grid, dependent(options_of_launches),
-                           [&] { product_kernel<Shape, Epilogue>(maps, work, groups, rows, arguments); });
+std::string launch_product(const Task<Epilogue>& task, const Where&) {
+    return machine::launch(grid_of(task.work.tiles(), Product<Shape, Epilogue>::shared_bytes),
+                           dependent(options_of_launches), [&] { product_kernel<Shape, Epilogue>(task); });
+}
+
+template <class FirstShape, class FirstEpilogue, class SecondShape, class SecondEpilogue>
+std::string launch_pair(const Task<FirstEpilogue>& first, const Task<SecondEpilogue>& second, const HandOver& hand_over,
+                        const Where&) {
+    using Both = Pair<FirstShape, FirstEpilogue, SecondShape, SecondEpilogue>;
+    machine::Options options = dependent(options_of_launches);
+    options.ctas_at_once = multiprocessors_of_launches;  // they wait for one another
+    return machine::launch(
+        grid_of(std::max(first.work.tiles(), second.work.tiles()), Both::shared_bytes), options,
+        [&] { pair_kernel<FirstShape, FirstEpilogue, SecondShape, SecondEpilogue>(first, second, hand_over); });
 }
 
 template <class... Parameters, class... Arguments>

@@ -126,7 +126,7 @@ inline void write_global(void* to, const void* from, size_t bytes) {
         stale.mask |= 1u << byte;
     }
     memcpy(to, from, bytes);
-    state.global_writers[begin / 16] = now(self());
+    for (size_t i = 0; i < bytes; i += 4) state.global_writers[(begin + i) / 4] = now(self());
     self().written_global.push_back({begin, bytes, now(self())});
 }
 
@@ -156,7 +156,8 @@ inline void read_global(void* to, const uint8_t* from, size_t bytes) {
 inline void write_global_by_tma(uint8_t* to, const void* from, size_t bytes) {
     memcpy(to, from, bytes);
     make_current(reinterpret_cast<uintptr_t>(to), bytes);
-    if (!state.global_writers.empty()) state.global_writers.erase(reinterpret_cast<uintptr_t>(to) / 16);
+    for (size_t i = 0; i < bytes && !state.global_writers.empty(); i += 4)
+        state.global_writers.erase((reinterpret_cast<uintptr_t>(to) + i) / 4);
 }
 
 template <class T>
@@ -231,8 +232,10 @@ T load_global(const void* at) {
     machine::check_dependent();
     const auto address = reinterpret_cast<uintptr_t>(at);
     if (address % sizeof(T) != 0) machine::fail("misaligned load from global memory");
-    const auto writer = machine::state.global_writers.find(address / 16);
-    if (writer != machine::state.global_writers.end()) machine::check_race(writer->second, "in global memory");
+    for (size_t i = 0; i < sizeof(T); i += 4) {
+        const auto writer = machine::state.global_writers.find((address + i) / 4);
+        if (writer != machine::state.global_writers.end()) machine::check_race(writer->second, "in global memory");
+    }
     T v;
     memcpy(&v, at, sizeof v);
     return v;

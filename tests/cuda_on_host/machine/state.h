@@ -269,7 +269,7 @@ struct Machine {
     std::vector<Store> read_stores;  // of CTAs that have ended
     std::unordered_map<uintptr_t, Stale> stale;
     std::vector<GlobalRange> written_global;  // by threads that have ended
-    std::unordered_map<uintptr_t, Stamp> global_writers;  // of 16 bytes
+    std::unordered_map<uintptr_t, Stamp> global_writers;  // of 4 bytes
     std::unordered_map<const uint32_t*, Clock> flags;
 };
 
