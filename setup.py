@@ -1,7 +1,7 @@
 """Builds ewa_kernels._C with ninja: C++ for CPUs, and CUDA where nvcc is found. It asks for no GPU and no torch.
 
 Without a compiler the package installs without it and runs on PyTorch and Triton; without nvcc, or if the CUDA part
-does not compile, for CPUs alone. What is missing is said.
+does not compile, for CPUs alone; if only the kernels for Hopper do not, without these. What is missing is said.
 
 Environment: CXX, CXXFLAGS, LDFLAGS; CUDA_HOME; EWA_CUDA_ARCHITECTURES, e.g. "90a 120", empty for none.
 """
@@ -108,16 +108,22 @@ class NinjaBuild(build_ext):
         if nvcc is not None:
             try:
                 cuda = architectures(nvcc)
+                if HOPPER in cuda:
+                    try:
+                        return self.ninja(ext, cxx, nvcc, cuda, "hopper")
+                    except CompileError as error:
+                        self.warn(f"{ext.name} is built without the kernels for Hopper: {error}")
                 if cuda:
-                    return self.ninja(ext, cxx, nvcc, cuda)
+                    return self.ninja(ext, cxx, nvcc, cuda, "cuda")
                 why_not = "no architecture is asked for that this nvcc knows"
             except (CompileError, OSError, subprocess.CalledProcessError) as error:
                 why_not = str(error)
         self.warn(f"{ext.name} is built for CPUs alone: {why_not}")
-        self.ninja(ext, cxx, None, [])
+        self.ninja(ext, cxx, None, [], "cpu")
 
-    def ninja(self, ext: Extension, cxx: str, nvcc: str | None, cuda: list[str]) -> None:
-        folder = Path(self.build_temp, "cuda" if nvcc else "cpu").resolve()
+    def ninja(self, ext: Extension, cxx: str, nvcc: str | None, cuda: list[str], parts: str) -> None:
+        """`parts`: "cpu", "cuda" with it, or "hopper" with both; each has a folder."""
+        folder = Path(self.build_temp, parts).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         includes = [f"-isystem {shlex.quote(i)}" for i in (sysconfig.get_path("include"), pybind11.get_include())]
@@ -132,7 +138,7 @@ class NinjaBuild(build_ext):
             of_all = f"-ccbin {host} {NVCC_FLAGS} {own}"
             link = f"{shlex.quote(nvcc)} -ccbin {host} -shared -cudart static -Xlinker --exclude-libs=ALL"
             flags_of = dict.fromkeys(CUDA_SOURCES, f"{of_all} {CUDA_FLAGS} {' '.join(codes)}")
-            if HOPPER in cuda:
+            if parts == "hopper":
                 flags += " -DEWA_HOPPER"
                 of_hopper = f"{of_all} -gencode=arch=compute_{HOPPER},code=sm_{HOPPER}"
                 flags_of.update(dict.fromkeys(HOPPER_SOURCES, of_hopper))
@@ -142,7 +148,7 @@ class NinjaBuild(build_ext):
         ldflags = os.environ.get("LDFLAGS", "")
         ldflags = by_nvcc(ldflags) if nvcc else ldflags
         text = [NINJA.format(cxx=cxx, nvcc=shlex.quote(nvcc or ""), link=link, ldflags=ldflags)]
-        cxx_sources = (*CXX_SOURCES, "hopper/bindings") if HOPPER in cuda else CXX_SOURCES
+        cxx_sources = (*CXX_SOURCES, "hopper/bindings") if parts == "hopper" else CXX_SOURCES
         for name in cxx_sources:
             # The same bits on every processor: no multiply and add in one rounding where there is such an instruction.
             exact = " -ffp-contract=off" if name.startswith("parameter_pass") else ""
@@ -150,10 +156,11 @@ class NinjaBuild(build_ext):
         for name, of_source in flags_of.items():
             text.append(f"build {name}.o: compile_cuda {escape(ROOT / 'csrc' / name)}.cu\n  flags = {of_source}\n")
         objects = " ".join(f"{name}.o" for name in (*cxx_sources, *flags_of))
-        text.append(f"build {escape(target)}: link {objects}\n")
+        text.append(f"build {target.name}: link {objects}\n")
         (folder / "build.ninja").write_text("\n".join(text))
-        target.parent.mkdir(parents=True, exist_ok=True)
         run_ninja(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(folder / target.name, target)
 
 
 def escape(path: Path) -> str:
@@ -175,9 +182,11 @@ def run_ninja(folder: Path) -> None:
     result = subprocess.run([command, "-C", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     (folder / "build.log").write_text(result.stdout)
     print(result.stdout)
-    if result.returncode == 0 and re.search(r"\bC75\d\d\b", result.stdout):
+    changed = re.search(r".*\bC75\d\d\b.*", result.stdout)
+    if changed is not None:
         # Registers that are not handed over, or products that wait for one another: several times as slow.
-        raise CompileError("ptxas has changed Hopper's kernels:\n" + result.stdout)
+        shutil.rmtree(folder / "hopper")  # nor may the next build take it
+        raise CompileError(f"ptxas makes them slow: {changed[0]}")
     if result.returncode != 0:
         lines = result.stdout.splitlines()
         errors = [line for line in lines[:-20] if re.search(r"\b(fatal|error)\b|FAILED", line)]

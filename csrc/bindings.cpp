@@ -196,9 +196,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_versions", &ewa::cuda_versions);
 #ifdef EWA_HOPPER
     ewa::hopper::bind(m);
+    m.attr("hopper") = true;
+#else
+    m.attr("hopper") = false;
 #endif
     m.attr("cuda") = EWA_CUDA;
 #else
     m.attr("cuda") = py::none();
+    m.attr("hopper") = false;
 #endif
 }

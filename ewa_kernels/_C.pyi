@@ -100,6 +100,8 @@ class LayerPass:
 
 # Which architectures the CUDA part is compiled for, as "80 86"; None without it.
 cuda: str | None
+# Whether csrc/hopper is.
+hopper: bool
 
 class Table:
     def __init__(
@@ -133,9 +135,9 @@ def parameter_pass_cuda(
     plan: CudaPlan, scalars: Scalars, memory: int, counter: int, device: int, stream: int
 ) -> None: ...
 
-# Where "90a" is in `cuda`, of csrc/hopper/layer.h: a call's seed, or its address; the table of groups that are given;
-# multiprocessors, stream, and whether launches overlap.
-HopperOfCall = tuple[int, int, int, int, int, bool]
+# Where `hopper` is true, of csrc/hopper/layer.h: a call's seed, or its address; the table of groups that are given; the
+# device, multiprocessors, stream, and whether launches overlap.
+HopperOfCall = tuple[int, int, int, int, int, int, bool]
 HopperRows = tuple[int, bool, int, int]
 
 class HopperActivation: ...
@@ -205,6 +207,7 @@ def hopper_product(
     out: Matrix = ...,
     size_m: int = 0,
     size_n: int = 0,
+    splits: int = 1,
     parts: int = 0,
     part_sums: int = 0,
     sums: Matrix = ...,

@@ -26,7 +26,7 @@ class Seed(ctypes.Structure):
 
 
 class Where(ctypes.Structure):
-    _fields_ = (("multiprocessors", INT), ("stream", POINTER), ("overlaps", BOOL))
+    _fields_ = (("device", INT), ("multiprocessors", INT), ("stream", POINTER), ("overlaps", BOOL))
 
 
 class Layer(ctypes.Structure):
@@ -88,7 +88,7 @@ def layer_of(
     layer = Layer(
         dtype == torch.bfloat16, num_rows, len(groups) if is_given else groups, d_model, d_ff, top_k, is_given,
         ACTIVATIONS.index(activation), gated, *radices(max(num_rows, 1)), round(dropout_p * 2**32), 1 / (1 - dropout_p),
-        Seed(seed), None, Where(132, None, True),
+        Seed(seed), None, Where(0, 132, None, True),
     )  # fmt: skip
     layer.given = list(groups) if is_given else None
     assert not is_given or sum(groups) == num_rows
@@ -118,6 +118,7 @@ class Operands(ctypes.Structure):
         ("out", Number),
         ("size_m", INT),
         ("size_n", INT),
+        ("splits", INT),
         ("parts", POINTER),
         ("part_sums", POINTER),
         ("sums", Number),
@@ -182,9 +183,9 @@ def tabulate(kernels, layer, offsets=None):
     return layer.of_table
 
 
-def operands_of(*, rows=None, bias=None, out=None, sums=None, size_m=0, size_n=0, **tensors):
+def operands_of(*, rows=None, bias=None, out=None, sums=None, size_m=0, size_n=0, splits=1, **tensors):
     numbers = {"bias": number(bias), "out": number(out), "sums": number(sums)}
-    return Operands(rows=rows or Rows(), size_m=size_m, size_n=size_n, **numbers, **pointers(tensors))
+    return Operands(rows=rows or Rows(), size_m=size_m, size_n=size_n, splits=splits, **numbers, **pointers(tensors))
 
 
 def run(kernels, call, layer, **operands):

@@ -73,22 +73,22 @@ def test_one_failed_section_does_not_keep_the_next_from_running(runner, monkeypa
     assert {name: result["returncode"] for name, result in results.items()} == {"bad": 1, "missing": 127, "good": 0}
 
 
-@pytest.mark.parametrize("commit", ["the same", "another"])
-def test_what_has_passed_is_left_out_when_resumed(commit, runner, monkeypatch, tmp_path):
-    of_commit = {"device": "none", "capability": "9.0", "commit": "the same"}
+@pytest.mark.parametrize("source", ["the same", "another"])
+def test_what_has_passed_is_left_out_when_resumed(source, runner, monkeypatch, tmp_path):
+    environment = {"device": "none", "capability": "9.0", "commit": "any", "source": "the same"}
     passes, fails = ([sys.executable, "-c", f"raise SystemExit({code})"] for code in (0, 1))
     (tmp_path / "log").touch()
     notes = [sys.executable, "-c", f"open({str(tmp_path / 'log')!r}, 'a').write('again ')"]
     for flags, first, code in (([], fails, 1), (["--resume"], passes, 0)):
         groups = [{"first": (first, 60), "second": (notes, 60)}]
-        monkeypatch.setattr(runner, "device", lambda of_commit=of_commit: of_commit)
+        monkeypatch.setattr(runner, "device", lambda environment=environment: environment)
         monkeypatch.setattr(runner, "hopper_sections", lambda output, groups=groups: groups)
         monkeypatch.setattr(sys, "argv", ["run.py", "--hopper", *flags, "--output", str(tmp_path)])
         assert runner.main() == code
-        of_commit = {**of_commit, "commit": commit}
+        environment = {**environment, "commit": "dirty", "source": source}
     results = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert {name: result["returncode"] for name, result in results.items()} == {"first": 0, "second": 0}
-    assert (tmp_path / "log").read_text() == ("again " if commit == "the same" else "again again ")
+    assert (tmp_path / "log").read_text() == ("again " if source == "the same" else "again again ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")

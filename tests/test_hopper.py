@@ -357,8 +357,8 @@ def test_grad_of_weights(groups, size_m, size_n, splits, sums_dtype, dtype, kern
             part.fill_(torch.nan)
         machine(seed, mode)
         run(
-            kernels, "grad_weight", layer, a=slots[0], b=slots[1], out=out, size_m=size_m, size_n=size_n, sums=sums,
-            **of_parts,
+            kernels, "grad_weight", layer, a=slots[0], b=slots[1], out=out, size_m=size_m, size_n=size_n,
+            splits=splits, sums=sums, **of_parts,
         )  # fmt: skip
         assert is_near(out, exact, out_dtype)
         if sums is not None:
@@ -449,7 +449,12 @@ class TestRefused:
             ((0, 1, 8, 8), "up", {}, "num_rows must be 1 to"),
             ((2**31 - 1, 1, 8, 8), "up", {}, "num_rows must be 1 to"),
             ((8, 1, 12, 8), "down", {}, "sizes must be multiples of 8, got 12"),
-            ((8, 1, 8, 8), "grad_weight", {"size_m": 8, "size_n": 4}, "sizes must be multiples of 8, got 4"),
+            (
+                (8, 1, 8, 8),
+                "grad_weight",
+                {"size_m": 8, "size_n": 4, "splits": 1},
+                "sizes must be multiples of 8, got 4",
+            ),
             ((8, 1, 8, 8), "down", {"out": Number(8)}, "operands must begin at 16 bytes"),
             ((8, 1, 8, 8), "up", {"rows": Rows(16, True), "top_k": 2}, "top_k must be 1"),
             ((2**30, 1, 64, 8), "up", {"rows": Rows(16, True)}, "x by token must be smaller"),

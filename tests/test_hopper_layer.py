@@ -8,6 +8,7 @@ from parity import assert_parity, check_ffn, output_and_grads, random_ffn, weigh
 import ewa_kernels as ewa
 from ewa_kernels import backends
 from ewa_kernels.kernels import hopper
+from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
 moe_ffn, grouped_ffn = ewa.functional.moe_ffn, ewa.functional.grouped_ffn
 
@@ -122,6 +123,31 @@ def test_no_more_than_is_needed(needed, expected, calls):
     assert calls == ["up", "down", *expected]
 
 
+def test_bias_alone_gets_the_same_bits(calls):
+    """Though its sums come with a narrower product, in as many parts."""
+    weights, x = random_ffn(1, 1024, 64, dtype=torch.float32), tokens(640, 1024)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # more digits show
+        both = gradients(("down_weight", "down_bias"), weights, x)
+        assert torch.equal(gradients(("down_bias",), weights, x)["down_bias"], both["down_bias"])
+
+
+@pytest.mark.parametrize("margin", [0, 2])
+def test_launches_overlap_only_where_no_multiprocessor_is_left_free(margin, calls, on_host, monkeypatch):
+    """One that waits for the one before it would wait on those."""
+    seen = []
+    monkeypatch.setattr(on_host, "hopper_gather", lambda layer, of_call, *args: seen.append(of_call[-3::2]))
+    problem = Problem.of(
+        Inputs(tokens(5, 8), *random_ffn(2, 8, 8, dtype=torch.bfloat16), None), False,
+        Options("gelu", False, 0.0, "hopper", False), False,
+    )  # fmt: skip
+    ewa.set_sm_margin(margin)
+    try:
+        hopper._Call(problem, Inputs(tokens(5, 8), *random_ffn(2, 8, 8), None), Deal(1)).gather(True, None, None)
+    finally:
+        ewa.set_sm_margin(0)
+    assert seen == [(4 - margin, margin == 0)]
+
+
 @pytest.mark.parametrize(("activation", "products"), [("gelu", []), ("relu", ["up", "down"])])
 def test_forward_in_one_launch(activation, products, calls, monkeypatch):
     """To the same bits; where rows of x are gathered before, there are two."""
@@ -173,7 +199,7 @@ def test_a_launch_that_fails_says_why(calls):
         moe_ffn(tokens(5, 40), *many, seed=0, backend="hopper")
     layer = hopper._C.HopperLayer(True, 5, 2, 12, 8, 1, False, hopper._C.HopperActivation.gelu, False, [1, 1, 0], 0, 1)
     with pytest.raises(RuntimeError, match=r'backend="hopper": sizes must be multiples of 8, got 12'):
-        hopper._C.hopper_tabulate(layer, (0, 0, 0, 4, 0, True), 0, 0)
+        hopper._C.hopper_tabulate(layer, (0, 0, 0, 0, 4, 0, True), 0, 0)
 
 
 def test_where_it_cannot_run():

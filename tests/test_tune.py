@@ -13,6 +13,7 @@ from benchmarks.cases import Case
 from benchmarks.timing import Stopwatch
 from ewa_kernels import calls
 from ewa_kernels.kernels import forms
+from ewa_kernels.problem import Inputs
 
 SHAPE = Case("small", 42, 32, 32, num_experts=4)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,6 +129,17 @@ class TestTable:
         measured = dataclasses.replace(faster, measured=True)
         assert faster.backend() == entry.backend() == measured.backend(has_hopper=False)
         assert measured.backend() == "hopper"
+
+    @pytest.mark.parametrize(("num_rows", "backend"), [(50_432, "hopper"), (30_000, "hopper"), (10_000, "cublas")])
+    def test_hoppers_kernels_only_for_shapes_near_by(self, num_rows, backend, monkeypatch):
+        (entry,) = (entry for entry in forms.read(forms.TABLE) if entry.name == "ViT-B")
+        times = {p: {**getattr(entry, p), "hopper": 1.0} for p in ("forward", "backward")}
+        monkeypatch.setattr(forms, "entries", lambda: [dataclasses.replace(entry, **times, measured=True)])
+        monkeypatch.setattr(forms, "nearest", lambda device, *sizes: forms.entries()[0])
+        monkeypatch.setattr(forms.devices, "why_not_hopper", lambda device: None)
+        x, down_weight = torch.empty(num_rows, 768, device="meta"), torch.empty(4, 768, 3072, device="meta")
+        inputs = Inputs(x, down_weight.mT, None, down_weight, None, None)
+        assert forms.backend_for(inputs, False, torch.bfloat16) == backend
 
     @pytest.mark.parametrize("text", ["", "{}", '{"entries": [{"name": "x"}]}'], ids=["empty", "other", "fields"])
     def test_a_file_that_is_none(self, tmp_path, text):

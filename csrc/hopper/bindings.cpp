@@ -3,8 +3,11 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "layer.h"
 
@@ -13,8 +16,8 @@ namespace py = pybind11;
 namespace ewa::hopper {
 namespace {
 
-// A seed, or where it is; the table of groups that are given; multiprocessors, stream, and whether launches overlap.
-using OfCall = std::tuple<uint64_t, uintptr_t, uintptr_t, int, uintptr_t, bool>;
+// A seed, or where it is; the table of groups that are given; see `Where`.
+using OfCall = std::tuple<uint64_t, uintptr_t, uintptr_t, int, int, uintptr_t, bool>;
 using Number = std::pair<uintptr_t, int>;                       // address and NumberType
 using RowsOf = std::tuple<uintptr_t, bool, uintptr_t, uintptr_t>;  // see `Rows`
 
@@ -24,10 +27,10 @@ T* pointer(uintptr_t address) {
 }
 
 Layer with(Layer layer, const OfCall& given) {
-    const auto& [seed, seed_at, table, multiprocessors, stream, overlaps] = given;
+    const auto& [seed, seed_at, table, device, multiprocessors, stream, overlaps] = given;
     layer.seed = {seed, pointer(seed_at)};
     layer.table = pointer<const int32_t>(table);
-    layer.where = {multiprocessors, pointer(stream), overlaps};
+    layer.where = {device, multiprocessors, pointer(stream), overlaps};
     return layer;
 }
 
@@ -116,8 +119,8 @@ void bind(py::module_& m) {
         "hopper_product",
         [](Call call, const Layer& layer, const OfCall& of_call, const RowsOf& rows, uintptr_t a, uintptr_t b,
            Number bias, uintptr_t permutation, uintptr_t routing_weights, uintptr_t partial_routing,
-           uintptr_t pre_activation, uintptr_t hidden, Number out, int size_m, int size_n, uintptr_t parts,
-           uintptr_t part_sums, Number sums) {
+           uintptr_t pre_activation, uintptr_t hidden, Number out, int size_m, int size_n, int splits,
+           uintptr_t parts, uintptr_t part_sums, Number sums) {
             Operands o;
             o.rows = rows_of(rows);
             o.a = pointer(a);
@@ -131,6 +134,7 @@ void bind(py::module_& m) {
             o.out = {pointer(out.first), out.second};
             o.size_m = size_m;
             o.size_n = size_n;
+            o.splits = splits;
             o.parts = pointer<float>(parts);
             o.part_sums = pointer<float>(part_sums);
             o.sums = {pointer(sums.first), sums.second};
@@ -140,7 +144,7 @@ void bind(py::module_& m) {
         py::arg("a") = 0, py::arg("b") = 0, py::arg("bias") = none, py::arg("permutation") = 0,
         py::arg("routing_weights") = 0, py::arg("partial_routing") = 0, py::arg("pre_activation") = 0,
         py::arg("hidden") = 0, py::arg("out") = none, py::arg("size_m") = 0, py::arg("size_n") = 0,
-        py::arg("parts") = 0, py::arg("part_sums") = 0, py::arg("sums") = none);
+        py::arg("splits") = 1, py::arg("parts") = 0, py::arg("part_sums") = 0, py::arg("sums") = none);
 }
 
 }  // namespace ewa::hopper

@@ -319,7 +319,7 @@ struct StoreGradPre {
             float grad_gate[8], grad_value[8], hidden[8];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                float kept[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+                float kept[4] = {1.0f, 1.0f, 1.0f, 1.0f}, of_row[4];
                 if (kScaled && with.dropout.threshold != 0) dropped.multiply(kept, first + 16 * j + 8 * h);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
@@ -333,7 +333,7 @@ struct StoreGradPre {
                     }
                     if (kScaled) {
                         grad *= kept[i];
-                        of_routing[i / 2] = fmaf(grad, out, of_routing[i / 2]);
+                        of_row[i] = grad * out;
                         grad *= factors[i / 2];
                         out *= kept[i];
                     }
@@ -343,6 +343,11 @@ struct StoreGradPre {
                     }
                     grad_gate[4 * h + i] = grad * act.slope;
                     hidden[4 * h + i] = out;
+                }
+                // In a branch of its own, which also keeps the compiler from having too much under way.
+                if (kScaled && with.partial_routing != nullptr) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) of_routing[i / 2] += of_row[i];
                 }
             }
             put_columns<kType>(slot, j, grad_gate);

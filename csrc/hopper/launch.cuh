@@ -42,8 +42,13 @@ inline EncodeTiled encode_tiled(std::string& error) {
     if (found.load() == nullptr) {
         void* entry = nullptr;
         auto result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
         const cudaError_t failed =
             cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+#else
+        const cudaError_t failed =
+            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
+#endif
         if (failed != cudaSuccess)
             error = cudaGetErrorString(failed);
         else if (result != cudaDriverEntryPointSuccess)
@@ -76,6 +81,12 @@ inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string& er
     return map;
 }
 
+// Before anything else: this thread may have no context yet, without which no tensor is described.
+inline std::string choose(const Where& where) {
+    const cudaError_t error = cudaSetDevice(where.device);
+    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
+}
+
 // kTogether: all CTAs run at once, or none.
 template <bool kTogether, class... Parameters, class... Arguments>
 std::string launch(void (*kernel)(Parameters...), int blocks, int threads, int bytes, const Where& where,
@@ -104,18 +115,15 @@ std::string launch(void (*kernel)(Parameters...), int blocks, int threads, int b
 template <bool kTogether, int kBytes, class... Parameters, class... Arguments>
 std::string launch_clusters(void (*kernel)(Parameters...), std::atomic<int> (&most)[64], int wanted, const Where& where,
                             const Arguments&... arguments) {
-    int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
     // Once for a kernel and a device: it may have so much shared memory, and so many clusters run at once.
-    std::atomic<int>& known = most[device & 63];
+    std::atomic<int>& known = most[where.device % 64];
     int clusters = known.load(std::memory_order_relaxed);
     if (clusters == 0) {
         cudaLaunchConfig_t config{};
         config.gridDim = 2;
         config.blockDim = num_threads;
         config.dynamicSmemBytes = kBytes;
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
         if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
         if (error != cudaSuccess) return cudaGetErrorString(error);
         known.store(clusters, std::memory_order_relaxed);

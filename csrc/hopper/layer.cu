@@ -27,10 +27,11 @@ bool is_size(int size) { return size >= 8 && size % 8 == 0; }
 
 std::string what_is_wrong(const Layer& layer) {
     constexpr int64_t limit = (int64_t{1} << 31) - 1024;  // a row past the end of a tile is an int
-    const int64_t most_rows = limit - (layer.is_given ? int64_t{block_rows} * layer.num_experts : 0);
+    // With slots in which no row is, too.
+    const int64_t most_rows = limit - int64_t{layer.is_given ? block_rows : 1} * layer.num_experts;
     if (layer.num_rows < 1 || layer.num_rows > most_rows || layer.num_experts < 1 || layer.num_experts > 32768)
-        return "num_rows must be 1 to 2^31 - 1024 and num_experts 1 to 32768, got " + std::to_string(layer.num_rows) +
-               " and " + std::to_string(layer.num_experts);
+        return "num_rows must be 1 to " + std::to_string(most_rows) + " and num_experts 1 to 32768, got " +
+               std::to_string(layer.num_rows) + " and " + std::to_string(layer.num_experts);
     for (int size : {layer.d_model, layer.d_ff})
         if (!is_size(size)) return "sizes must be multiples of 8, got " + std::to_string(size);
     if (layer.where.multiprocessors < 2) return "at least two multiprocessors are needed, for a cluster";
@@ -39,10 +40,12 @@ std::string what_is_wrong(const Layer& layer) {
 
 std::string what_is_wrong(Call call, const Layer& layer, const Operands& o) {
     if (layer.is_given != (layer.table != nullptr)) return "groups that are given need a table, and only they";
-    if (call == Call::grad_weight)
+    if (call == Call::grad_weight) {
         for (int size : {o.size_m, o.size_n})
             if (!is_size(size)) return "sizes must be multiples of 8, got " + std::to_string(size);
-    if (!is_aligned({o.rows.data, o.a, o.b, o.pre_activation, o.hidden, o.out.data, o.parts}))
+        if (o.splits < 1) return "splits must be at least 1, got " + std::to_string(o.splits);
+    }
+    if (!is_aligned({o.rows.data, o.a, o.b, o.pre_activation, o.hidden, o.out.data, o.parts, o.part_sums, o.sums.data}))
         return "operands must begin at 16 bytes";
     if (o.rows.by_token) {
         if (o.rows.permutation == nullptr && layer.top_k != 1)
@@ -84,6 +87,7 @@ int splits_of(const Layer& layer, int size_m, int size_n) {
 std::string run(Call call, const Layer& layer, const Operands& operands) {
     std::string wrong = what_is_wrong(layer);
     if (wrong.empty()) wrong = what_is_wrong(call, layer, operands);
+    if (wrong.empty()) wrong = choose(layer.where);
     if (!wrong.empty()) return wrong;
     return (layer.is_bfloat16 ? run_bfloat16 : run_float16)(call, layer, operands);
 }
@@ -93,6 +97,7 @@ std::string forward(const Layer& layer, const Operands& up, const Operands& down
     if (wrong.empty()) wrong = what_is_wrong(Call::up, layer, up);
     if (wrong.empty()) wrong = what_is_wrong(Call::down, layer, down);
     if (wrong.empty() && !up.rows.by_token) wrong = "one launch is for rows by token";
+    if (wrong.empty()) wrong = choose(layer.where);
     if (!wrong.empty()) return wrong;
     return (layer.is_bfloat16 ? forward_bfloat16 : forward_float16)(layer, up, down, flags);
 }
@@ -101,12 +106,14 @@ std::string gather(const Layer& layer, const Rows& rows, const Gathered& to) {
     std::string wrong = what_is_wrong(layer);
     if (wrong.empty() && !is_aligned({rows.data, to.x, to.grad_y, to.of_grad_y, to.weighted}))
         wrong = "operands must begin at 16 bytes";
+    if (wrong.empty()) wrong = choose(layer.where);
     if (!wrong.empty()) return wrong;
     return (layer.is_bfloat16 ? gather_bfloat16 : gather_float16)(layer, rows, to);
 }
 
 std::string tabulate(const Layer& layer, const int32_t* expert_offsets, int32_t* table) {
-    const std::string wrong = what_is_wrong(layer);
+    std::string wrong = what_is_wrong(layer);
+    if (wrong.empty()) wrong = choose(layer.where);
     if (!wrong.empty()) return wrong;
     return launch_simple(tabulate_kernel<32>, 1, 32, layer.where, expert_offsets, layer.num_rows, layer.num_experts,
                          table);

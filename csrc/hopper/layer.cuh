@@ -198,7 +198,7 @@ struct Products {
 
     // What is asked for in float32 is made in that, as parts are.
     static std::string weight(const Layer& layer, const Operands& o) {
-        const int splits = splits_of(layer, o.size_m, o.size_n);
+        const int splits = o.splits;
         const bool by_parts = splits > 1 || o.out.type == float32;
         void* to = splits > 1 ? o.parts : o.out.data;
         std::string error = (by_parts ? weight_in<true> : weight_in<false>)(layer, o, to, splits);

@@ -38,6 +38,7 @@ struct Dropout {
 
 // Where kernels are launched.
 struct Where {
+    int device = 0;
     int multiprocessors = 132;  // that may be used
     void* stream = nullptr;
     bool overlaps = true;  // a kernel begins while the one before it ends, and waits for it then
@@ -89,7 +90,8 @@ struct Operands {
     Output out;                              // of the operands' type, but for grad_weight
     // Of grad_weight:
     int size_m = 0, size_n = 0;
-    float* parts = nullptr;      // [E, splits, M, N] to work in, if there is more than one split, see `splits_of`
+    int splits = 1;              // see `splits_of`
+    float* parts = nullptr;      // [E, splits, M, N] to work in, if there is more than one split
     float* part_sums = nullptr;  // [E, splits, M] to work in, or null: no sums are wanted
     Output sums;                 // [E, M]
 };

@@ -41,6 +41,8 @@ def why_not_hopper(device: torch.device) -> str | None:
         return "it is for CUDA devices"
     if torch.cuda.get_device_capability(device) != (9, 0):
         return f"it is for compute capability 9.0, the device has {torch.cuda.get_device_capability(device)}"
-    if extension.CUDA_ARCHITECTURES is not None and "90a" not in extension.CUDA_ARCHITECTURES.split():
-        return f"the extension is built without architecture 90a: {extension.HOW_TO}"
-    return extension.WHY_NOT_CUDA or old_driver()
+    if extension.WHY_NOT_CUDA is not None:
+        return extension.WHY_NOT_CUDA
+    if not extension.HAS_HOPPER:
+        return f"the extension is built without the kernels for Hopper: {extension.HOW_TO}"
+    return old_driver()

@@ -14,10 +14,10 @@ try:
     import ewa_kernels._C as _C
 
     WHY_NOT: str | None = None
-    CUDA_ARCHITECTURES = _C.cuda
+    CUDA_ARCHITECTURES, HAS_HOPPER = _C.cuda, _C.hopper
 except ImportError as error:
     WHY_NOT = f"the C++ extension is not built ({error}): {HOW_TO}"
-    CUDA_ARCHITECTURES = None
+    CUDA_ARCHITECTURES, HAS_HOPPER = None, False
 
 WHY_NOT_CUDA = WHY_NOT
 if WHY_NOT is None and CUDA_ARCHITECTURES is None:

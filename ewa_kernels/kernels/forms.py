@@ -24,6 +24,8 @@ TABLE = Path(__file__).with_name("forms.json")
 FORMS = ("single", "split", "onchip", "cublas", "hopper")  # Triton's are named as the backends, without "triton-"
 # A predicted gain must be so large before "auto" leaves Triton's forms, which have been measured.
 MARGIN = 0.9
+# Hopper's kernels are taken for shapes as near as this to one for which they were measured: less than a size doubled.
+NEAR = 0.999
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ class Entry:
         which must have been measured."""
         phases, others = (self.forward, self.backward), ("cublas", "hopper")
         of_triton = sum(min(t for form, t in times.items() if form not in others) for times in phases)
-        totals = {"triton": of_triton * (1.0 if self.measured else MARGIN)}
-        for form in others[: 1 + (has_hopper and self.measured)]:
-            totals[form] = sum(times.get(form, math.inf) for times in phases)
+        of_others = {form: sum(times.get(form, math.inf) for times in phases) for form in others}
+        totals = {"triton": of_triton * (1.0 if self.measured else MARGIN), "cublas": of_others["cublas"]}
+        if has_hopper and self.measured:
+            totals["hopper"] = of_others["hopper"]
         return min(totals, key=lambda form: totals[form])
 
 
@@ -110,7 +113,10 @@ def backend_for(inputs: Inputs, is_given: bool, dtype: torch.dtype) -> str:
     x, (num_experts, d_model, d_ff) = inputs.x, inputs.down_weight.shape
     gated = inputs.up_weight.shape[1] == 2 * d_ff
     entry = None if is_given else nearest(x.device, dtype, gated, x.numel() // d_model, num_experts, d_model, d_ff)
-    return "triton" if entry is None else entry.backend(devices.why_not_hopper(x.device) is None)
+    if entry is None:
+        return "triton"
+    is_near = entry.distance(gated, x.numel() // d_model, num_experts, d_model, d_ff) <= NEAR
+    return entry.backend(is_near and devices.why_not_hopper(x.device) is None)
 
 
 def nearest_to(problem: Problem) -> Entry | None:

@@ -1,4 +1,5 @@
-"""The layer by our own kernels for sm_90a, csrc/hopper: two launches forward, and up to nine backward.
+"""The layer by our own kernels for sm_90a, csrc/hopper: forward a launch for each of two products, unless rows must be
+gathered or groups tabulated before; backward one for rows, four products, and the sums of what these make in parts.
 
 Gradients and what is kept for backward lie in slots, see csrc/hopper/groups.cuh. What these kernels are not for, other
 types and sizes, is Triton's.
@@ -62,7 +63,7 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
     with triton_ffn.on_device(x):
         call = _Call(problem, inputs, deal)
         y = x.new_empty(problem.num_rows, problem.d_model)
-        pre_activation = x.new_empty(problem.num_kept, problem.num_up) if problem.save else None
+        pre_activation = call.new_by_slot(problem.num_up) if problem.save else None
         if problem.num_rows > 0:
             if ONE_LAUNCH and call.gathers:
                 call.up_and_down(pre_activation, y)
@@ -84,24 +85,30 @@ def backward(
     x, up_weight, up_bias, _, down_bias, routing_weights = inputs
     need_x, need_up_weight, need_up_bias, need_down_weight, need_down_bias, need_routing = needed
     need_down = need_down_weight or need_down_bias
+    _, up_dtype, _, down_dtype, _, _ = problem.input_dtypes
     need_pre = need_x or need_up_weight or need_up_bias or need_down_weight or need_routing
     grad_x = grad_routing = pieces = hidden = None
     of_up: tuple[Tensor | None, Tensor | None] = (None, None)
     with triton_ffn.on_device(x):
         call, grad_y = _Call(problem, inputs, deal), aligned(grad_y.contiguous())
-        if need_pre and pre_activation is None:
+        is_computed_again = need_pre and pre_activation is None
+        need_slots = need_up_weight or (is_computed_again and not call.gathers)
+        slots = call.gather(need_slots, grad_y, routing_weights if need_down else None)
+        if is_computed_again:
             pre_activation = call.new_by_slot(problem.num_up)
-            call.up(pre_activation)
-        slots = call.gather(x if need_up_weight else None, grad_y, routing_weights if need_down else None)
+            call.up(pre_activation, slots.x)
         if need_pre and pre_activation is not None:
             grad_pre, hidden, pieces = call.grad_pre(slots.of_grad_y, aligned(pre_activation), need_routing)
-            of_up = call.grad_weight(grad_pre, slots.x, up_bias if need_up_bias else None, problem.input_dtypes[1])
+            of_up = call.grad_weight(
+                grad_pre, slots.x, problem.d_model, need_up_weight, up_bias if need_up_bias else None, up_dtype
+            )
             if need_x:
                 grad_x = torch.empty(problem.num_rows, problem.d_model, dtype=x.dtype, device=x.device)
                 call.scatter("grad_x", grad_pre, up_weight, grad_x)
                 grad_x = sum_of_choices(grad_x, problem.top_k)
-        hidden, bias = hidden if need_down_weight else None, down_bias if need_down_bias else None
-        of_down = call.grad_weight(slots.weighted, hidden, bias, problem.input_dtypes[3])
+        of_down = call.grad_weight(
+            slots.weighted, hidden, problem.d_ff, need_down_weight, down_bias if need_down_bias else None, down_dtype
+        )
         if pieces is not None:
             grad_routing = grad_of_routing_weights(
                 pieces.sum(0), problem, grad_y, down_bias, call.permutation, deal.expert_offsets
@@ -129,6 +136,7 @@ class _Call:
         if "hopper" not in problem.kept:
             problem.kept["hopper"] = _layer(problem)
         self._layer = problem.kept["hopper"]
+        assert self._layer.slots == problem.num_kept
         self._is_filled = deal.permutation is not None
         self.permutation = (
             self._new(problem.num_rows, dtype=torch.int32) if deal.permutation is None else aligned(deal.permutation)
@@ -137,9 +145,11 @@ class _Call:
         # Read on the device, where it is there.
         self._seed = aligned(seed) if isinstance(seed, Tensor) and seed.device.type != "cpu" else None
         value = int(seed) if seed is not None and self._seed is None else 0
-        may_be_used = multiprocessors.count(device) - multiprocessors.left_free(device)
+        left_free = multiprocessors.left_free(device)
+        may_be_used = max(2, multiprocessors.count(device) - left_free)
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        of_launches = (max(may_be_used, 2), stream, OVERLAPS)
+        # A launch that begins early would wait on the very multiprocessors that are to be free.
+        of_launches = (device.index or 0, may_be_used, stream, OVERLAPS and left_free == 0)
         self._of_call = (value, _at(self._seed), 0, *of_launches)
         if deal.expert_offsets is not None and problem.num_rows > 0:
             self._table = self._new(self._layer.table_size, dtype=torch.int32)
@@ -178,14 +188,12 @@ class _Call:
         )  # fmt: skip
         give_back(flags, whose)
 
-    def up(self, pre_activation: Tensor | None) -> Tensor:
-        """hidden `[slots, F]`; fills pre_activation `[slots, F or 2F]`."""
+    def up(self, pre_activation: Tensor | None, grouped_x: Tensor | None = None) -> Tensor:
+        """hidden `[slots, F]`; fills pre_activation `[slots, F or 2F]`. grouped_x: x by slot, if that is there."""
         problem, (x, up_weight, up_bias, *_) = self._problem, self._inputs
-        if self.gathers:
-            rows = self._rows(x, True)
-        else:
-            grouped_x = self.gather(x, None, None).x
-            rows = (_at(grouped_x), False, 0, 0)
+        if grouped_x is None and not self.gathers:
+            grouped_x = self.gather(True, None, None).x
+        rows = self._rows(x, True) if grouped_x is None else (_at(grouped_x), False, 0, 0)
         hidden = self.new_by_slot(problem.d_ff)
         self._product(
             "up", rows=rows, b=_at(up_weight), bias=_number(up_bias), hidden=_at(hidden),
@@ -193,10 +201,10 @@ class _Call:
         )  # fmt: skip
         return hidden
 
-    def gather(self, x: Tensor | None, grad_y: Tensor | None, routing_weights: Tensor | None) -> _Slots:
-        """What is not None by slot, and grad_y times routing weights."""
+    def gather(self, need_x: bool, grad_y: Tensor | None, routing_weights: Tensor | None) -> _Slots:
+        """What is needed by slot, and grad_y times routing weights."""
         columns = self._problem.d_model
-        grouped_x = None if x is None else self.new_by_slot(columns)
+        grouped_x = self.new_by_slot(columns) if need_x else None
         of_grad_y = None if grad_y is None else self.new_by_slot(columns)
         weighted = None if routing_weights is None else self.new_by_slot(columns)
         _C.hopper_gather(
@@ -235,30 +243,35 @@ class _Call:
         )  # fmt: skip
 
     def grad_weight(
-        self, a: Tensor | None, b: Tensor | None, bias: Tensor | None, dtype: torch.dtype | None
+        self,
+        a: Tensor | None,
+        b: Tensor | None,
+        size_n: int,
+        need_weight: bool,
+        bias: Tensor | None,
+        dtype: torch.dtype | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """aᵀ b of each expert `[E, M, N]`, and a summed over its rows `[E, M]`, for a bias; None where that is None.
+        """aᵀ b of each expert `[E, M, N]`, and a summed over its rows `[E, M]`, if the bias is not None.
 
         dtype: of the weight, as autograd knows it.
         """
-        if a is None or (b is None and bias is None):
+        if a is None or not (need_weight or bias is not None):
             return None, None
-        problem, size_m = self._problem, a.shape[1]
-        # The sums come with a product: of the narrowest b, whatever it holds, if no other is asked for.
-        size_n = 8 if b is None else b.shape[1]
-        shape, splits = (problem.num_experts, size_m, size_n), self._layer.splits_of(size_m, size_n)
+        size_m, experts = a.shape[1], self._problem.num_experts
+        splits = self._layer.splits_of(size_m, size_n)
+        if not need_weight or b is None:
+            # The sums, to the same bits, come with a product of the narrowest b, whatever that holds.
+            b, size_n = a, 8
         # Under autocast parameters are float32, and so is what they get.
-        out = self._new(*shape, dtype=torch.float32 if dtype == torch.float32 else None)
-        parts = self._new(splits, *shape, dtype=torch.float32) if splits > 1 else None
-        sums = part_sums = None
-        if bias is not None:
-            sums = torch.empty_like(bias)
-            part_sums = self._new(problem.num_experts, splits, size_m, dtype=torch.float32)
+        out = self._new(experts, size_m, size_n, dtype=torch.float32 if dtype == torch.float32 else None)
+        parts = self._new(experts, splits, size_m, size_n, dtype=torch.float32) if splits > 1 else None
+        part_sums = None if bias is None else self._new(experts, splits, size_m, dtype=torch.float32)
+        sums = None if bias is None else torch.empty_like(bias)
         self._product(
-            "grad_weight", a=_at(a), b=_at(a if b is None else b), out=_number(out), size_m=size_m, size_n=size_n,
+            "grad_weight", a=_at(a), b=_at(b), out=_number(out), size_m=size_m, size_n=size_n, splits=splits,
             parts=_at(parts), part_sums=_at(part_sums), sums=_number(sums),
         )  # fmt: skip
-        return (None if b is None else out), sums
+        return (out if need_weight else None), sums
 
 
 def _layer(problem: Problem) -> Any:

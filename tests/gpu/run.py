@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import hashlib
 import importlib.util
 import json
 import os
@@ -69,7 +70,7 @@ def hopper_sections(output: Path) -> list[Group]:
     small = [sys.executable, "tests/gpu/small_hopper.py"]
 
     def sanitized(tool: str) -> Section:
-        return ["env", f"EWA_TEST_EXTENSION={module}", *SANITIZER, tool, *small], 90
+        return ["env", f"EWA_TEST_EXTENSION={module}", *SANITIZER, tool, *small], 120
 
     return [
         {
@@ -77,9 +78,11 @@ def hopper_sections(output: Path) -> list[Group]:
             "hopper-build": (["env", "NVCC_APPEND_FLAGS=-DEWA_HOPPER_DEBUG", *debug_build], 90),
         },
         {"hopper-small": (["env", f"EWA_TEST_EXTENSION={module}", *small], 30)},
-        {"hopper-tests": ([*PYTEST, "tests/gpu/test_gpu_hopper.py"], 90)},
-        {"hopper-times": ([*TUNE, "--minutes", "0.6", "--output", str(output)], 60)},
-        {f"hopper-{tool}": sanitized(tool) for tool in ("memcheck", "synccheck", "racecheck")},
+        {
+            **{f"hopper-{tool}": sanitized(tool) for tool in ("memcheck", "synccheck", "racecheck")},
+            "hopper-tests": ([*PYTEST, "tests/gpu/test_gpu_hopper.py"], 120),
+        },
+        {"hopper-times": ([*TUNE, "--minutes", "0.8", "--output", str(output)], 100)},
     ]
 
 
@@ -133,7 +136,16 @@ def device() -> dict[str, str]:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = os.environ.get("EWA_COMMIT")  # of a copy without its history
     commit = commit or subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    return {**json.loads(result.stdout), "python": sys.version.split()[0], "commit": commit}
+    return {**json.loads(result.stdout), "python": sys.version.split()[0], "commit": commit, "source": source()}
+
+
+def source() -> str:
+    """A hash of what is built and run: results, which a run writes, do not change it."""
+    files = [ROOT / "setup.py"]
+    for folder, kinds in (("csrc", ("cpp", "h", "cu", "cuh")), ("ewa_kernels", ("py", "json")), ("tests", ("py",))):
+        files += [path for kind in kinds for path in (ROOT / folder).rglob(f"*.{kind}")]
+    files += (ROOT / "benchmarks").glob("*.py")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
 
 
 def passed_before(path: Path, environment: dict[str, str]) -> dict[str, dict[str, float]]:
@@ -141,7 +153,7 @@ def passed_before(path: Path, environment: dict[str, str]) -> dict[str, dict[str
     if not path.exists():
         return {}
     before = json.loads(path.read_text())
-    if before["environment"] != environment:
+    if {**before["environment"], "commit": ""} != {**environment, "commit": ""}:
         return {}
     passed = {name: result for name, result in before["sections"].items() if result["returncode"] == 0}
     return {name: result for name, result in passed.items() if "build" not in name}
@@ -152,7 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=names, default=names, help="default: all")
     parser.add_argument("--hopper", action="store_true", help='only what shows that backend="hopper" is right and fast')
-    parser.add_argument("--resume", action="store_true", help="leave out what has passed before at the same commit")
+    parser.add_argument("--resume", action="store_true", help="leave out what has passed before of the same source")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all sections together")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="a folder")
     arguments = parser.parse_args()

@@ -1,5 +1,8 @@
 """`backend="hopper"` on such a GPU: real sizes, launches, bits, graphs. Run by `make gpu`."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from parity import assert_parity, check_ffn, output_and_grads, random_ffn, weighted
@@ -9,8 +12,11 @@ from test_gpu_routed import choices_of
 import ewa_kernels as ewa
 from ewa_kernels.kernels import devices, hopper
 
-WHY_NOT = devices.why_not_hopper(torch.device("cuda", 0))
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+pytestmark = pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="it is for Hopper")
+
+
+def test_they_are_there():
+    assert devices.why_not_hopper(torch.device("cuda", 0)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -78,6 +84,38 @@ def test_same_bits_whatever_else(monkeypatch):
         finally:
             ewa.set_sm_margin(0)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+def test_others_run_where_multiprocessors_are_left_free():
+    """A kernel on another stream ends while the layer is at work."""
+    weights, x, other = parameters(4, 1024, 4096), tokens(200_000, 1024), torch.cuda.Stream()
+    small, done, end = torch.ones(1000, device="cuda"), torch.cuda.Event(), torch.cuda.Event()
+    ewa.functional.moe_ffn(x, *weights, seed=0, backend="hopper")
+    torch.cuda.synchronize()
+    ewa.set_sm_margin(8)
+    try:
+        ewa.functional.moe_ffn(x, *weights, seed=0, backend="hopper")
+        end.record()
+    finally:
+        ewa.set_sm_margin(0)
+    with torch.cuda.stream(other):
+        small.mul_(2)
+        done.record()
+    done.synchronize()
+    assert not end.query()
+
+
+def test_backward_may_be_what_first_uses_the_device_in_a_thread():
+    """The tensors of a launch are described by the driver, which needs the device's context."""
+    code = """if True:
+        import torch, ewa_kernels as ewa
+        options = {"device": "cuda", "dtype": torch.bfloat16, "backend": "hopper", "recompute": True}
+        layer = ewa.RandomPartitionMoE(64, 128, 2, **options)
+        x = torch.randn(100, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad.isfinite().all()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_streams_do_not_disturb_one_another():

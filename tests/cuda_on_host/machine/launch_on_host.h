@@ -11,6 +11,8 @@ inline machine::Options dependent(machine::Options options) {
     return options;
 }
 
+inline std::string choose(const Where&) { return {}; }
+
 inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string&) {
     const int itemsize = tensor.itemsize();
     return machine::make_tensor_map(const_cast<void*>(tensor.data), itemsize,
