@@ -16,7 +16,8 @@ BACKENDS = (
     *("hopper", "cuda", "cpp"),
 )
 
-# Best first: "auto" picks the first that can run. The last of moe_ffn are forms of "triton", which picks the best.
+# Best first: "auto" picks the first that can run. Of moe_ffn those behind "reference" are for who names them, or where a
+# table says that they are faster than "triton", see `kernels/forms.py`.
 _IMPLEMENTED = {
     "random_permutation": ("triton", "cpp", "reference"),
     "moe_ffn": (
@@ -31,7 +32,7 @@ _DESCRIPTIONS: dict[str | tuple[str, str], str] = {
     "reference": "the specification in plain PyTorch, differentiable by autograd",
     "torch": "PyTorch calls block by block, hand-written backward that keeps the pre-activation only",
     "triton": "Triton: the layer in one launch forward and one backward, averaging in one for each tensor",
-    ("moe_ffn", "triton"): "Triton, one launch forward and one backward; on Hopper cublas where that should be faster",
+    ("moe_ffn", "triton"): "Triton, one launch forward and one backward; on Hopper other forms where a table says so",
     "cublas": "PyTorch's matrix products, and Triton's passes over rows between them",
     "hopper": "CUDA for sm_90a, products and all between them; what it is not for by Triton",
     "cuda": "CUDA, one launch for all tensors",

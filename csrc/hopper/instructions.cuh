@@ -303,7 +303,8 @@ EWA_PTX void store_shared_u32x4(uint32_t at, uint4 v) {
                  : "memory");
 }
 
-// What no one writes while the kernel runs, nor what came before it while it waited.
+// What nobody writes while the kernel runs, be it before griddepcontrol_wait: parameters and seeds, never what another
+// kernel here has made.
 EWA_PTX uint64_t load_constant_u64(const void* at) {
     uint64_t v;
     asm volatile("ld.global.nc.u64 %0, [%1];" : "=l"(v) : "l"(at));  // volatile: not before a wait for other grids
