@@ -16,8 +16,8 @@ BACKENDS = (
     *("hopper", "cuda", "cpp"),
 )
 
-# Best first: "auto" picks the first that can run. Of moe_ffn those behind "reference" are for who names them, or where a
-# table says that they are faster than "triton", see `kernels/forms.py`.
+# Best first: "auto" picks the first that can run. Of moe_ffn those behind "reference" are for who names them, and where
+# a table says that they are faster than "triton", see `kernels/forms.py`.
 _IMPLEMENTED = {
     "random_permutation": ("triton", "cpp", "reference"),
     "moe_ffn": (

@@ -143,10 +143,11 @@ struct Product {
         begin();
     }
 
-    // What came before has ended, and what it wrote is there.
+    // What came before has ended, and what it wrote is there, for TMA too.
     __device__ __forceinline__ static void begin() {
         cluster_sync();
         griddepcontrol_wait();
+        fence_proxy_async_global();
         griddepcontrol_launch_dependents();
     }
 
