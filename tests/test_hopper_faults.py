@@ -52,10 +52,10 @@ FAULTS = {
     # --- what comes before everything ---
     # Not "cooperative", which has another fence for its ones.
     "no fence after initialisation": in_product(
-        "pingpong", "            fence_mbarrier_init();\n", "", "no fence_mbarrier_init before TMA or the peer"
+        "pingpong", "        fence_mbarrier_init();\n", "", "no fence_mbarrier_init before TMA or the peer"
     ),
     "no cluster barrier after initialisation": in_product(
-        "cooperative", "        cluster_sync();\n", "", UNINITIALISED, slow=True
+        "cooperative", "        cluster_sync();\n        griddep", "        griddep", UNINITIALISED, slow=True
     ),
     "no wait for the grid before": in_product(
         "pingpong", "        griddepcontrol_wait();\n", "", "global memory is used before griddepcontrol_wait"
@@ -263,7 +263,7 @@ FAULTS = {
         "summed", "tile.k = tile.split * work.steps * step_depth;", "", VALUES, slow=True
     ),
     "parts in the place of the first": in_product(
-        "summed", "tile.expert * work.splits + tile.split", "tile.expert * work.splits", VALUES, slow=True
+        "summed", "tile.expert * task.work.splits + tile.split", "tile.expert * task.work.splits", VALUES, slow=True
     ),
     "no fence of the proxies after the ones": in_product(
         "summed",
