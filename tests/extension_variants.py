@@ -19,7 +19,6 @@ TESTS = {
     "sanitized": ("experts", "optim", "optim_copies", "optim_plans", "optim_bad_input", "cpp", "products"),
     "cuda-on-host": ("experts", "optim", "optim_copies", "optim_plans", "optim_bad_input", "cuda_on_host"),
 }
-FEWER = ("experts", "cuda_on_host")  # of the last, for the default tests
 # Without the kernels for Hopper, which tests/hopper_model.py compiles.
 CXX_SOURCES = tuple(sorted(str(path) for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "hopper"))
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
@@ -46,7 +45,7 @@ def build(variant: str, folder: Path) -> Path:
     return target
 
 
-def run_tests(variant: str, *arguments: str, names: tuple[str, ...] = ()) -> None:
+def run_tests(variant: str, *arguments: str) -> None:
     """Raises CalledProcessError if they fail."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {
@@ -62,7 +61,7 @@ def run_tests(variant: str, *arguments: str, names: tuple[str, ...] = ()) -> Non
             environment["LD_PRELOAD"] = " ".join(runtime.stdout.strip() for runtime in runtimes)
             # Python and torch leave memory to the end of the process, and load C++ that does as it likes.
             environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_odr_violation=0"
-        tests = [f"tests/test_{name}.py" for name in names or TESTS[variant]]
+        tests = [f"tests/test_{name}.py" for name in TESTS[variant]]
         command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *tests, *arguments]
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
