@@ -36,27 +36,42 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                  CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-// The driver's encoder, so that nothing is linked with the driver.
-inline EncodeTiled encode_tiled(std::string& error) {
-    static std::atomic<EncodeTiled> found{nullptr};
+// A function of the driver's, so that nothing is linked with it; looked up once for each `Function`.
+template <class Function>
+Function driver(const char* name, std::string& error) {
+    static std::atomic<Function> found{nullptr};
     if (found.load() == nullptr) {
         void* entry = nullptr;
         auto result = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
-        const cudaError_t failed =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+        const cudaError_t failed = cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &result);
 #else
-        const cudaError_t failed =
-            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
+        const cudaError_t failed = cudaGetDriverEntryPoint(name, &entry, cudaEnableDefault, &result);
 #endif
         if (failed != cudaSuccess)
             error = cudaGetErrorString(failed);
         else if (result != cudaDriverEntryPointSuccess)
-            error = "the driver has no cuTensorMapEncodeTiled: it must be of CUDA 12.0 or later";
+            error = std::string("the driver has no ") + name + ": it must be of CUDA 12.0 or later";
         else
-            found.store(reinterpret_cast<EncodeTiled>(entry));
+            found.store(reinterpret_cast<Function>(entry));
     }
     return found.load();
+}
+
+using CurrentContext = CUresult (*)(CUcontext*);
+
+// Before anything else: without a context no tensor is described, and this thread may have none yet. One that somebody
+// else has made current stays.
+inline std::string choose(const Where& where) {
+    std::string error;
+    const auto current = driver<CurrentContext>("cuCtxGetCurrent", error);
+    if (current == nullptr) return error;
+    CUcontext context = nullptr;
+    int device = -1;
+    cudaError_t failed = cudaSuccess;
+    if (current(&context) == CUDA_SUCCESS && context != nullptr) failed = cudaGetDevice(&device);
+    if (failed == cudaSuccess && device != where.device) failed = cudaSetDevice(where.device);
+    return failed == cudaSuccess ? std::string() : cudaGetErrorString(failed);
 }
 
 // A box is `box_rows` rows of 128 bytes. What went wrong is left in `error`.
@@ -69,7 +84,7 @@ inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string& er
                                   static_cast<cuuint64_t>(tensor.expert_stride) * itemsize};
     const auto box_columns = static_cast<cuuint32_t>(swizzle_bytes / itemsize);
     const cuuint32_t box[] = {box_columns, static_cast<cuuint32_t>(box_rows), 1}, steps[] = {1, 1, 1};
-    const EncodeTiled encode = encode_tiled(error);
+    const auto encode = driver<EncodeTiled>("cuTensorMapEncodeTiled", error);
     if (encode == nullptr) return map;
     // Bits are copied: which type of this size it is does not matter.
     const auto type = tensor.is_float32 ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
@@ -79,12 +94,6 @@ inline TensorMap make_map(const Operand3d& tensor, int box_rows, std::string& er
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) error = "cuTensorMapEncodeTiled: error " + std::to_string(result);
     return map;
-}
-
-// Before anything else: this thread may have no context yet, without which no tensor is described.
-inline std::string choose(const Where& where) {
-    const cudaError_t error = cudaSetDevice(where.device);
-    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
 }
 
 // kTogether: all CTAs run at once, or none.
@@ -111,41 +120,45 @@ std::string launch(void (*kernel)(Parameters...), int blocks, int threads, int b
     return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
 }
 
-// A kernel in clusters of two, with so many of them at most. kTogether: no more than run at once.
-template <bool kTogether, int kBytes, class... Parameters, class... Arguments>
-std::string launch_clusters(void (*kernel)(Parameters...), std::atomic<int> (&most)[64], int wanted, const Where& where,
-                            const Arguments&... arguments) {
-    // Once for a kernel and a device: it may have so much shared memory, and so many clusters run at once.
-    std::atomic<int>& known = most[where.device % 64];
-    int clusters = known.load(std::memory_order_relaxed);
-    if (clusters == 0) {
-        cudaLaunchConfig_t config{};
-        config.gridDim = 2;
-        config.blockDim = num_threads;
-        config.dynamicSmemBytes = kBytes;
-        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-        if (error != cudaSuccess) return cudaGetErrorString(error);
-        known.store(clusters, std::memory_order_relaxed);
-    }
-    clusters = std::min({clusters, wanted, where.multiprocessors / 2});
-    return launch<kTogether>(kernel, 2 * clusters, num_threads, kBytes, where, arguments...);
+// Lets a kernel have as much shared memory as it needs, once on each device. `prepared`: on which it has been done.
+template <class Kernel>
+cudaError_t prepare(Kernel kernel, int bytes, std::atomic<uint64_t>& prepared, int device) {
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if ((prepared.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error == cudaSuccess) prepared.fetch_or(bit, std::memory_order_relaxed);
+    return error;
 }
 
 template <class Shape, class Epilogue>
 std::string launch_product(const Task<Epilogue>& task, const Where& where) {
-    static std::atomic<int> most[64];
-    return launch_clusters<false, Product<Shape, Epilogue>::shared_bytes>(product_kernel<Shape, Epilogue>, most,
-                                                                          task.work.tiles(), where, task);
+    constexpr int bytes = Product<Shape, Epilogue>::shared_bytes;
+    const auto kernel = product_kernel<Shape, Epilogue>;
+    static std::atomic<uint64_t> prepared{0};
+    const cudaError_t error = prepare(kernel, bytes, prepared, where.device);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    const int clusters = std::min(task.work.tiles(), where.multiprocessors / 2);
+    return launch<false>(kernel, 2 * clusters, num_threads, bytes, where, task);
 }
 
 template <class FirstShape, class FirstEpilogue, class SecondShape, class SecondEpilogue>
 std::string launch_pair(const Task<FirstEpilogue>& first, const Task<SecondEpilogue>& second, const HandOver& hand_over,
                         const Where& where) {
-    static std::atomic<int> most[64];
-    return launch_clusters<true, Pair<FirstShape, FirstEpilogue, SecondShape, SecondEpilogue>::shared_bytes>(
-        pair_kernel<FirstShape, FirstEpilogue, SecondShape, SecondEpilogue>, most,
-        std::max(first.work.tiles(), second.work.tiles()), where, first, second, hand_over);
+    constexpr int bytes = Pair<FirstShape, FirstEpilogue, SecondShape, SecondEpilogue>::shared_bytes;
+    const auto kernel = pair_kernel<FirstShape, FirstEpilogue, SecondShape, SecondEpilogue>;
+    static std::atomic<uint64_t> prepared{0};
+    cudaError_t error = prepare(kernel, bytes, prepared, where.device);
+    // They wait for one another: no more than run at once.
+    int most = 0;
+    cudaLaunchConfig_t config{};
+    config.gridDim = 2;
+    config.blockDim = num_threads;
+    config.dynamicSmemBytes = bytes;
+    config.stream = static_cast<cudaStream_t>(where.stream);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&most, kernel, &config);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    const int clusters = std::min({most, where.multiprocessors / 2, std::max(first.work.tiles(), second.work.tiles())});
+    return launch<true>(kernel, 2 * clusters, num_threads, bytes, where, first, second, hand_over);
 }
 
 // A kernel without clusters, and without shared memory of its own.

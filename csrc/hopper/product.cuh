@@ -145,6 +145,7 @@ struct Product {
 
     // What came before has ended, and what it wrote is there, for TMA too.
     __device__ __forceinline__ static void begin() {
+        warp_sync();  // what follows is for whole warps
         cluster_sync();
         griddepcontrol_wait();
         fence_proxy_async_global();
@@ -413,8 +414,10 @@ struct Product {
             if (Shape::pingpong) named_barrier_sync(turn_to_store + group, 2 * warpgroup_threads);
             store(d, tile, group, turn, epilogue);
             if (Shape::pingpong) named_barrier_arrive(turn_to_store + 1 - group, 2 * warpgroup_threads);
-            if (kPart == Part::first && thread_id() % warpgroup_threads == 0)
-                give_over(cluster_id() + turn * num_clusters());
+            if (kPart == Part::first) {
+                if (thread_id() % warpgroup_threads == 0) give_over(cluster_id() + turn * num_clusters());
+                warp_sync();
+            }
             step += steps;
         }
         if (Shape::pingpong) take_last_turns(group, turn);

@@ -27,7 +27,8 @@ with contextlib.suppress(ImportError):
     import ewa_kernels._C as _C
 
 # Two choices to be measured; results are the same. Whether a launch begins while the one before it ends; and whether
-# forward is one launch, in which the products hand over rows by flags, in place of two.
+# forward is one launch, in which the products hand over rows by flags, in place of two. Neither is made where
+# multiprocessors are left free: early launches would wait on just these, and one launch needs all its clusters at once.
 OVERLAPS = True
 ONE_LAUNCH = False
 
@@ -65,7 +66,7 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
         y = x.new_empty(problem.num_rows, problem.d_model)
         pre_activation = call.new_by_slot(problem.num_up) if problem.save else None
         if problem.num_rows > 0:
-            if ONE_LAUNCH and call.gathers:
+            if ONE_LAUNCH and call.gathers and call.has_all:
                 call.up_and_down(pre_activation, y)
             else:
                 hidden = call.up(pre_activation)
@@ -129,6 +130,7 @@ class _Call:
 
     Attributes:
         permutation: int32 `[R]`, which is filled by the first launch that needs it, unless it is given.
+        has_all: whether no multiprocessor is left free.
     """
 
     def __init__(self, problem: Problem, inputs: Inputs, deal: Deal):
@@ -148,8 +150,8 @@ class _Call:
         left_free = multiprocessors.left_free(device)
         may_be_used = max(2, multiprocessors.count(device) - left_free)
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        # A launch that begins early would wait on the very multiprocessors that are to be free.
-        of_launches = (device.index or 0, may_be_used, stream, OVERLAPS and left_free == 0)
+        self.has_all = left_free == 0
+        of_launches = (device.index or 0, may_be_used, stream, OVERLAPS and self.has_all)
         self._of_call = (value, _at(self._seed), 0, *of_launches)
         if deal.expert_offsets is not None and problem.num_rows > 0:
             self._table = self._new(self._layer.table_size, dtype=torch.int32)
