@@ -95,6 +95,18 @@ def boolean(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a bool, got {_kind(value)}")
 
 
+def mask(mask: object, x: Tensor) -> None:
+    """Of tokens: bool, of x's leading shape."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be torch.bool, got {mask.dtype}")
+    if mask.device != x.device:
+        raise TypeError(f"mask must be on {x.device} like x, got {mask.device}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask must be {list(x.shape[:-1])}, one for each token of x, got {list(mask.shape)}")
+
+
 def found_inf(value: Any) -> None:
     """Raises TypeError unless `value` is None, a number or a tensor, ValueError unless a tensor has one element."""
     if isinstance(value, Tensor):

@@ -99,16 +99,21 @@ class RoutedMoE(StackedExperts):
         super().reset_parameters()
         self.router.reset_parameters()
 
-    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, seed: int | Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """`[..., D]` → `[..., D]`.
 
         Args:
             x: of the dtype and device of the parameters.
             seed: of dropout, in training: int in 0…2⁶³−1 or int64 tensor with one element. None draws it.
+            mask: bool `[...]`, False for tokens that are padding: they are routed as all are, but the two losses are of
+                the others. None: no token is.
 
         Raises:
-            TypeError, ValueError: x or seed is not what `ewa_kernels.functional.grouped_ffn` needs.
+            TypeError, ValueError: x or seed is not what `ewa_kernels.functional.grouped_ffn` needs; mask is not bool,
+                or of another shape or device than x's tokens.
         """
+        if mask is not None:
+            checks.mask(mask, x)
         checks.ffn(x, *self.experts, self.activation, self.gated, self.dropout)
         logits = self.router(x.reshape(-1, self.d_model))
         routing_weights, choices = functional.route(logits, self.top_k, renormalize=self.renormalize)
@@ -117,7 +122,7 @@ class RoutedMoE(StackedExperts):
         if seed is None:
             seed = self.draw_seed(x) if dropout_p > 0 else 0
         if self.training:
-            self.load_balance_loss, self.z_loss = _losses(logits, expert_offsets)
+            self.load_balance_loss, self.z_loss = _losses(logits, choices, expert_offsets, mask)
         return functional.grouped_ffn(
             x,
             *self.experts,
@@ -140,10 +145,19 @@ class RoutedMoE(StackedExperts):
         return f"{super().extra_repr()}, top_k={self.top_k}, renormalize={self.renormalize}"
 
 
-def _losses(logits: Tensor, expert_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    num_tokens, num_experts = logits.shape
-    # 0 without tokens, rather than NaN.
-    shares = expert_offsets.diff() / expert_offsets[-1].clamp(min=1)
-    probabilities = logits.softmax(dim=-1).sum(0) / max(num_tokens, 1)
-    z_loss = logits.logsumexp(dim=-1).square().sum() / max(num_tokens, 1)
-    return num_experts * (shares * probabilities).sum(), z_loss
+def _losses(logits: Tensor, choices: Tensor, expert_offsets: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """choices `[T, k]`; mask: of the tokens that count."""
+    num_experts = logits.shape[1]
+    if mask is None:
+        # 0 without tokens, rather than NaN.
+        shares = expert_offsets.diff() / expert_offsets[-1].clamp(min=1)
+        mean_probabilities = logits.softmax(dim=-1).sum(0) / max(len(logits), 1)
+        z_loss = logits.logsumexp(dim=-1).square().sum() / max(len(logits), 1)
+    else:
+        # How many tokens count is known on the device only; the others may hold anything.
+        logits, counts = torch.where(mask.reshape(-1, 1), logits, 0), mask.reshape(-1).to(logits.dtype)
+        number = mask.sum().clamp(min=1)
+        shares = counts @ torch.zeros_like(logits).scatter_(1, choices.long(), 1.0) / (number * choices.shape[1])
+        mean_probabilities = counts @ logits.softmax(dim=-1) / number
+        z_loss = counts @ logits.logsumexp(dim=-1).square() / number
+    return num_experts * (shares * mean_probabilities).sum(), z_loss

@@ -67,7 +67,7 @@ class TestAttach:
         """Each averager follows its own; an optimizer with two averagers runs both."""
         model = nn.ModuleList([make_model(), make_model(seed=1)])
         optimizers = [torch.optim.SGD(part.parameters(), lr=0.1, momentum=0.9) for part in model]
-        averagers = [ewa.ExpertAverager(part, 0.2) for part in model]
+        averagers = [ewa.ExpertAverager([model[0][1].down.weight], 0.2), ewa.ExpertAverager(model[1], 0.2)]
         for averager, optimizer in zip(averagers, optimizers, strict=True):
             averager.attach(optimizer)
         third = ewa.ExpertAverager([model[0][1].up.weight], 0.2)
@@ -222,8 +222,8 @@ class TestAttach:
             def __init__(self, inner):
                 self.inner = inner
 
-        model, optimizer, averager = make()
-        averager = ewa.ExpertAverager(model, 0.3)
+        model = make_model()
+        optimizer, averager = torch.optim.SGD(model.parameters(), lr=0.1), ewa.ExpertAverager(model, 0.3)
         with pytest.raises(TypeError, match="must have step hooks, got Wrapper: attach to the optimizer it wraps"):
             averager.attach(Wrapper(optimizer))
         averager.attach(optimizer)
@@ -233,3 +233,43 @@ class TestAttach:
         del optimizer
         gc.collect()
         averager.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+class TestOneAverager:
+    """Of the same experts: two would average twice a step."""
+
+    def test_a_second_is_refused_whatever_its_optimizer(self):
+        model = make_model()
+        first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+        attachment = ewa.ExpertAverager(model, 0.3).attach(first)
+        for optimizer in (first, second):
+            with pytest.raises(ValueError, match=r"that of a SGD averages .*up\.weight already"):
+                ewa.ExpertAverager(model, 0.3).attach(optimizer)
+            with pytest.raises(ValueError, match=r"averages .*up\.weight already"):
+                ewa.optim.AdamW(model.parameters(), averager=ewa.ExpertAverager(model, 0.3))
+        attachment.remove()
+        ewa.ExpertAverager(model, 0.3).attach(first)
+
+    def test_one_whose_optimizer_is_gone_is_no_second(self):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ewa.ExpertAverager(model, 0.3).attach(optimizer)
+        optimizer.itself = optimizer  # a circle, which is not collected at once
+        del optimizer
+        ewa.ExpertAverager(model, 0.3).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def test_others_have_steps_of_their_own(self):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        halves = [[p] for p in model.parameters() if p.ndim == 3][:2]
+        averagers = [ewa.ExpertAverager(tensors, 0.3) for tensors in halves]
+        averagers[0].num_steps = 5
+        for averager in averagers:
+            averager.attach(optimizer)
+        assert [averager.num_steps for averager in averagers] == [5, 0]
+        saved = optimizer.state_dict()
+        other = torch.optim.SGD(make_model().parameters(), lr=0.0)
+        other.load_state_dict(saved)
+        again = ewa.ExpertAverager([other.param_groups[0]["params"][0]], 0.3)
+        again.attach(other)
+        assert again.num_steps == 5

@@ -63,6 +63,16 @@ class TestWeightDecay:
         by_ndim = [p for p in model.parameters() if p.ndim < 2]
         assert names_of(model, rest["params"]) - names_of(model, by_ndim) == {f"{name}.bias" for name in EXPERTS}
 
+    def test_biases_of_others_experts(self):
+        """Stacked, they have two dimensions too."""
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+        experts = {"intermediate_size": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+        model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, **experts, vocab_size=20))
+        decays, rest = ewa.weight_decay_groups(model, 0.1)
+        assert not {name for name in names_of(model, decays["params"]) if name.endswith("bias")}
+        biases = {f"model.layers.0.mlp.experts.{name}_proj_bias" for name in ("gate_up", "down")}
+        assert biases <= names_of(model, rest["params"])
+
     def test_names_of_the_model(self):
         """Of a part, too."""
 

@@ -122,6 +122,7 @@ class TestStateDict:
         ours, theirs = twins()
         train(ours, theirs)
         mine, torchs = ours[0].state_dict(), theirs[0].state_dict()
+        assert mine["param_groups"][0].pop("averaging_steps") == 5  # the averager's
         assert mine["param_groups"] == torchs["param_groups"]
         assert mine["state"].keys() == torchs["state"].keys()
         for i, state in mine["state"].items():

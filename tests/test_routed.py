@@ -280,6 +280,34 @@ class TestLosses:
         torch.testing.assert_close(layer.load_balance_loss, expected)
         torch.testing.assert_close(layer.z_loss, logits.logsumexp(1).square().mean())
 
+    @pytest.mark.parametrize("top_k", [1, 3])
+    def test_padding_takes_no_part(self, top_k):
+        """Whatever it holds: losses and gradients are those of the other tokens alone."""
+        layer, x = make(5, top_k), tokens(3, 11, 12)
+        mask = torch.rand(3, 11, generator=torch.Generator().manual_seed(1)) < 0.6
+        results = []
+        for rows, of_rows in ((x[mask], None), (x.masked_fill(~mask[..., None], 1e3), mask)):
+            layer(rows, mask=of_rows)
+            losses = layer.load_balance_loss, layer.z_loss
+            results.append((*losses, *torch.autograd.grad(sum(losses), [layer.router.weight])))
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected)
+        layer(x, mask=torch.zeros(3, 11, dtype=torch.bool))
+        assert layer.load_balance_loss == layer.z_loss == 0
+
+    @pytest.mark.parametrize(
+        ("mask", "error", "words"),
+        [
+            ([True], TypeError, "mask must be a bool tensor or None, got list"),
+            (torch.ones(33), TypeError, "mask must be torch.bool, got torch.float32"),
+            (torch.ones(32, dtype=torch.bool), ValueError, r"mask must be \[33\], one for each token of x, got \[32\]"),
+            (torch.ones(33, dtype=torch.bool, device="meta"), TypeError, "mask must be on cpu like x, got meta"),
+        ],
+    )
+    def test_a_mask_that_is_none(self, mask, error, words):
+        with pytest.raises(error, match=words):
+            make(4, 1)(tokens(33, 12), mask=mask)
+
     def test_teach_the_router(self):
         layer = make(4, 1)
         layer(tokens(33, 12))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,20 +15,86 @@ from torch.utils.hooks import RemovableHandle
 
 import ewa_kernels.train.shards as shards
 
+# In the first parameter group of an optimizer's state dict, so that it is saved and resumed by whatever saves that.
+# Several averagers, of different experts, have one each, in the order in which they were attached.
+STEPS = "averaging_steps"
+
+
+class Averaging(Protocol):
+    """What is attached: `ExpertAverager`."""
+
+    num_steps: int
+
+    def check(self) -> None:
+        """Is called before each step, and raises what is wrong, so that nothing has changed then."""
+
+    def average(self, found_inf: Any = None) -> None:
+        """Is called after each real step with what GradScaler found, or None."""
+
+    def memory(self) -> dict[str, set[int]]:
+        """Addresses of what is averaged, by name."""
+
+
+_alive: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
 
 class Attachment:
     """That something runs after an optimizer's real steps, until `remove()`, or until the optimizer is gone.
 
-    Args:
-        check: is called before each step, and raises what is wrong, so that nothing has changed then.
-        run: is called after each real step with what GradScaler found, or None.
+    Of an optimizer whose state dict was loaded before, it goes on from the number of steps there.
+
+    Raises:
+        ValueError: another that is attached averages some of the same.
     """
 
-    def __init__(self, check: Callable[[], None], run: Callable[[Any], None], optimizer: Optimizer):
-        self._check, self._run = check, run
+    def __init__(self, averaging: Averaging, optimizer: Optimizer):
+        self._averaging = averaging
         self._optimizer: weakref.ref[Optimizer] | None = weakref.ref(optimizer)
         self._had_state = False
         self._handles: list[RemovableHandle] = []
+        if self._others():
+            gc.collect()  # an optimizer that nobody has any more may be part of a circle
+        for other, name in self._others():
+            raise ValueError(
+                f"experts must have one averager, but that of a {type(other).__name__} averages {name} already: call "
+                "remove() on what its attach returned"
+            )
+        used = {other._key for other in _alive if other.optimizer is optimizer}
+        self._key: str = next(key for i in itertools.count() if (key := f"{STEPS}_{i}" if i else STEPS) not in used)
+        _alive.add(self)
+        self._take_steps(optimizer)
+        self._state_handles = self._hook_state(optimizer)
+
+    def _others(self) -> list[tuple[Optimizer, str]]:
+        """Optimizers that average some of the same, and what."""
+        found, own = [], set().union(*self._averaging.memory().values())
+        for other in [a for a in _alive if a is not self]:
+            optimizer = other.optimizer
+            if optimizer is None:
+                continue
+            try:
+                of_other = other._averaging.memory()
+            except (ValueError, RuntimeError, AttributeError):  # what it averaged is gone, or it was not copied whole
+                continue
+            found += [(optimizer, name) for name, memory in of_other.items() if not memory.isdisjoint(own)][:1]
+        return found
+
+    def _hook_state(self, optimizer: Optimizer) -> list[RemovableHandle]:
+        # An optimizer that is being copied has none, nor has one that does not call Optimizer.__init__.
+        for hooks in ("_optimizer_state_dict_post_hooks", "_optimizer_load_state_dict_post_hooks"):
+            optimizer.__dict__.setdefault(hooks, OrderedDict())
+        return [
+            optimizer.register_state_dict_post_hook(self._give_steps),
+            optimizer.register_load_state_dict_post_hook(self._take_steps),
+        ]
+
+    def _give_steps(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        for group in state_dict["param_groups"][:1]:
+            group[self._key] = self._averaging.num_steps
+
+    def _take_steps(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups[:1]:
+            self._averaging.num_steps = group.pop(self._key, self._averaging.num_steps)
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -38,28 +107,31 @@ class Attachment:
         ]
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for handle in (*self._handles, *self._state_handles):
             handle.remove()
         self._optimizer = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_optimizer": self.optimizer, "_handles": bool(self._handles)}
+        return {**self.__dict__, "_optimizer": self.optimizer, "_handles": bool(self._handles), "_state_handles": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """torch copies an optimizer without its hooks, so that they are registered with the copy here."""
         optimizer, hooked = state.pop("_optimizer"), state.pop("_handles")
         self.__dict__.update(state, _optimizer=None if optimizer is None else weakref.ref(optimizer), _handles=[])
-        if optimizer is not None and hooked:
-            self.hook(optimizer)
+        _alive.add(self)
+        if optimizer is not None:
+            self._state_handles = self._hook_state(optimizer)
+            if hooked:
+                self.hook(optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._check()
+        self._averaging.check()
         self._had_state = len(optimizer.state) > 0
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not is_dry_run(optimizer, self._had_state):
             # GradScaler hands it to fused optimizers, which skip by themselves, as an attribute.
-            self._run(getattr(optimizer, "found_inf", None))
+            self._averaging.average(getattr(optimizer, "found_inf", None))
 
 
 def hooked(optimizer: object) -> Optimizer:

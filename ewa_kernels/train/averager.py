@@ -248,9 +248,13 @@ class ExpertAverager:
         pickled together with the optimizer, the averager is attached to the copy of it. Of an optimizer that is
         driven by other methods than `step`, as SAM is, attach to the one which it steps (`sam.base_optimizer`).
 
+        The optimizer's state dict has the number of steps, too: a run that is resumed from the state dicts of model and
+        optimizer goes on with the schedule where it was.
+
         Raises:
             TypeError: not a torch.optim.Optimizer, or one without hooks, as wrappers are.
-            ValueError: attached already, to this optimizer or another: each step would average twice.
+            ValueError: attached already, to this optimizer or another, or another averager is that has some of the same
+                experts: each step would average twice.
 
         Warns if the optimizer has none of the experts, as one that was made before them.
         """
@@ -271,8 +275,13 @@ class ExpertAverager:
                 "optimizer must be the only one attached to, but the averager is attached already: "
                 "call remove() on what attach returned, or delete the optimizer that has it"
             )
-        self._attachment = Attachment(self.check, self.average, optimizer)
+        self._attachment = Attachment(self, optimizer)
         return self._attachment
+
+    def memory(self) -> dict[str, set[int]]:
+        """Where the experts are, by name."""
+        tensors = {name: map(shards.local, members_of(group)) for name, group in self._experts().items()}
+        return {name: {t.data_ptr() for t in members if t.numel() > 0} for name, members in tensors.items()}
 
     def is_trained_by(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has any of the experts."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import ewa_kernels.checks as checks
 from ewa_kernels.modules import ExpertLinear
+from ewa_kernels.moe.experts import find_experts
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -15,9 +16,10 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
 
         optimizer = torch.optim.AdamW(ewa.weight_decay_groups(model, 0.05), lr=1e-3)
 
-    A parameter of fewer than two dimensions does not decay, nor does an experts' bias `[E, F]`, which a rule that
-    goes by `ndim` alone takes for a weight. (Rules that go by names, as timm's and transformers' do, know it: its name
-    ends in "bias".) Nor does what a module's own `no_weight_decay()` names, as timm's models have it.
+    A parameter of fewer than two dimensions does not decay, nor does an experts' bias `[E, F]`, of whatever class its
+    layer is (`find_experts`), which a rule that goes by `ndim` alone takes for a weight. (Rules that go by names, as
+    timm's and transformers' do, know it: its name ends in "bias".) Nor does what a module's own `no_weight_decay()`
+    names, as timm's models have it.
 
     Args:
         weight_decay: ≥ 0, of the first group; the second has 0.
@@ -29,7 +31,9 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
     checks.module("model", model)
     checks.nonnegative("weight_decay", weight_decay)
     named = dict(model.named_parameters())
-    spared = {m.bias for m in model.modules() if isinstance(m, ExpertLinear)}
+    spared: set[Tensor | None] = {m.bias for m in model.modules() if isinstance(m, ExpertLinear)}
+    for site in find_experts(model):
+        spared |= {group for group in site.tensors.values() if isinstance(group, Tensor) and group.ndim == 2}
     for prefix, module in model.named_modules():
         if callable(rule := getattr(module, "no_weight_decay", None)):
             spared |= {named.get(f"{prefix}.{name}" if prefix else name) for name in rule()}
