@@ -63,7 +63,7 @@ LAYERS = {
         "train/share_rate",
         "private_torch",
     },
-    "train/weight_decay": {"checks", "modules"},
+    "train/weight_decay": {"checks", "modules", "moe"},
     "train/adamw": {
         "backends",
         "checks",
