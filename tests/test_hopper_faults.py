@@ -98,7 +98,7 @@ FAULTS = {
         "cooperative",
         "mbarrier_arrive_cluster(empty(step), lane());",
         "mbarrier_arrive_cluster(empty(step), rank);",
-        RACE,
+        f"{RACE}|completes in a later phase",
         slow=True,
     ),
     "half as many readers": in_product(
@@ -118,8 +118,9 @@ FAULTS = {
         "",
         ENDED,
     ),
-    "drain of all stages but one": in_product(
-        "cooperative", "end = step + Shape::stages; step", "end = step + Shape::stages - 1; step", ENDED, slow=True
+    # That one stage too few is drained, test_hopper_protocol.py sees: it tries all orders.
+    "drain of one stage": in_product(
+        "cooperative", "end = step + Shape::stages; step", "end = step + 1; step", ENDED, slow=True
     ),
     # --- multicast ---
     "multicast to the first CTA only": in_product(
