@@ -15,10 +15,7 @@ namespace py = pybind11;
 
 namespace {
 
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+using ewa::pointer;
 
 // (address, type) of rows, as ewa_kernels/kernels/blocked/cpp_rows.py gives them.
 using Matrix = std::pair<uintptr_t, int32_t>;

@@ -111,6 +111,18 @@ class Problem:
         """Columns of pre_activation."""
         return 2 * self.d_ff if self.gated else self.d_ff
 
+    @property
+    def dropout(self) -> tuple[int, float]:
+        """(32 random bits below which an element is dropped, what the others are multiplied by)."""
+        p = self.dropout_p
+        return min(round(p * 2**32), 2**32 - 1), 1 / (1 - p) if p < 1 else 0.0
+
+    def zero_gradients(self, inputs: Inputs, needed: Iterable[bool]) -> tuple[Tensor | None, ...]:
+        """Where there are no rows; None where not needed."""
+        return self.gradients(
+            None if t is None or not need else torch.zeros_like(t) for t, need in zip(inputs, needed, strict=True)
+        )
+
     def gradients(self, grads: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs, in the inputs' dtypes."""
         return tuple(
@@ -166,7 +178,7 @@ def num_kept(backend: str, is_given: bool, num_rows: int, num_experts: int) -> i
     """Rows of pre_activation: R; on a GPU, where groups are equal, ⌈R/E⌉ for each expert, which only a library's
     batched products need: whether one makes them is known later than how much is kept. Our own kernels for Hopper have
     slots, see `csrc/hopper/groups.cuh`."""
-    if backend == "hopper":
-        return (num_rows // 64 + num_experts) * 64 if is_given else -(-num_rows // num_experts) * num_experts
-    is_on_gpu = backend == "auto" or backend == "cublas" or backend.startswith("triton")
-    return -(-num_rows // num_experts) * num_experts if is_on_gpu and not is_given else num_rows
+    if is_given:
+        return (num_rows // 64 + num_experts) * 64 if backend == "hopper" else num_rows
+    is_on_gpu = backend in ("auto", "cublas", "hopper") or backend.startswith("triton")
+    return -(-num_rows // num_experts) * num_experts if is_on_gpu else num_rows

@@ -96,6 +96,17 @@ def check_ffn(
             assert torch.equal(value, torch.zeros_like(value)), f"{name} must be zero"
 
 
+def check_grouped(
+    operands: tuple[Tensor | None, ...], grad_y: Tensor, *, backend: str, exact_by: str = "reference", **options: object
+) -> None:
+    """Output and all gradients of `grouped_ffn`, routing weights being the last operand, likewise."""
+    wide = tuple(None if t is None else t.double() for t in operands)
+    exact = output_and_grads(weighted, wide, grad_y.double(), backend=exact_by, **options)
+    baseline = output_and_grads(weighted, operands, grad_y, backend="reference", **options)
+    for name, ours in output_and_grads(weighted, operands, grad_y, backend=backend, **options).items():
+        assert_parity(name, ours, exact[name], baseline[name])
+
+
 def weighted(*operands: Tensor | None, **options: object) -> Tensor:
     """`grouped_ffn` with the routing weights as one more operand."""
     return ewa.functional.grouped_ffn(*operands[:5], routing_weights=operands[5], **options)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from hopper_model import build_module
-from parity import assert_parity, check_ffn, output_and_grads, random_ffn, weighted
+from parity import check_ffn, check_grouped, random_ffn
 
 import ewa_kernels as ewa
-from ewa_kernels import backends
-from ewa_kernels.kernels import hopper
+from ewa_kernels.kernels import devices, hopper
 from ewa_kernels.problem import Deal, Inputs, Options, Problem
 
 moe_ffn, grouped_ffn = ewa.functional.moe_ffn, ewa.functional.grouped_ffn
@@ -34,12 +33,7 @@ def calls(on_host, monkeypatch):
             on_host.hopper_product(call, *args, **operands)
 
     monkeypatch.setattr(hopper, "_C", Recorded(), raising=False)
-    why_not = backends.why_not
-    monkeypatch.setattr(
-        backends, "why_not", lambda operation, backend, *rest: None if backend == "hopper" else why_not(
-            operation, backend, *rest
-        )
-    )  # fmt: skip
+    monkeypatch.setattr(devices, "why_not_hopper", lambda device: None)
     return seen
 
 
@@ -86,12 +80,7 @@ def test_given_partition(sizes, top_k, options, calls):
         "expert_offsets": torch.tensor([0, *sizes]).cumsum(0).int(),
     }
     options = {**options, **partition, **({"seed": 5} if "dropout_p" in options else {})}
-    grad_y = tokens(num_rows // top_k, 40, seed=2)
-    wide = [t.double() for t in operands]
-    exact = output_and_grads(weighted, wide, grad_y.double(), backend="reference", **options)
-    baseline = output_and_grads(weighted, operands, grad_y, backend="reference", **options)
-    for name, ours in output_and_grads(weighted, operands, grad_y, backend="hopper", **options).items():
-        assert_parity(name, ours, exact[name], baseline[name])
+    check_grouped(operands, tokens(num_rows // top_k, 40, seed=2), backend="hopper", **options)
 
 
 def gradients(needed, weights, x, **options):

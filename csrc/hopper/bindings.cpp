@@ -21,10 +21,8 @@ using OfCall = std::tuple<uint64_t, uintptr_t, uintptr_t, int, int, uintptr_t, b
 using Number = std::pair<uintptr_t, int>;                       // address and NumberType
 using RowsOf = std::tuple<uintptr_t, bool, uintptr_t, uintptr_t>;  // see `Rows`
 
-template <class T = void>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+Bias bias_of(const Number& given) { return {pointer(given.first), given.second}; }
+Output output_of(const Number& given) { return {pointer(given.first), given.second}; }
 
 Layer with(Layer layer, const OfCall& given) {
     const auto& [seed, seed_at, table, device, multiprocessors, stream, overlaps] = given;
@@ -103,15 +101,15 @@ void bind(py::module_& m) {
               Operands up, down;
               up.rows = rows_of(rows);
               up.b = pointer(up_weight);
-              up.bias = {pointer(up_bias.first), up_bias.second};
+              up.bias = bias_of(up_bias);
               up.pre_activation = pointer(pre_activation);
               up.hidden = pointer(hidden);
               down.a = pointer(hidden);
               down.b = pointer(down_weight);
-              down.bias = {pointer(down_bias.first), down_bias.second};
+              down.bias = bias_of(down_bias);
               down.permutation = pointer<const int32_t>(permutation);
               down.routing_weights = pointer<const float>(routing_weights);
-              down.out = {pointer(out.first), out.second};
+              down.out = output_of(out);
               check(forward(with(layer, of_call), up, down, pointer<uint32_t>(flags)));
           });
     const Number none{0, 0};
@@ -125,19 +123,19 @@ void bind(py::module_& m) {
             o.rows = rows_of(rows);
             o.a = pointer(a);
             o.b = pointer(b);
-            o.bias = {pointer(bias.first), bias.second};
+            o.bias = bias_of(bias);
             o.permutation = pointer<const int32_t>(permutation);
             o.routing_weights = pointer<const float>(routing_weights);
             o.partial_routing = pointer<float>(partial_routing);
             o.pre_activation = pointer(pre_activation);
             o.hidden = pointer(hidden);
-            o.out = {pointer(out.first), out.second};
+            o.out = output_of(out);
             o.size_m = size_m;
             o.size_n = size_n;
             o.splits = splits;
             o.parts = pointer<float>(parts);
             o.part_sums = pointer<float>(part_sums);
-            o.sums = {pointer(sums.first), sums.second};
+            o.sums = output_of(sums);
             check(run(call, with(layer, of_call), o));
         },
         py::arg("call"), py::arg("layer"), py::arg("of_call"), py::kw_only(), py::arg("rows") = RowsOf{},

@@ -111,12 +111,14 @@ def backend_for(inputs: Inputs, is_given: bool, dtype: torch.dtype) -> str:
     """ "triton", "cublas" or "hopper", where "auto" has found that Triton runs: nothing is known of groups that are
     given."""
     x, (num_experts, d_model, d_ff) = inputs.x, inputs.down_weight.shape
-    gated = inputs.up_weight.shape[1] == 2 * d_ff
-    entry = None if is_given else nearest(x.device, dtype, gated, x.numel() // d_model, num_experts, d_model, d_ff)
+    shape = (inputs.up_weight.shape[1] == 2 * d_ff, x.numel() // d_model, num_experts, d_model, d_ff)
+    entry = None if is_given else nearest(x.device, dtype, *shape)
     if entry is None:
         return "triton"
-    is_near = entry.distance(gated, x.numel() // d_model, num_experts, d_model, d_ff) <= NEAR
-    return entry.backend(is_near and devices.why_not_hopper(x.device) is None)
+    backend = entry.backend()
+    if backend == "hopper" and (entry.distance(*shape) > NEAR or devices.why_not_hopper(x.device) is not None):
+        return entry.backend(has_hopper=False)
+    return backend
 
 
 def nearest_to(problem: Problem) -> Entry | None:

@@ -81,8 +81,7 @@ def backward(
     if not is_for(problem):
         return triton_ffn.backward(problem, grad_y, inputs, deal, pre_activation, needed)
     if problem.num_rows == 0 or not any(needed):
-        grads = [None if t is None or not need else torch.zeros_like(t) for t, need in zip(inputs, needed, strict=True)]
-        return problem.gradients(grads)
+        return problem.zero_gradients(inputs, needed)
     x, up_weight, up_bias, _, down_bias, routing_weights = inputs
     need_x, need_up_weight, need_up_bias, need_down_weight, need_down_bias, need_routing = needed
     need_down = need_down_weight or need_down_bias
@@ -279,11 +278,10 @@ class _Call:
 def _layer(problem: Problem) -> Any:
     """`csrc/hopper/layer.h`'s, kept for all calls of the kind."""
     check_sizes(problem)
-    p = problem.dropout_p
     return _C.HopperLayer(
         problem.dtype == torch.bfloat16, problem.num_rows, problem.num_experts, problem.d_model, problem.d_ff,
         problem.top_k, problem.is_given, getattr(_C.HopperActivation, problem.activation), problem.gated,
-        radices(max(problem.num_rows, 1)), min(round(p * 2**32), 2**32 - 1), 1 / (1 - p) if p < 1 else 0.0,
+        radices(max(problem.num_rows, 1)), *problem.dropout,
     )  # fmt: skip
 
 

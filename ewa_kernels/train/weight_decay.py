@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 import ewa_kernels.checks as checks
-from ewa_kernels.modules import ExpertLinear
 from ewa_kernels.moe.experts import find_experts
 
 
@@ -31,9 +30,8 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
     checks.module("model", model)
     checks.nonnegative("weight_decay", weight_decay)
     named = dict(model.named_parameters())
-    spared: set[Tensor | None] = {m.bias for m in model.modules() if isinstance(m, ExpertLinear)}
-    for site in find_experts(model):
-        spared |= {group for group in site.tensors.values() if isinstance(group, Tensor) and group.ndim == 2}
+    of_experts = [group for site in find_experts(model) for group in site.tensors.values()]
+    spared: set[Tensor | None] = {group for group in of_experts if isinstance(group, Tensor) and group.ndim == 2}
     for prefix, module in model.named_modules():
         if callable(rule := getattr(module, "no_weight_decay", None)):
             spared |= {named.get(f"{prefix}.{name}" if prefix else name) for name in rule()}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from parity import assert_parity, check_ffn, output_and_grads, random_ffn, weighted
+from parity import check_ffn, check_grouped, random_ffn
 from test_gpu import kernels, parameters, step, tokens
 from test_gpu_routed import choices_of
 
@@ -48,12 +48,8 @@ def test_activations(activation):
 def test_given_partition(gated, top_k):
     weights = [t.cuda() for t in random_ffn(8, 384, 1536, gated=gated, dtype=torch.bfloat16)]
     routing_weights, partition = choices_of(9001, 8, top_k)
-    operands, grad_y = (tokens(9001, 384), *weights, routing_weights.bfloat16()), tokens(9001, 384)
-    options = {"gated": gated, **partition}
-    exact = output_and_grads(weighted, [t.double() for t in operands], grad_y.double(), backend="torch", **options)
-    baseline = output_and_grads(weighted, operands, grad_y, backend="reference", **options)
-    for name, ours in output_and_grads(weighted, operands, grad_y, backend="hopper", **options).items():
-        assert_parity(name, ours, exact[name], baseline[name])
+    operands = (tokens(9001, 384), *weights, routing_weights.bfloat16())
+    check_grouped(operands, tokens(9001, 384), backend="hopper", exact_by="torch", gated=gated, **partition)
 
 
 def test_number_of_launches(monkeypatch):

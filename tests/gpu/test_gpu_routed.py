@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import assert_parity, output_and_grads, random_ffn
+from parity import check_grouped, random_ffn
 from test_gpu import kernels, tokens
 
 import ewa_kernels as ewa
@@ -30,18 +30,8 @@ def test_parity_at_real_sizes(form, top_k, gated, dtype):
     weights = [t.cuda() for t in random_ffn(8, 384, 1536, gated=gated, dtype=dtype)]
     routing_weights, partition = choices_of(9001, 8, top_k)
     operands = (tokens(9001, 384, dtype=dtype), *weights, routing_weights.to(dtype))
-
-    def function(*operands, **options):
-        *operands, routing_weights = operands
-        return ewa.functional.grouped_ffn(
-            *operands, routing_weights=routing_weights, gated=gated, **partition, **options
-        )
-
     grad_y = tokens(9001, 384, dtype=dtype)
-    exact = output_and_grads(function, tuple(t.double() for t in operands), grad_y.double(), backend="torch")
-    baseline = output_and_grads(function, operands, grad_y, backend="reference")
-    for name, ours in output_and_grads(function, operands, grad_y, backend=form).items():
-        assert_parity(name, ours, exact[name], baseline[name])
+    check_grouped(operands, grad_y, backend=form, exact_by="torch", gated=gated, **partition)
 
 
 def step(layer, x, grad_y):

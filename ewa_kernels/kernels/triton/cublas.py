@@ -50,8 +50,7 @@ def backward(
     layer = Layer(problem, inputs, deal)
     layer.kept(_check)
     if problem.num_rows == 0 or not any(needed):
-        grads = [None if t is None or not need else torch.zeros_like(t) for t, need in zip(inputs, needed, strict=True)]
-        return problem.gradients(grads)
+        return problem.zero_gradients(inputs, needed)
     need_x, need_up_weight, need_up_bias, need_down_weight, need_down_bias, need_routing = needed
     need_pre = need_x or need_up_weight or need_up_bias or need_down_weight or need_routing
     is_computed_again = need_pre and pre_activation is None

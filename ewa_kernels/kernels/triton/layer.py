@@ -127,12 +127,13 @@ class Layer:
         problem = self.problem
         gelu = "gelu_16bit" if problem.dtype.itemsize == 2 else "gelu"
         radix_a, radix_b, rounds = radices(problem.num_rows)
+        threshold, scale = problem.dropout
         return {
             "radix_a": radix_a,
             "radix_b": radix_b,
             "rounds": rounds,
-            "threshold": int32_bits(min(round(problem.dropout_p * 2**32), 2**32 - 1)),
-            "scale": 1 / (1 - problem.dropout_p) if problem.dropout_p < 1 else 0.0,
+            "threshold": int32_bits(threshold),
+            "scale": scale,
             "num_rows": problem.num_rows,
             "num_experts": problem.num_experts,
             "num_blocks": self.num_blocks(rows),
