@@ -22,6 +22,11 @@ using Matrix = std::pair<uintptr_t, int32_t>;
 
 ewa::Matrix matrix(const Matrix& given) { return {pointer<void>(given.first), static_cast<ewa::Type>(given.second)}; }
 
+// Those that `rows` says, or all, in order.
+ewa::Tokens rows_of(const Matrix& tokens, uintptr_t rows) {
+    return {matrix(tokens), pointer<const int64_t>(rows), nullptr};
+}
+
 ewa::Inputs inputs(uintptr_t x, uintptr_t up_weight, uintptr_t up_bias, uintptr_t down_weight, uintptr_t down_bias,
                    uintptr_t routing_weights, uint64_t seed, uintptr_t permutation, uintptr_t pre_activation) {
     return {pointer<void>(x),         pointer<void>(up_weight), pointer<void>(up_bias),
@@ -121,6 +126,35 @@ PYBIND11_MODULE(_C, m) {
         },
         unlocked);
     m.def("have_products", [](int32_t type) { return ewa::have_products(static_cast<ewa::Type>(type)); });
+    py::class_<ewa::TimesWeights>(m, "TimesWeights")
+        .def(py::init([](const std::vector<int64_t>& counts, int64_t k, int64_t n, Matrix tokens, uintptr_t rows,
+                         Matrix weights, bool transposed, bool bfloat16) {
+            return ewa::TimesWeights{ewa::Groups(counts), k, n, rows_of(tokens, rows), {matrix(weights), transposed},
+                                     bfloat16};
+        }))
+        .def_property_readonly("workspace_bytes",
+                               [](const ewa::TimesWeights& product) { return 4 * ewa::workspace_floats(product); })
+        .def(
+            "multiply",
+            [](const ewa::TimesWeights& product, uintptr_t workspace, uintptr_t bias, uintptr_t rows, Matrix out) {
+                ewa::multiply(product, pointer<float>(workspace), nullptr,
+                              ewa::scatter_to_rows(product.n, pointer<const float>(bias), nullptr,
+                                                   pointer<const int64_t>(rows), matrix(out)));
+            },
+            unlocked);
+    py::class_<ewa::Outer>(m, "Outer")
+        .def(py::init([](const std::vector<int64_t>& counts, int64_t m, int64_t n, Matrix left, uintptr_t left_rows,
+                         Matrix right, uintptr_t right_rows, bool bfloat16) {
+            return ewa::Outer{ewa::Groups(counts), m, n, rows_of(left, left_rows), rows_of(right, right_rows), bfloat16};
+        }))
+        .def_property_readonly("workspace_bytes",
+                               [](const ewa::Outer& product) { return 4 * ewa::workspace_floats(product); })
+        .def(
+            "multiply",
+            [](const ewa::Outer& product, uintptr_t workspace, Matrix out, uintptr_t sums) {
+                ewa::multiply(product, pointer<float>(workspace), 0, matrix(out), pointer<float>(sums));
+            },
+            unlocked);
     py::class_<ewa::Layer>(m, "Layer")
         .def(py::init([](int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t d_model, int64_t d_ff,
                          ewa::Activation activation, bool gated, double dropout_p, bool bfloat16, int32_t tokens,

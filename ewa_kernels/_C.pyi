@@ -40,6 +40,36 @@ def activate_backward(
 def merge_experts(experts: int, num_experts: int, numel: int, type: int, out: int) -> None: ...
 def have_products(type: int) -> bool: ...
 
+class TimesWeights:
+    workspace_bytes: int
+    def __init__(
+        self,
+        counts: Sequence[int],
+        k: int,
+        n: int,
+        tokens: Matrix,
+        rows: int,
+        weights: Matrix,
+        transposed: bool,
+        bfloat16: bool,
+    ) -> None: ...
+    def multiply(self, workspace: int, bias: int, rows: int, out: Matrix) -> None: ...
+
+class Outer:
+    workspace_bytes: int
+    def __init__(
+        self,
+        counts: Sequence[int],
+        m: int,
+        n: int,
+        left: Matrix,
+        left_rows: int,
+        right: Matrix,
+        right_rows: int,
+        bfloat16: bool,
+    ) -> None: ...
+    def multiply(self, workspace: int, out: Matrix, sums: int) -> None: ...
+
 # Types: of tokens; of up_weight, up_bias, down_weight and down_bias.
 class Layer:
     def __init__(

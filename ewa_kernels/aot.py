@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import functools
 import io
 import json
 import multiprocessing
@@ -18,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,12 @@ from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 from ewa_kernels.kernels import forms
-from ewa_kernels.kernels.triton import averaging, configs, cublas, groups, merging, moe_ffn, permutation
+from ewa_kernels.kernels.triton import averaging, configs, cublas, groups, linear, merging, moe_ffn, permutation
 from ewa_kernels.kernels.triton.configs import RowsTile, Tile
-from ewa_kernels.problem import Deal, Inputs, Options, Problem
+from ewa_kernels.kernels.triton.unlaunched import Driver, Noted
+from ewa_kernels.problem import Deal, Inputs, Options, Places, Problem
 from ewa_kernels.ptx import hand_off_problems, sum_problems
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -48,6 +47,12 @@ KERNELS = {
     "backward weights": "backward.weights_kernel",
     "backward x": "backward.grad_x_kernel",
     "onchip": "onchip.onchip_kernel",
+    "linear gather": "linear.linear_kernel",
+    "linear scatter": "linear.linear_kernel",
+    "linear gather backward": "linear.linear_kernel",
+    "linear scatter backward": "linear.linear_kernel",
+    "linear weights backward": "linear.weights_kernel",
+    "linear sums backward": "rows.gather_kernel",
     "gather": "rows.gather_kernel",
     "gather backward": "rows.gather_kernel",
     "gather dealt backward": "rows.gather_kernel",
@@ -61,8 +66,15 @@ KERNELS = {
     "groups": "groups.groups_kernel",
     "permutation": "permutation.permutation_kernel",
 }
-PASSES = tuple(name for name, path in KERNELS.items() if path.startswith("rows."))
-MULTIPLIES = ("forward", "backward", *configs.PHASES, "onchip")
+PASSES = tuple(name for name, path in KERNELS.items() if path.startswith("rows.") and "linear" not in name)
+LINEAR = {  # what has the tiles
+    "linear gather": "forward up",
+    "linear scatter": "forward up",
+    "linear gather backward": "backward x",
+    "linear scatter backward": "backward x",
+    "linear weights backward": "backward weights",
+}
+MULTIPLIES = ("forward", "backward", *configs.PHASES, "onchip", *LINEAR)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -98,6 +110,7 @@ class Case:
     @property
     def config(self) -> str:
         of_others = {
+            "linear sums backward": str(configs.ROWS_TILES[0]),
             "groups": f"{groups.BLOCKS} row blocks, {groups.EXPERTS} experts",
             "permutation": f"{permutation.BLOCK} rows",
             "merge": f"{merging.BLOCK} columns, {merging.NUM_WARPS} warps",
@@ -107,7 +120,8 @@ class Case:
         if self.kernel == "average":
             words = [f"{averaging.TILE.block_n} columns, {averaging.TILE.num_warps} warps"]
             return ", ".join(words + ["stochastic rounding"] * self.stochastic + ["odd address"] * self.odd_address)
-        words = [str(self.tile), "gated silu" if self.gated else "gelu, biases"]
+        kind = "biases" if "linear" in self.kernel else "gated silu" if self.gated else "gelu, biases"
+        words = [str(self.tile), kind]
         sizes = [f"D={self.d_model} F={self.d_ff}"] if (self.d_model, self.d_ff) != (768, 3072) else []
         words += ["again"] * self.again + ["dropout"] * self.dropout + ["routed"] * self.routed + sizes
         return ", ".join(words)
@@ -158,7 +172,8 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
         for kernel in MULTIPLIES:
             for variant in _variants(kernel):
                 case = replace(of_forward, kernel=kernel, **variant)
-                of_variant = configs.tiles_of(tiles, kernel, case.d_model, case.d_ff, case.dropout or case.routed)
+                is_tight, phase = case.dropout or case.routed, LINEAR.get(kernel, kernel)
+                of_variant = configs.tiles_of(tiles, phase, case.d_model, case.d_ff, is_tight)
                 # Other sizes are compiled with the first alone.
                 for tile in of_variant[:1] if "d_model" in variant else of_variant:
                     yield replace(case, tile=tile)
@@ -171,6 +186,7 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
             average = replace(of_forward, kernel="average", tile=averaging.TILE)
             yield from (average, replace(average, odd_address=True))
             yield replace(of_forward, kernel="merge")
+            yield replace(of_forward, kernel="linear sums backward")
             if dtype != "float32":
                 yield replace(average, stochastic=True)
             for kernel in PASSES if dtype != "float16" else ():  # which is as bfloat16 is
@@ -185,6 +201,9 @@ def _variants(kernel: str) -> Iterator[dict[str, Any]]:
         yield from ({}, *further) if kernel == "forward up" else ({},)
         return
     ragged, unaligned = {"d_model": 1000, "d_ff": 4000}, {"d_model": 770, "d_ff": 3075}  # by 64 and 16, and by 8
+    if kernel in LINEAR:
+        yield from ({}, ragged, unaligned)
+        return
     for gated in (False,) if kernel == "backward x" else (False, True):
         yield {"gated": gated}
         yield {"gated": gated, "routed": True}
@@ -260,13 +279,13 @@ def compile_all(chosen: list[Case]) -> Iterator[Report]:
 def _compile(case: Case) -> tuple[Any, str]:
     """The compiled kernel, and what ptxas said."""
     # For the rest of the process: nothing is launched in it.
-    triton.runtime.driver.set_active(_Driver(case.capability))
+    triton.runtime.driver.set_active(Driver(case.capability))
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
     with contextlib.redirect_stdout(log), contextlib.ExitStack() as stack:
-        noted = {path: _Noted(pkgutil.resolve_name(f"{WHERE}.{path}")) for path in KERNELS.values()}
+        noted = {path: Noted(pkgutil.resolve_name(f"{WHERE}.{path}")) for path in KERNELS.values()}
         for path, stand_in in noted.items():
             stack.enter_context(mock.patch(f"{WHERE}.{path}", stand_in))
         _launch(case)
@@ -303,6 +322,15 @@ def _launch(case: Case) -> None:
         groups.tabulate(given[1], num_tokens, num_tokens // 128, 128)
     elif kernel == "permutation":
         permutation.random_permutation(num_tokens, 0, inputs.x.device)
+    elif kernel == "linear":
+        places = Places(given[0], given[1], "gather" in form, "scatter" in form)
+        problem = Problem.of_linear(num_tokens, up_weight, "triton", dtype, (dtype, dtype, dtype))
+        problem, needs_rows = replace(problem, kept=kept), form in ("gather backward", "scatter backward")
+        if form.endswith("backward"):
+            needed = (needs_rows, not needs_rows, not needs_rows)
+            linear.backward(problem, places, new(num_tokens, d_ff), inputs.x, up_weight, needed)
+        else:
+            linear.forward(problem, places, inputs.x, up_weight, up_bias)
     elif kernel == "merge":
         merging.merge_experts([up_weight, down_weight])
     elif case.kernel in PASSES:
@@ -324,36 +352,6 @@ def _launch(case: Case) -> None:
         moe_ffn.backward(problem, inputs.x, inputs, deal, pre_activation, [t is not None for t in inputs])
     else:
         moe_ffn.forward(problem, inputs, deal)
-
-
-class _Driver:
-    """As much of a GPU as Triton asks for before it launches: which one it is."""
-
-    def __init__(self, capability: int):
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # compiled kernels are kept by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class _Noted:
-    """Stands in for a kernel: launches nothing, and notes how to compile what it would."""
-
-    def __init__(self, kernel: Any):
-        self._kernel, self.arg_names = kernel, kernel.arg_names
-        self.launched: list[Callable[[], Any]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            self.launched.append(functools.partial(self._kernel.warmup, *args, grid=grid, **kwargs))
-
-        return launch
 
 
 def _torch_dtype(dtype: str) -> torch.dtype:
@@ -390,7 +388,7 @@ def main() -> int:
 def _line(report: Report) -> str:
     problems = "; ".join(report.problems())
     return (
-        f"{report.architecture:7}{report.dtype:9} {report.kernel:18}{report.config:70}"
+        f"{report.architecture:7}{report.dtype:9} {report.kernel:24}{report.config:70}"
         f"{report.registers:4} registers {report.shared_bytes:7} bytes shared {report.wgmma:3} wgmma"
         f"{'' if report.default else '  not a default'}{'  ' + problems if problems else ''}"
     )

@@ -23,6 +23,7 @@ _IMPLEMENTED = {
     "moe_ffn": (
         *("triton", "cpp", "torch", "reference", "triton-single", "triton-split", "triton-onchip", "cublas", "hopper"),
     ),
+    "expert_linear": ("triton", "cpp", "torch", "reference"),
     "average_experts_": ("cuda", "triton", "cpp", "reference"),
     "adamw": ("cuda", "cpp", "torch"),
     "merge_experts": ("triton", "cpp", "reference"),
@@ -38,6 +39,9 @@ _DESCRIPTIONS: dict[str | tuple[str, str], str] = {
     "cuda": "CUDA, one launch for all tensors",
     "cpp": "C++",
     ("moe_ffn", "cpp"): "C++, in part with PyTorch's matrix products",
+    ("expert_linear", "triton"): "Triton, one launch forward, rows looked up and put back in it",
+    ("expert_linear", "torch"): "PyTorch's products, an expert at a time",
+    ("expert_linear", "cpp"): "C++, in part with PyTorch's matrix products",
     ("adamw", "torch"): "PyTorch's fused AdamW, and then average_experts_",
 }
 
@@ -91,7 +95,7 @@ def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dty
         return f"ewa_kernels {VERSION} has {', '.join(others)} and {last} only"
     if backend in ("reference", "torch"):
         return None
-    if operation == "moe_ffn" and dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if operation in ("moe_ffn", "expert_linear") and dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it is for torch.float16, torch.bfloat16 and torch.float32, not {dtype}"
     if backend == "cpp":
         return extension.WHY_NOT if device.type == "cpu" else "it is for the CPU"

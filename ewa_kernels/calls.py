@@ -165,7 +165,7 @@ def _needs_grad(inputs: Inputs) -> bool:
     return False
 
 
-def _int32(indices: Tensor) -> Tensor:
+def int32(indices: Tensor) -> Tensor:
     """Contiguous; what is out of range stays so."""
     if indices.dtype == torch.int64:
         indices = indices.clamp(-(2**31), 2**31 - 1)
@@ -184,7 +184,7 @@ def ffn(inputs: Inputs, deal: Deal, is_given: bool, options: Options) -> Tensor:
         checks.partition(permutation, expert_offsets, inputs.routing_weights, x, problem.num_experts)
         assert permutation is not None
         assert expert_offsets is not None
-        permutation, expert_offsets = _int32(permutation), _int32(expert_offsets)
+        permutation, expert_offsets = int32(permutation), int32(expert_offsets)
         if x.is_cpu:
             checks.partition_values(permutation, expert_offsets, inputs.routing_weights)
     seed = checks.seed(seed, x.device)
@@ -204,7 +204,7 @@ def _watched_ffn(inputs: Inputs, deal: Deal, is_given: bool, options: Options) -
     _check(inputs, deal, is_given, options)
     seed, permutation, expert_offsets = deal
     if permutation is not None and expert_offsets is not None:
-        permutation, expert_offsets = _int32(permutation), _int32(expert_offsets)
+        permutation, expert_offsets = int32(permutation), int32(expert_offsets)
     seed = checks.seed_tensor(seed, x.device)
     # Without dropout nothing is random in groups that are given, and no seed is put into a graph.
     seed = None if is_given and options.dropout_p == 0 else graphs.replayable("seed", seed, x.device)
@@ -213,7 +213,7 @@ def _watched_ffn(inputs: Inputs, deal: Deal, is_given: bool, options: Options) -
         if permutation is not None and expert_offsets is not None and x.device.type == "cpu":
             permutation = ops.checked_permutation(permutation, expert_offsets, inputs.routing_weights)
         return _by_reference(inputs, Deal(seed, permutation, expert_offsets), options)
-    _refuse_transforms(inputs)
+    refuse_transforms("moe_ffn", inputs)
     save = _needs_grad(inputs) and not options.recompute
     of_call = (seed, permutation, expert_offsets, options.activation, options.gated, float(options.dropout_p))
     y, _, _ = ops.moe_ffn(x.to(dtype).reshape(-1, x.shape[-1]), *inputs[1:], *of_call, save, backend)
@@ -231,13 +231,15 @@ def _by_reference(inputs: Inputs, deal: Deal, options: Options) -> Tensor:
     return reference.grouped_ffn(*operands, routing_weights=inputs.routing_weights, **given)
 
 
-def _refuse_transforms(tensors: Iterable[Tensor | None]) -> None:
+def refuse_transforms(operation: str, tensors: Iterable[Tensor | None]) -> None:
     """Through a custom operation torch answers forward-mode AD with zeros, silently, and torch.func.grad with a
     message that does not say what to do."""
     for tensor in tensors:
         if tensor is None:
             continue
         if forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError('moe_ffn does not support forward-mode AD (torch.func.jvp): use backend="reference"')
+            raise RuntimeError(
+                f'{operation} does not support forward-mode AD (torch.func.jvp): use backend="reference"'
+            )
         if not torch.compiler.is_compiling() and private_torch.is_differentiated(tensor):
-            raise RuntimeError('moe_ffn does not support torch.func.grad, vjp or jacrev: use backend="reference"')
+            raise RuntimeError(f'{operation} does not support torch.func.grad, vjp or jacrev: use backend="reference"')

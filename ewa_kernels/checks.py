@@ -197,14 +197,7 @@ def ffn(
         parameters["up_bias"] = up_bias
     if down_bias is not None:
         parameters["down_bias"] = down_bias
-    floating("x", x)
-    mixed_dtypes = autocast_enabled(x.device)
-    for name, tensor in parameters.items():
-        floating(name, tensor)
-        if tensor.device != x.device:
-            raise TypeError(f"{name} must be on {x.device} like x, got {tensor.device}")
-        if tensor.dtype != x.dtype and not mixed_dtypes:
-            raise TypeError(f"{name} must be {x.dtype} like x, got {tensor.dtype}")
+    _like_x(x, parameters)
 
     rows = "2F" if gated else "F"
     if up_weight.ndim != 3 or 0 in up_weight.shape:
@@ -218,8 +211,39 @@ def ffn(
         _shape("up_bias", up_bias, f"[E, {rows}]", (num_experts, num_up))
     if down_bias is not None:
         _shape("down_bias", down_bias, "[E, D]", (num_experts, d_model))
-    if x.ndim == 0 or x.shape[-1] != d_model:
-        raise ValueError(f"x must be [..., D] with D = {d_model}, got {list(x.shape)}")
+    _tokens(x, "D", d_model)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises TypeError or ValueError unless these are an `expert_linear`'s."""
+    parameters = {"weight": weight}
+    if bias is not None:
+        parameters["bias"] = bias
+    _like_x(x, parameters)
+    if weight.ndim != 3 or 0 in weight.shape:
+        raise ValueError(f"weight must be [E, D_out, D_in] with no size 0, got {list(weight.shape)}")
+    num_experts, d_out, d_in = weight.shape
+    if bias is not None:
+        _shape("bias", bias, "[E, D_out]", (num_experts, d_out))
+    _tokens(x, "D_in", d_in)
+
+
+def _like_x(x: Tensor, parameters: dict[str, Tensor]) -> None:
+    """Raises TypeError unless all are floating, on x's device, and of its dtype where there is no autocast."""
+    floating("x", x)
+    mixed_dtypes = autocast_enabled(x.device)
+    for name, tensor in parameters.items():
+        floating(name, tensor)
+        if tensor.device != x.device:
+            raise TypeError(f"{name} must be on {x.device} like x, got {tensor.device}")
+        if tensor.dtype != x.dtype and not mixed_dtypes:
+            raise TypeError(f"{name} must be {x.dtype} like x, got {tensor.dtype}")
+
+
+def _tokens(x: Tensor, name: str, width: int) -> None:
+    """Raises ValueError unless x is `[..., width]`, with fewer tokens than an int32 can tell apart."""
+    if x.ndim == 0 or x.shape[-1] != width:
+        raise ValueError(f"x must be [..., {name}] with {name} = {width}, got {list(x.shape)}")
     num_tokens = math.prod(x.shape[:-1])
     if num_tokens >= MAX_TOKENS:
         raise ValueError(f"x must hold fewer than 2^31 tokens, got {num_tokens}")

@@ -29,6 +29,28 @@ def moe_ffn(
     return sum(_products(x, up_weight, down_weight, routing_weights))
 
 
+def expert_linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """Of `ewa_kernels.linear.expert_linear`."""
+    return 2 * x[0] * math.prod(weight[1:])
+
+
+def expert_linear_backward(
+    grad_out: Shape,
+    x: Shape | None,
+    weight: Shape,
+    permutation: Shape,
+    expert_offsets: Shape,
+    gather: bool,
+    scatter: bool,
+    output_mask: Sequence[bool],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Of `ewa_kernels.linear.expert_linear_backward`."""
+    need_x, need_weight, _need_bias = output_mask
+    return expert_linear(grad_out, weight) * (need_x + need_weight)
+
+
 def moe_ffn_backward(
     grad_y: Shape,
     x: Shape,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import ewa_kernels.calls as calls
 import ewa_kernels.checks as checks
+import ewa_kernels.linear as linear
 import ewa_kernels.ops as ops
 import ewa_kernels.private_torch as private_torch
 import ewa_kernels.reference as reference
@@ -16,12 +17,13 @@ import ewa_kernels.seeds as seeds
 import ewa_kernels.train.shards as shards
 from ewa_kernels.backends import resolve
 from ewa_kernels.kernels import graphs, merging
-from ewa_kernels.problem import Deal, Inputs, Options
+from ewa_kernels.problem import Deal, Inputs, Options, Places
 
 ROUNDINGS = ("stochastic", "nearest")
 
 __all__ = [
     "average_experts_",
+    "expert_linear",
     "expert_offsets",
     "grouped_ffn",
     "merge_experts",
@@ -162,6 +164,50 @@ def grouped_ffn(
     inputs = Inputs(x, up_weight, up_bias, down_weight, down_bias, routing_weights)
     deal = Deal(seed, permutation, expert_offsets)
     return calls.ffn(inputs, deal, True, Options(activation, gated, dropout_p, backend, recompute))
+
+
+def expert_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    permutation: Tensor,
+    expert_offsets: Tensor,
+    gather: bool = False,
+    scatter: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """out[i] = weight[e] @ x[i] + bias[e], i a grouped row, e its expert; rows looked up and put back on the way.
+
+    One product by expert, to replace a pair of linear layers in somebody else's block: the first with `gather`, which
+    takes tokens and leaves grouped rows, the second with `scatter`, which takes these and gives tokens back. Between
+    the two the block keeps its own code, which may do to each row what it likes. With both switches each token goes
+    through its expert, in token order.
+
+    Args:
+        x: `[..., D_in]`, float16, bfloat16, float32 or float64; T is the product of the leading sizes. By grouped row,
+            or if `gather` in the order of tokens: grouped row i is then x[permutation[i]].
+        weight: `[E, D_out, D_in]`; dtype and device of x (any dtype under autocast).
+        bias: `[E, D_out]` or None.
+        permutation: int32 or int64 `[T]`, on x's device, a bijection: grouped row i is token `permutation[i]`, as
+            `random_permutation` gives it. As in `grouped_ffn`, its values and those of `expert_offsets` are not checked
+            on a GPU.
+        expert_offsets: int32 or int64 `[E + 1]`, on x's device, from 0 to T: expert e owns grouped rows
+            `expert_offsets[e]` … `expert_offsets[e+1]`−1, perhaps none.
+        gather: whether x is in the order of tokens.
+        scatter: whether the result is: out[i] is then put at place permutation[i].
+        backend: auto, reference, triton, cpp or torch.
+
+    Returns:
+        out, `[..., D_out]`, of x's dtype; under autocast of autocast's.
+
+    Raises:
+        TypeError: an argument is of a wrong type, dtype or device.
+        ValueError: an argument has a wrong shape or is out of range.
+        BackendError: the backend cannot run here.
+        RuntimeError: forward-mode AD, or a gradient of torch.func, is asked for, which only backend="reference" has.
+    """
+    return linear.expert_linear(x, weight, bias, Places(permutation, expert_offsets, gather, scatter), backend)
 
 
 def route(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:

@@ -27,21 +27,21 @@ from ewa_kernels.kernels import moe_ffn as kernels
 from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.problem import Deal, Inputs, Options, Problem, num_kept
 
-_LIBRARY = torch.library.Library("ewa_kernels", "DEF")
+LIBRARY = torch.library.Library("ewa_kernels", "DEF")
 
 
-def _define(schema: str, implementation: Any, fake: Any, tags: tuple[torch.Tag, ...] = ()) -> Any:
+def define(schema: str, implementation: Any, fake: Any, tags: tuple[torch.Tag, ...] = ()) -> Any:
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ewa_kernels::{name}", fake, lib=_LIBRARY)
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ewa_kernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.ewa_kernels, name).default
 
 
 # --- the deal ---
 
 
-random_permutation = _define(
+random_permutation = define(
     "random_permutation(SymInt num_tokens, Tensor seed) -> Tensor",
     lambda num_tokens, seed: permutation.random_permutation(num_tokens, seed, seed.device),
     lambda num_tokens, seed: seed.new_empty(num_tokens, dtype=torch.int32),
@@ -53,7 +53,7 @@ def _draw_seed(like: Tensor) -> Tensor:
 
 
 # An operation of its own, so that a compiled model draws the very seed that the eager model draws.
-draw_seed = _define(
+draw_seed = define(
     "draw_seed(Tensor like) -> Tensor",
     _draw_seed,
     lambda like: like.new_empty((), dtype=torch.int64),
@@ -84,7 +84,7 @@ def _draw_seed_to_be_saved(like: Tensor) -> Tensor:
             meta["recompute"] = before
 
 
-_LIBRARY.impl("draw_seed", _draw_seed_to_be_saved, "Autograd")
+LIBRARY.impl("draw_seed", _draw_seed_to_be_saved, "Autograd")
 
 
 def _draw_seeds(info: Any, in_dims: tuple[int, ...], like: Tensor) -> tuple[Tensor, int | None]:
@@ -99,7 +99,7 @@ def _draw_seeds(info: Any, in_dims: tuple[int, ...], like: Tensor) -> tuple[Tens
     return torch.stack([draw_seed(like) for _ in range(info.batch_size)]), 0
 
 
-torch.library.register_vmap("ewa_kernels::draw_seed", _draw_seeds, lib=_LIBRARY)
+torch.library.register_vmap("ewa_kernels::draw_seed", _draw_seeds, lib=LIBRARY)
 
 
 # --- moe_ffn ---
@@ -111,7 +111,7 @@ def _checked_permutation(permutation: Tensor, expert_offsets: Tensor, routing_we
 
 
 # An operation, because a compiled graph knows the values only when it runs.
-checked_permutation = _define(
+checked_permutation = define(
     "checked_permutation(Tensor permutation, Tensor expert_offsets, Tensor? routing_weights) -> Tensor",
     _checked_permutation,
     lambda permutation, expert_offsets, routing_weights: torch.empty_like(permutation),
@@ -158,7 +158,7 @@ def _moe_ffn_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # The weights may be of another dtype than x: it is x's that is computed in.
-moe_ffn = _define(
+moe_ffn = define(
     "moe_ffn(Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, "
     "Tensor? routing_weights, Tensor? seed, Tensor? permutation, Tensor? expert_offsets, str activation, bool gated, "
     "float dropout_p, bool save, str backend) "
@@ -201,7 +201,7 @@ def _moe_ffn_backward_fake(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...
 
 
 # parameter_dtype: of the gradients of parameters, if not theirs: they may have been cast already.
-moe_ffn_backward = _define(
+moe_ffn_backward = define(
     "moe_ffn_backward(Tensor grad_y, Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
     "Tensor? down_bias, Tensor? routing_weights, Tensor? seed, Tensor permutation, Tensor? expert_offsets, "
     "Tensor pre_activation, str activation, bool gated, float dropout_p, bool[] output_mask, str backend, "
@@ -245,14 +245,14 @@ def _gradients(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None
     return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *itertools.repeat(None, 8))
 
 
-torch.library.register_autograd("ewa_kernels::moe_ffn", _gradients, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd("ewa_kernels::moe_ffn", _gradients, setup_context=_setup_context, lib=LIBRARY)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError('moe_ffn has no second derivative: use backend="reference", which has, if you need one')
 
 
-torch.library.register_autograd("ewa_kernels::moe_ffn_backward", _no_second_derivative, lib=_LIBRARY)
+torch.library.register_autograd("ewa_kernels::moe_ffn_backward", _no_second_derivative, lib=LIBRARY)
 register_flop_formula(moe_ffn.overloadpacket)(flops.moe_ffn)
 register_flop_formula(moe_ffn_backward.overloadpacket)(flops.moe_ffn_backward)
 
@@ -260,7 +260,7 @@ register_flop_formula(moe_ffn_backward.overloadpacket)(flops.moe_ffn_backward)
 # --- torch.func.vmap ---
 
 
-def _loop_over_samples(operation: Any) -> Any:
+def loop_over_samples(operation: Any) -> Any:
     """The batching rule of an operation that cannot join samples into one call: each has a deal of its own."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, int]:
@@ -278,7 +278,7 @@ def _loop_over_samples(operation: Any) -> Any:
 
 # PyTorch would loop too, but with a warning that a rule is missing.
 for _operation in (random_permutation, checked_permutation, moe_ffn, moe_ffn_backward):
-    torch.library.register_vmap(_operation.name(), _loop_over_samples(_operation), lib=_LIBRARY)
+    torch.library.register_vmap(_operation.name(), loop_over_samples(_operation), lib=LIBRARY)
 
 
 # --- experts ---
@@ -307,7 +307,7 @@ def _average_experts_(
 
 # Group g is one stacked tensor [E, ...] if group_sizes[g] is 0, else the next group_sizes[g] tensors. 16-bit tensors
 # are rounded to nearest without a seed.
-average_experts_ = _define(
+average_experts_ = define(
     "average_experts_(Tensor(a!)[] tensors, int[] group_sizes, Tensor share_rate, Tensor? found_inf, Tensor? seed, "
     "str backend) -> ()",
     _average_experts_,
@@ -318,7 +318,7 @@ average_experts_ = _define(
 # average_experts_; a group of one is a parameter that has no fellows. What a parameter lacks is a tensor [0]: grad
 # (then it has no state either), copy (in bfloat16, of a float32 parameter). `steps` hold how many were taken,
 # float32. `options` has five numbers a row: beta1, beta2, eps, weight_decay, and 1 to maximize.
-adamw_ = _define(
+adamw_ = define(
     "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
     "Tensor(e!)[] steps, Tensor(f!)[] copies, int[] group_sizes, int[] options_of, Tensor[] lrs, float[] options, "
     "Tensor share_rate, Tensor? grad_scale, Tensor? found_inf, Tensor? seed) -> ()",

@@ -51,6 +51,22 @@ class Deal(NamedTuple):
     expert_offsets: Tensor | None = None
 
 
+class Places(NamedTuple):
+    """Which grouped row of a linear layer by experts is whose, and what lies in the order of tokens.
+
+    Attributes:
+        permutation: int32 `[R]`, grouped row → token.
+        expert_offsets: int32 `[E + 1]`.
+        gather: whether x does; else it lies by grouped row.
+        scatter: whether the result does.
+    """
+
+    permutation: Tensor
+    expert_offsets: Tensor
+    gather: bool
+    scatter: bool
+
+
 class Options(NamedTuple):
     """As the public functions take them."""
 
@@ -159,6 +175,27 @@ class Problem:
             *(options.activation, options.gated, float(options.dropout_p), is_given),
             *(x.dtype if dtype is None else dtype, x.device),
             *(input_dtypes, operand_dtypes, save, options.backend),
+        )
+        return _made.get(key) or keep(_made, key, cls(*key))
+
+    @classmethod
+    def of_linear(
+        cls,
+        num_rows: int,
+        weight: Tensor,
+        backend: str,
+        dtype: torch.dtype,
+        input_dtypes: tuple[torch.dtype | None, ...],
+    ) -> Problem:
+        """Of `functional.expert_linear`, likewise: an up projection alone, with D_in = `d_model`, D_out = `d_ff`.
+
+        Args:
+            input_dtypes: of x, weight and bias.
+        """
+        num_experts, d_out, d_in = weight.shape
+        key = (
+            *(num_rows, 1, num_experts, d_in, d_out, "identity", False, 0.0, True),
+            *(dtype, weight.device, input_dtypes, input_dtypes, False, backend),
         )
         return _made.get(key) or keep(_made, key, cls(*key))
 

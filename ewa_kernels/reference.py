@@ -241,6 +241,31 @@ def grouped_ffn(
     return y.reshape(x.shape)
 
 
+def expert_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    permutation: Tensor,
+    expert_offsets: Tensor,
+    gather: bool = False,
+    scatter: bool = False,
+    backend: str = "reference",
+) -> Tensor:
+    """One product by expert. Args and Returns: see `ewa_kernels.functional.expert_linear`."""
+    rows, offsets = x.reshape(-1, x.shape[-1]), expert_offsets.tolist()
+    if gather:
+        rows = rows[permutation]
+    outputs = [
+        F.linear(rows[offsets[e] : offsets[e + 1]], weight[e], None if bias is None else bias[e])
+        for e in range(len(weight))
+    ]
+    out = torch.cat(outputs)
+    if scatter:
+        out = out[torch.argsort(permutation)]
+    return out.reshape(*x.shape[:-1], weight.shape[1])
+
+
 def route(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:
     """The k experts with the highest logits, of equal ones those that come first, and softmax(logits) of them.
 

@@ -16,7 +16,16 @@ import pybind11
 
 ROOT = Path(__file__).parent.parent
 TESTS = {
-    "sanitized": ("experts", "optim", "optim_copies", "optim_plans", "optim_bad_input", "cpp", "products"),
+    "sanitized": (
+        "experts",
+        "optim",
+        "optim_copies",
+        "optim_plans",
+        "optim_bad_input",
+        "cpp",
+        "products",
+        "expert_linear",
+    ),
     "cuda-on-host": ("experts", "optim", "optim_copies", "optim_plans", "optim_bad_input", "cuda_on_host"),
 }
 # Without the kernels for Hopper, which tests/hopper_model.py compiles.

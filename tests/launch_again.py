@@ -8,8 +8,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import ewa_kernels as ewa
-from ewa_kernels.kernels.triton import layer, moe_ffn
-from ewa_kernels.problem import Deal, Inputs, Options, Problem
+from ewa_kernels.kernels.triton import layer, linear, moe_ffn
+from ewa_kernels.problem import Deal, Inputs, Options, Places, Problem
 
 launches = []
 
@@ -69,10 +69,26 @@ def check(backend, num_launches, seeds, dropout_p=0.0):
         _, pre_activation, permutation = moe_ffn.forward(problem, inputs, Deal(seed, *given))
         deal = Deal(seed, permutation, given[1])
         moe_ffn.backward(problem, x, inputs, deal, pre_activation, [True] * 5 + [given[0] is not None])
+    compare(num_launches, len(seeds))
+
+
+def check_linear(num_launches, gather, scatter):
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(size, dtype=torch.bfloat16) for size in ((50, 32), (2, 64, 32), (2, 64)))
+    places = Places(torch.randperm(50).int(), torch.tensor([0, 20, 50]).int(), gather, scatter)
+    problem = Problem.of_linear(50, weight, "triton", x.dtype, (x.dtype,) * 3)
+    for _ in range(2):
+        out = linear.forward(problem, places, x, weight, bias)
+        linear.backward(problem, places, out, x, weight, (True, True, True))
+    compare(num_launches, 2)
+
+
+def compare(num_launches, num_calls):
+    """Launches of several calls, each of as many."""
     of_call = [call for call in launches if "groups" not in call[4]]
     launches.clear()
     calls = [of_call[i : i + num_launches] for i in range(0, len(of_call), num_launches)]
-    assert len(calls) == len(seeds), [call[4] for call in of_call]
+    assert len(calls) == num_calls, [call[4] for call in of_call]
     for launch in range(num_launches):
         first, *later = (call[launch] for call in calls)
         assert first[3] == 7
@@ -89,4 +105,6 @@ check("triton-single", 2, [3, 3, 2**62 + 5])
 check("triton-split", 5, [3, 4])
 check("triton-onchip", 2, [3, 4], dropout_p=0.5)
 check("triton-single routed", 2, [None, None])
+check_linear(5, gather=True, scatter=False)
+check_linear(4, gather=False, scatter=True)
 print("as the first time")

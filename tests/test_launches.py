@@ -269,7 +269,7 @@ def off_by_one(tensor):
 @pytest.mark.parametrize("form", GIVEN_FORMS)
 def test_no_kernel_sees_an_odd_address(form, launches):
     """Triton would compile it anew, to load element by element and spill; flat parameter buffers have some."""
-    moe_ffn._warn_once_of_copies.cache_clear()
+    moe_ffn.warn_once_of_copies.cache_clear()
     dtype = dtype_for(form)
     operands = (tokens(40, 16, dtype=dtype), *parameters(3, 16, 24, dtype=dtype))
     partition = {

@@ -31,11 +31,23 @@ LAYERS = {
     "seeds": {"kernels", "private_torch"},
     "ops": {"checks", "flops", "kernels", "private_torch", "problem", "reference", "seeds"},
     "calls": {"backends", "checks", "kernels", "ops", "private_torch", "problem", "reference", "seeds"},
+    "linear": {
+        "backends",
+        "calls",
+        "checks",
+        "flops",
+        "kernels",
+        "ops",
+        "private_torch",
+        "problem",
+        "reference",
+    },
     "functional": {
         "backends",
         "calls",
         "checks",
         "kernels",
+        "linear",
         "ops",
         "private_torch",
         "problem",
@@ -141,7 +153,7 @@ def test_the_specification_is_no_production_path():
         for path in PACKAGE.rglob("*.py")
         if "reference" in {imported for _, imported in imports_of(path)}
     }
-    of_backend = {"calls", "ops", "functional", "kernels/permutation"}
+    of_backend = {"calls", "linear", "ops", "functional", "kernels/permutation"}
     assert importing == {"__init__", *of_backend, "kernels/blocked/torch_rows", "kernels/triton/permutation"}
 
 

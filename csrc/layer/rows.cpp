@@ -112,11 +112,12 @@ void gather_rows(Matrix in, const int64_t* tokens, int64_t n, int64_t d, Matrix 
 
 RowFunction scatter_to_rows(int64_t d, const float* bias, const float* factor, const int64_t* tokens, Matrix out) {
     return [=](int64_t e, int64_t i, Matrix in, int64_t row) {
-        if (bias == nullptr && factor == nullptr) return convert(in, row * d, d, out, tokens[i] * d);
+        const int64_t start = (tokens == nullptr ? i : tokens[i]) * d;
+        if (bias == nullptr && factor == nullptr) return convert(in, row * d, d, out, start);
         const float* add = bias == nullptr ? nullptr : bias + e * d;
         Chunk from, to;
         for (int64_t j = 0; j < d; j += chunk_columns) {
-            const int64_t n = std::min(chunk_columns, d - j), at = tokens[i] * d + j;
+            const int64_t n = std::min(chunk_columns, d - j), at = start + j;
             affine_row(n, from.read(in, row * d + j, n), add == nullptr ? nullptr : add + j,
                        factor == nullptr ? 1.0f : factor[i], to.room(out, at));
             to.write(out, at, n);

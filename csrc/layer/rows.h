@@ -37,7 +37,8 @@ RowFunction store_rows(int64_t d, Matrix out);
 // out[i] = in[tokens[i]], rows of d elements.
 void gather_rows(Matrix in, const int64_t* tokens, int64_t n, int64_t d, Matrix out);
 
-// out[tokens[i]] = (in[i] + bias[i / rows_per_expert]) * factor[i]; bias [experts, d] or null, factor [n] or null.
+// out[tokens[i]] = (in[i] + bias[i / rows_per_expert]) * factor[i]; bias [experts, d] or null, factor [n] or null,
+// tokens [n] or null: in order.
 void scatter_rows(Matrix in, const float* bias, const float* factor, const int64_t* tokens, int64_t n,
                   int64_t rows_per_expert, int64_t d, Matrix out);
 RowFunction scatter_to_rows(int64_t d, const float* bias, const float* factor, const int64_t* tokens, Matrix out);

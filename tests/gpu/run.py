@@ -47,7 +47,11 @@ def sections(output: Path) -> list[Group]:
         {"report": ([sys.executable, "-m", "ewa_kernels"], 20)},
         {
             "tests": (
-                [*PYTEST, "tests/test_fused.py", "tests/test_launches.py", "tests/test_routed.py", "tests/gpu"],
+                [
+                    *PYTEST,
+                    *(f"tests/test_{n}.py" for n in ("fused", "launches", "routed", "expert_linear")),
+                    "tests/gpu",
+                ],
                 200,
             ),
             "memcheck": ([*SANITIZER, "memcheck", *SMALL], 200),

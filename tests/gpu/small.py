@@ -24,6 +24,11 @@ for form in ("triton-single", "triton-split", "triton-onchip", "cublas"):
     (routed(x).sum() + routed.load_balance_loss).backward()
     assert routed.router.weight.grad.isfinite().all()
     print(form, "done", flush=True)
+weight, bias = torch.randn(3, 48, 32, device="cuda").bfloat16().requires_grad_(), torch.randn(3, 48, device="cuda")
+for gather, scatter in ((True, False), (False, True), (True, True)):
+    out = ewa.functional.expert_linear(x, weight, bias.bfloat16(), **partition, gather=gather, scatter=scatter)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (x, weight)))
+print("one product done", flush=True)
 assert (
     ewa.functional.random_permutation(1000, 3, device="cuda")
     .long()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from parity import check_grouped, random_ffn
+from test_expert_linear import check, operands
 from test_gpu import kernels, tokens
 
 import ewa_kernels as ewa
@@ -32,6 +33,14 @@ def test_parity_at_real_sizes(form, top_k, gated, dtype):
     operands = (tokens(9001, 384, dtype=dtype), *weights, routing_weights.to(dtype))
     grad_y = tokens(9001, 384, dtype=dtype)
     check_grouped(operands, grad_y, backend=form, exact_by="torch", gated=gated, **partition)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("gather", "scatter"), [(True, False), (False, True)], ids=["gather", "scatter"])
+def test_one_product_at_real_sizes(gather, scatter, dtype):
+    _, partition = choices_of(9001, 8, 1)
+    given = operands(9001, 384, d_out=1536, num_experts=8, dtype=dtype, device="cuda")
+    check(given, "triton", gather=gather, scatter=scatter, **partition)
 
 
 def step(layer, x, grad_y):

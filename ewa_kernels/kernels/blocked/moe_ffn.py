@@ -8,7 +8,7 @@ which case it is computed again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,26 +27,32 @@ from ewa_kernels.problem import Deal, Inputs, Problem
 FEW_ROWS = 256
 
 
-def _product_dtype(problem: Problem) -> torch.dtype:
+def product_dtype(problem: Problem) -> torch.dtype:
     return cpp_rows.product_dtype(problem.dtype) if problem.backend == "cpp" else problem.dtype
 
 
-def _is_one_call(problem: Problem, dtype: torch.dtype) -> bool:
+def is_one_call(problem: Problem, dtype: torch.dtype) -> bool:
     """Whether C++ makes the products too, in `dtype`."""
     if problem.backend != "cpp" or not have_products(dtype):
         return False
     return dtype == torch.float32 or problem.num_rows // problem.num_experts >= FEW_ROWS
 
 
-def prepared(problem: Problem, inputs: Inputs) -> Inputs:
-    """Contiguous; under autocast parameters are of another dtype than x."""
-    dtype = _product_dtype(problem)
+def caster(problem: Problem) -> Callable[[Tensor], Tensor]:
+    """Makes parameters contiguous, and of the dtype of products: under autocast they are of another one than x."""
+    dtype = product_dtype(problem)
     # C++ widens what has 16 bits as it reads it.
-    widened = (torch.float16, torch.bfloat16) if dtype == torch.float32 and _is_one_call(problem, dtype) else ()
+    widened = (torch.float16, torch.bfloat16) if dtype == torch.float32 and is_one_call(problem, dtype) else ()
 
     def cast(t: Tensor) -> Tensor:
         return (t if t.dtype == dtype or t.dtype in widened else in_dtype(t, dtype)).contiguous()
 
+    return cast
+
+
+def prepared(problem: Problem, inputs: Inputs) -> Inputs:
+    """Contiguous; parameters as `caster` makes them."""
+    cast = caster(problem)
     x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
     up_bias, down_bias = (None if bias is None else cast(bias) for bias in (up_bias, down_bias))
     return Inputs(x.contiguous(), cast(up_weight), up_bias, cast(down_weight), down_bias, routing_weights)
@@ -66,8 +72,8 @@ def _rows(problem: Problem, dtype: torch.dtype) -> TorchRows:
 def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `kernels/moe_ffn.py`; pre_activation is in block order."""
     x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
-    dtype = _product_dtype(problem)
-    if _is_one_call(problem, dtype):
+    dtype = product_dtype(problem)
+    if is_one_call(problem, dtype):
         block_rows = rows_in_a_block(problem.num_up, dtype)
         y, pre_activation, permutation = cpp_products.forward(problem, dtype, block_rows, inputs, deal)
         return sum_of_choices(y, problem.top_k), pre_activation, permutation
@@ -95,10 +101,10 @@ def backward(
     problem: Problem, grad_y: Tensor, inputs: Inputs, deal: Deal, pre_activation: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """See `kernels/moe_ffn.py`."""
-    grad_y, dtype = grad_y.contiguous(), _product_dtype(problem)
+    grad_y, dtype = grad_y.contiguous(), product_dtype(problem)
     if deal.permutation is None:
         deal = deal._replace(permutation=_permutation(problem, deal))
-    if _is_one_call(problem, dtype):
+    if is_one_call(problem, dtype):
         block_rows = rows_in_a_block(problem.num_up, dtype)
         grads = cpp_products.backward(problem, dtype, block_rows, grad_y, inputs, deal, pre_activation, needed)
     else:

@@ -113,11 +113,8 @@ def _plan(layer: Layer, *needed: bool) -> _Plan:
     down_bias_tiles = num_experts * ceil_div(d_model, weights.block_n)
     down_tiles = num_experts * ceil_div(d_model, weights.block_m) * ceil_div(d_ff, weights.block_n)
     up_tiles = num_experts * ceil_div(num_up, weights.block_m) * ceil_div(d_model, weights.block_n)
-    # Tiles of the weights are the longest: split them until there are two for each program. Counted as if all were
-    # asked for, and all multiprocessors were there: how a sum is split decides about its last bits.
-    steps = ceil_div(num_rows, num_experts * weights.block_k)
-    wanted = 2 * layer.programs(weights) // (down_tiles + up_tiles)
-    num_splits = max(1, min(wanted, _MAX_SPLITS, steps // _MIN_SPLIT_STEPS))
+    # Counted as if all were asked for.
+    num_splits = splits(layer, weights, down_tiles + up_tiles)
     tiles = {
         "pre": need_pre * num_blocks * ceil_div(d_ff, pre.block_n),
         "group": need_group * num_blocks * ceil_div(d_model, pre.block_n),
@@ -165,6 +162,17 @@ def _plan(layer: Layer, *needed: bool) -> _Plan:
         ]
     num_counters = FIRST_COUNTER.value + num_experts + parts // num_splits
     return _Plan(_padded(narrow), _padded(wide), num_counters, num_pieces, all_launches)
+
+
+def splits(layer: Layer, tile: Tile, num_tiles: int) -> int:
+    """Into how many parts of an expert's rows the sum of a weight's gradient is cut.
+
+    These tiles are the longest: they are split until there are two for each program, all multiprocessors being there:
+    how a sum is split decides about its last bits.
+    """
+    steps = ceil_div(layer.problem.num_rows, layer.problem.num_experts * tile.block_k)
+    wanted = 2 * layer.programs(tile) // num_tiles
+    return max(1, min(wanted, _MAX_SPLITS, steps // _MIN_SPLIT_STEPS))
 
 
 def _parts(sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ def backward(
                 pre_activation = _times(layer, grouped_x, up_weight.mT)
             partial_up = sums(layer, up_bias) if need_up_bias else None
             if need_routing:
-                pieces = ceil_div(problem.d_ff, layer.kept(_tile, problem.d_ff).columns)
+                pieces = ceil_div(problem.d_ff, layer.kept(rows_tile, problem.d_ff).columns)
                 partial_routing = torch.empty(pieces, problem.num_rows, dtype=torch.float32, device=x.device)
             grad_hidden = _times(layer, grouped_grad_y, down_weight)
             hidden = torch.empty_like(grad_hidden) if need_down_weight else None
@@ -115,7 +115,7 @@ def _as_they_are(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _tile(layer: Layer, num_columns: int) -> RowsTile:
+def rows_tile(layer: Layer, num_columns: int) -> RowsTile:
     """The one that leaves the fewest columns empty."""
     tiles = ROWS_TILES if layer.is_aligned else (UNALIGNED_ROWS_TILE,)
     tile = min(tiles, key=lambda tile: ceil_div(num_columns, tile.columns) * tile.columns)
@@ -221,7 +221,7 @@ def _launch(layer: Layer, kernel: Any, num_columns: int, **tensors: Tensor | Non
 
 def _pass(layer: Layer, kernel: Any, num_columns: int, *is_none: bool) -> Launch:
     """`is_none`: of tensors that may be; a kernel is compiled for some."""
-    tile = _tile(layer, num_columns)
+    tile = rows_tile(layer, num_columns)
     num_programs = layer.num_blocks(ROWS) * ceil_div(num_columns, tile.columns)
     return Launch(kernel, num_programs, {**layer.numbers(ROWS), **tile.constants}, tile, ROWS)
 

@@ -156,7 +156,7 @@ class Layer:
         return "tf32" if is_tf32 else "ieee"
 
 
-def check_sizes(problem: Problem) -> None:
+def check_sizes(problem: Problem, weight: str = "up_weight") -> None:
     """Raises ValueError if numbers of rows would not fit an int32."""
     # Blocks that do not exist may begin behind all rows, by a block for each expert.
     max_rows = _MAX_ROWS - (256 if problem.is_given else 1) * problem.num_experts
@@ -164,7 +164,7 @@ def check_sizes(problem: Problem) -> None:
         raise ValueError(f"x must hold at most {max_rows} tokens for this backend, got {problem.num_rows}")
     if problem.num_experts > _MAX_EXPERTS:
         raise ValueError(
-            f"up_weight must hold at most {_MAX_EXPERTS} experts for this backend, got {problem.num_experts}"
+            f"{weight} must hold at most {_MAX_EXPERTS} experts for this backend, got {problem.num_experts}"
         )
 
 

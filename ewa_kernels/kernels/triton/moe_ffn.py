@@ -29,7 +29,7 @@ def prepared(problem: Problem, inputs: Inputs) -> Inputs:
     x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
     up_weight, down_weight = (in_dtype(weight, problem.dtype).contiguous() for weight in (up_weight, down_weight))
     if up_weight.data_ptr() % 16 or down_weight.data_ptr() % 16:
-        _warn_once_of_copies()
+        warn_once_of_copies()
     up_bias, down_bias, routing_weights = (
         None if tensor is None else aligned(tensor.contiguous()) for tensor in (up_bias, down_bias, routing_weights)
     )
@@ -105,7 +105,7 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 @functools.cache
-def _warn_once_of_copies() -> None:
+def warn_once_of_copies() -> None:
     warnings.warn(
         "weights of experts are copied in each call, because their addresses are no multiples of 16 bytes, as in a "
         "flat buffer behind a parameter of odd size: pad the buffer",

@@ -44,7 +44,7 @@ def _existing(row, end):
 def gather_kernel(
     x,  # [T, D], or None
     grad_y,  # [T, D], or None
-    permutation,  # int32 [R]; written if DEAL, else read
+    permutation,  # int32 [R]; written if DEAL, else read; or None: rows are in order
     groups,  # table of given groups, see groups.py, or None: equal groups
     routing_weights,  # [R], by choice, or None
     grouped_x,  # [slots, D], or None
@@ -74,16 +74,19 @@ def gather_kernel(
     total = tl.zeros((STEP, COLUMNS), tl.float32)
     for step in range(first, last, STEP):
         row = step + tl.arange(0, STEP)
-        choice = load_choices(permutation, _existing(row, end), groups, num_rows)
+        choice = _existing(row, end)
+        if permutation is not None:
+            choice = load_choices(permutation, choice, groups, num_rows)
         source = (choice // TOP_K).to(tl.int64)[:, None] * d_model + column[None, :]
         target = (row + to_slot).to(tl.int64)[:, None] * d_model + column[None, :]
         exists = (row < end)[:, None] & (column < d_model)[None, :]
         inside = (row < last)[:, None] & (column < d_model)[None, :]
         if grouped_x is not None:
             tl.store(grouped_x + target, tl.load(x + source, mask=exists, other=0.0), mask=inside)
-        if grouped_grad_y is not None:
+        if grad_y is not None:
             values = tl.load(grad_y + source, mask=exists, other=0.0)
-            tl.store(grouped_grad_y + target, values, mask=inside)
+            if grouped_grad_y is not None:
+                tl.store(grouped_grad_y + target, values, mask=inside)
             if partial_down is not None:
                 values = values.to(tl.float32)
                 if routing_weights is not None:
