@@ -109,6 +109,11 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def steps_in_backward(parameter: Tensor) -> bool:
+    """Whether something runs as soon as its gradient is there, as an optimizer's step may, torch's own too."""
+    return hasattr(parameter, "_in_backward_optimizers") or bool(parameter._post_accumulate_grad_hooks)
+
+
 def below_autograd() -> Any:
     """A context in which operations are not recorded: for an implementation of the Autograd key."""
     return torch._C._AutoDispatchBelowAutograd()

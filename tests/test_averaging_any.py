@@ -283,13 +283,6 @@ class TestStructureOnceTensorsAtEachStep:
         with pytest.raises(ValueError, match=r"has no 2.up.weight any more: make a new one"):
             averager.step()
 
-    def test_wrappers_that_come_later(self):
-        model = two(lambda: ewa.RoutedMoE(8, 12, 4))
-        averager = ewa.ExpertAverager(model, 0.3)
-        model[1] = checkpoint_wrapper(model[1])
-        averager.step()
-        assert len(averager.experts()) == 8
-
     @pytest.mark.parametrize("name", ["Mixtral", "Mixtral 4"])
     def test_flattened_tensors(self, name):
         model = MODELS[name][0]()
@@ -370,3 +363,50 @@ def test_trainer_resumes_a_routed_model(tmp_path):
     assert callback.averager.num_steps == 4
     for name, parameter in resumed.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name)), name
+
+
+def wrapped(model, how):
+    """The model, or a layer of it, in what wraps it."""
+    where, _, wrapper = how.partition(" in ")
+    wrap = {"compile": torch.compile, "checkpoint": checkpoint_wrapper, "DataParallel": nn.DataParallel}
+    if where == "whole":
+        return wrap[wrapper](model)
+    if where == "layer":
+        layers = next(module for module in model.modules() if isinstance(module, nn.Sequential))
+        layers[2] = wrap[wrapper](layers[2])
+    return model
+
+
+@pytest.mark.parametrize("name", ["RandomPartitionMoE", "RoutedMoE", "tutorial", "lucidrains"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("none", "whole in compile"),
+        ("none", "layer in checkpoint"),
+        ("layer in compile", "none"),
+        ("whole in DataParallel", "layer in compile"),
+        ("whole in compile", "layer in checkpoint"),
+        ("layer in checkpoint", "layer in DataParallel"),
+    ],
+)
+def test_wrappers(name, before, after):
+    """Around all or a part, before the averager is made or after; the optimizer is that of the model without them."""
+    plain = two(lambda: ewa.RandomPartitionMoE(8, 12, 4)) if name == "RandomPartitionMoE" else MODELS[name][0]()
+    model = wrapped(randomize(plain), before)
+    averager = ewa.ExpertAverager(model, 0.3, filter_fn=lambda name, module: name.startswith("2"))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-12)
+    averager.attach(optimizer)
+    model = wrapped(model, after)
+    experts = averager.named_experts()
+    prefix = "2.w" if name == "lucidrains" else "2."
+    assert len(experts) in (2, 4)
+    assert all(each.startswith(prefix) and "_" not in each and "module" not in each for each in experts)
+    expected = {each: stacked(group).clone() for each, group in experts.items()}
+    ewa.reference.average_experts_(list(expected.values()), 0.3)
+    others = {each: p.detach().clone() for each, p in plain[1].named_parameters()}
+    optimizer.step()
+    for each, group in averager.named_experts().items():
+        torch.testing.assert_close(stacked(group), expected[each])
+    assert all(torch.equal(p, others[each]) for each, p in plain[1].named_parameters())
+    averager._attachment.remove()
+    averager.attach(torch.optim.SGD(model.parameters(), lr=1e-12))  # which has them, too

@@ -261,6 +261,32 @@ class TestGatheredByFSDP2:
         optimizer.step()
         assert averager.num_steps == 1
 
+    def test_an_averager_made_before_sharding(self):
+        """Its parameters are replaced then; the optimizer is made of the new ones."""
+        model = same_training.make_model()
+        averager = same_training.make_averager(model)
+        same_training.shard(model)
+        optimizer = same_training.make_optimizer(model)
+        averager.attach(optimizer)
+        same_training.train(model, optimizer, range(2))
+        alone, _ = same_training.train_alone(num_steps=2)
+        ours = {name: value.full_tensor() for name, value in model.state_dict().items()}
+        assert same_training.largest_difference(ours, alone) <= 1e-5
+
+    def test_names_are_those_without_ddp(self):
+        model = same_training.make_model()
+        names = list(same_training.make_averager(model).spread())
+        ddp = nn.parallel.DistributedDataParallel(model)
+        assert list(same_training.make_averager(ddp).spread()) == names
+
+    def test_parameters_that_sharding_replaces_after_attach(self):
+        model = same_training.make_model()
+        averager = same_training.make_averager(model)
+        averager.attach(optimizer := same_training.make_optimizer(model))
+        same_training.shard(model)
+        with pytest.warns(UserWarning, match=r"experts blocks\.1\.mlp\.up\.weight .*are averaged, but the AdamW"):
+            optimizer.step()
+
     def test_experts_that_fsdp2_ignores_are_not_gathered(self):
         model = same_training.make_model()
         ignored = {p for _, p in ewa.expert_tensors(model)}

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import vision  # noqa: F401
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from models import Mlp, Transformer
@@ -16,6 +16,7 @@ from timm.optim import Lookahead
 from torch import nn
 
 import ewa_kernels as ewa
+from ewa_kernels.integrations.callbacks import AveragingCallback
 from ewa_kernels.integrations.lightning import EWACallback
 
 SHARE_RATE = ewa.LinearShareRate(end=0.5, num_steps=10)
@@ -164,6 +165,65 @@ class TestTraining:
             averager.step()
         for name, tensor in plain.state_dict().items():
             assert torch.equal(tensor, module.state_dict()[name]), name
+
+
+class TestFrozenAtFirst:
+    """Experts that are frozen when training begins, and trained later."""
+
+    KEPT = 1 - 0.3 * 3 / 2  # of the spread, at each averaging
+
+    class Task(Module):
+        def __init__(self):
+            super().__init__()
+            self.spreads = []
+            with torch.no_grad():
+                for _, p in ewa.expert_tensors(self):
+                    p.normal_()
+
+        @property
+        def backbone(self):
+            return self.model.blocks
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-12)
+
+        def on_train_batch_end(self, *args):
+            self.spreads.append([(p - p.mean(0)).norm().item() for _, p in ewa.expert_tensors(self)])
+
+    @pytest.mark.parametrize("order", [1, -1])
+    @pytest.mark.parametrize("given", [True, False])
+    def test_backbone_finetuning(self, order, given):
+        """Averaged in the steps in which they are trained, once in each."""
+        module = self.Task()
+        module.on_train_batch_end()
+        callback = EWACallback(ewa.ExpertAverager(module, 0.3)) if given else EWACallback(share_rate=0.3)
+        finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, lambda_func=lambda epoch: 1.0, train_bn=False)
+        make_trainer(*[finetuning, callback][::order]).fit(module, data())
+        assert len(module.spreads) == 11
+        for step, spreads in enumerate(module.spreads):
+            kept = self.KEPT ** max(step - 5, 0)
+            assert spreads == pytest.approx([kept * spread for spread in module.spreads[0]], rel=1e-3)
+        assert not list(ewa.expert_tensors(module))
+
+    def test_of_several_optimizers_the_one_that_they_join(self):
+        """And of a single one at once: transformers' callback has no other time."""
+        for num_optimizers in (1, 2):
+            model, others = self.Task().model, [nn.Parameter(torch.ones(2)) for _ in range(num_optimizers)]
+            experts = [p.requires_grad_(False) for _, p in ewa.expert_tensors(model)]
+            optimizers = [torch.optim.SGD([p], lr=1e-12) for p in others]
+            callback = AveragingCallback(None, 0.3, fold_at_end=False)
+            callback._begin(model)
+            callback._attach(optimizers)
+            assert (callback.averager.attached_to is None) == (num_optimizers == 2)
+            for p in experts:
+                p.requires_grad_(True)
+            optimizers[-1].add_param_group({"params": experts})
+            callback._attach(optimizers)
+            before = callback.averager.spread()
+            for optimizer in optimizers:
+                optimizer.step()
+            for name, spread in callback.averager.spread().items():
+                assert spread == pytest.approx(self.KEPT * before[name])
 
 
 class TestNoDoubleAveraging:
@@ -342,6 +402,7 @@ import vision, torch
 sys.modules["lightning"] = None
 import pytorch_lightning as pl
 import ewa_kernels as ewa
+from ewa_kernels.integrations.callbacks import AveragingCallback
 from ewa_kernels.integrations.lightning import EWACallback
 from models import Mlp, Transformer
 

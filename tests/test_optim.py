@@ -1,6 +1,8 @@
 """AdamW and averaging in one pass, against `torch.optim.AdamW` followed by `ExpertAverager.step`."""
 
 import copy
+import functools
+import itertools
 import os
 import pickle
 
@@ -298,3 +300,74 @@ class TestByTorch:
 @pytest.mark.skipif("EWA_TEST_EXTENSION" in os.environ, reason="of the installed one")
 def test_extension_is_built():
     assert extension.WHY_NOT is None
+
+
+class TestDtypes:
+    """Parameters × gradients × first moments × second moments."""
+
+    def trained(self, make_optimizer, dtypes):
+        """Values and the step's error; `lr` and betas such that a moment that is wrong would show."""
+        generator = torch.Generator().manual_seed(0)
+        of_param, of_grad, *of_moments = dtypes
+        p = nn.Parameter(torch.randn(4, 6, generator=generator).to(of_param))
+        p.grad_dtype = None
+        optimizer = make_optimizer([p], lr=0.1, betas=(0.5, 0.9))
+        moments = (torch.zeros(4, 6, dtype=dtype) for dtype in of_moments)
+        optimizer.state[p].update(zip(("step", "exp_avg", "exp_avg_sq"), (torch.zeros(()), *moments), strict=True))
+        before = p.detach().clone()
+        for _ in range(3):
+            p.grad = torch.randn(4, 6, generator=generator).to(of_grad)
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                return before, str(error)
+        return p.detach().clone(), None
+
+    @pytest.mark.filterwarnings("ignore:AdamW steps by torch's kernels")
+    @pytest.mark.parametrize("of_param", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    def test_every_pair_that_torch_takes(self, of_param):
+        """By its loop, which takes the most; where that takes none, torch's words, and nothing has changed."""
+        kinds = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+        num_taken = 0
+        for others in itertools.product(kinds, repeat=3):
+            dtypes = (of_param, *others)
+            expected, refused = self.trained(functools.partial(torch.optim.AdamW, foreach=False), dtypes)
+            ours, error = self.trained(ewa.optim.AdamW, dtypes)
+            assert error == refused, dtypes
+            # The pass makes a step of 16 bits in float32, as torch's fused one does.
+            is_exact = refused is not None or len(set(dtypes)) > 1
+            tolerance = 0.0 if is_exact else 8 * torch.finfo(of_param).eps
+            torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance, msg=str(dtypes))
+            num_taken += refused is None
+        assert num_taken == 16
+
+    @pytest.mark.filterwarnings("ignore:AdamW steps by torch's kernels")
+    def test_with_averaging_options_and_a_gradient_scaler(self):
+        """Gradients and moments in bfloat16, parameters in float32: unscaled, skipped and averaged as by torch."""
+        results = []
+        for ours in (True, False):
+            generator = torch.Generator().manual_seed(0)
+            params = [nn.Parameter(torch.randn(4, 6, generator=generator)) for _ in range(2)]
+            averager = ewa.ExpertAverager(params, 0.3)
+            options = {"lr": torch.tensor(0.1), "capturable": True} if ours else {"lr": 0.1, "foreach": False}
+            kind = {"averager": averager} if ours else {}
+            optimizer = (ewa.optim.AdamW if ours else torch.optim.AdamW)(params, maximize=True, **options, **kind)
+            for p in params:
+                p.grad_dtype = torch.bfloat16
+                moments = {name: torch.zeros(4, 6, dtype=torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p].update(step=torch.zeros(()), **moments)
+            for skipped in (False, True, False):
+                for p in params:
+                    p.grad = torch.randn(6, 4, generator=generator).bfloat16().T
+                if ours:
+                    for p in params:
+                        p.grad *= 4
+                    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(float(skipped))
+                    optimizer.step()
+                elif not skipped:
+                    optimizer.step()
+                    averager.step()
+            assert averager.num_steps == 2
+            results.append(params)
+        for p, q in zip(*results, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=0)

@@ -160,7 +160,7 @@ def test_an_averagers_plan_is_used(made, monkeypatch):
     """And its experts are not looked up anew."""
     averager = ewa.ExpertAverager(nn.Sequential(ewa.RandomPartitionMoE(4, 8, 3)), 0.2)
     averager.step()
-    monkeypatch.setattr(averager, "_find_now", lambda model: pytest.fail("looked up"))
+    monkeypatch.setattr(averager._found, "_find", lambda model: pytest.fail("looked up"))
     for _ in range(3):
         averager.step()
     assert len(made) == 2  # one by the operation, one that is kept

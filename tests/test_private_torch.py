@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -127,6 +128,15 @@ def test_backward_is_known():
 
     checkpoint(look, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
     assert seen == [False, True]
+
+
+def test_steps_in_backward_are_known():
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(4)]
+    hook = parameters[1].register_post_accumulate_grad_hook(lambda p: None)
+    parameters[2].register_post_accumulate_grad_hook(lambda p: None)
+    _apply_optimizer_in_backward(torch.optim.SGD, parameters[3:], {"lr": 0.1})
+    hook.remove()
+    assert [*map(private_torch.steps_in_backward, parameters)] == [False, False, True, True]
 
 
 def test_tracing_is_known():

@@ -4,9 +4,11 @@ import copy
 import gc
 import io
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
+import torch.multiprocessing
 from training import SCHEDULE, bits, make, same, train
 
 import ewa_kernels as ewa
@@ -17,6 +19,16 @@ def saved_and_loaded(parts):
     torch.save(parts, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+def as_spawned(parts):
+    """What a process that torch.multiprocessing starts gets of its arguments."""
+    return pickle.loads(ForkingPickler.dumps(parts))
+
+
+def train_seeded(rank, model, optimizer):
+    torch.manual_seed(1)
+    train(model, optimizer, 3)
 
 
 KINDS = [
@@ -45,6 +57,55 @@ class TestCopies:
         train(*parts[:2], 3)
         assert same(bits(parts[0]), bits(model))
 
+    @pytest.mark.parametrize(
+        ("copied", "order"),
+        [*zip([*COPIES, as_spawned], [(0, 1), (1, 0), (0, 1), (1, 0)], strict=True), (copy.deepcopy, (1, 0))],
+        ids=["deepcopy", "pickle", "save", "spawn", "deepcopy of the optimizer first"],
+    )
+    @pytest.mark.parametrize(("make_optimizer", "options"), KINDS)
+    def test_a_copy_of_model_and_optimizer_alone_trains_on_as_the_original(
+        self, make_optimizer, options, order, copied
+    ):
+        """The optimizer has its averager with it, and so has the copy of a copy."""
+        original, parts = make(make_optimizer, **options), make(make_optimizer, **options)
+        for model, optimizer, _ in (original, parts):
+            torch.manual_seed(1)
+            train(model, optimizer, 3)
+        copies = copied(copied([parts[i] for i in order]))
+        pairs = [original[:2], [copies[order.index(i)] for i in range(2)]]
+        for model, optimizer in pairs:
+            torch.manual_seed(2)
+            train(model, optimizer, 3)
+        assert same(*(bits(model) for model, _ in pairs))
+        assert parts[2].num_steps == 3
+
+    def test_a_copy_is_what_a_spawned_process_steps(self):
+        """One real process: what it trains is what this one trains."""
+        model, optimizer, _ = make()
+        other = make()
+        torch.multiprocessing.spawn(train_seeded, (model, optimizer), nprocs=1)  # in shared memory
+        train_seeded(0, *other[:2])
+        assert same(bits(model), bits(other[0]))
+
+    def test_a_copy_of_given_tensors_says_that_it_does_not_average(self):
+        """They are no parameters, whose memory a copy of them does not share."""
+        parameter = torch.nn.Parameter(torch.randn(4, 6))
+        optimizer = torch.optim.SGD([parameter], lr=0.1)
+        ewa.ExpertAverager([parameter.detach().view(4, 2, 3)], 0.3).attach(optimizer)
+        copied = copy.deepcopy(optimizer)
+        with pytest.warns(UserWarning, match=r"experts 0 \[4, 2, 3\] are averaged, but the SGD attached to does not"):
+            copied.step()
+        copied.step()  # once
+        optimizer.step()
+
+    def test_a_copy_without_what_was_removed(self):
+        model, optimizer, averager = make()
+        averager._attachment.remove()
+        model, optimizer = copy.deepcopy((model, optimizer))
+        spread = ewa.ExpertAverager(model, 0.3).spread()
+        optimizer.step()
+        assert ewa.ExpertAverager(model, 0.3).spread() == spread
+
     @pytest.mark.parametrize(("make_optimizer", "options"), KINDS)
     def test_a_copy_cannot_be_attached_twice(self, make_optimizer, options):
         model, optimizer, averager = copy.deepcopy(make(make_optimizer, **options))
@@ -54,7 +115,7 @@ class TestCopies:
             averager.attach(torch.optim.SGD(model.parameters(), lr=0.1))
 
     def test_a_copy_is_attached_as_the_original(self):
-        """Once, and not any more if that was removed; a copy of the optimizer alone has no hooks, as torch has it."""
+        """Once, and not any more if that was removed; a copy of the optimizer alone has an averager of its own."""
         model, optimizer, averager = make()
         copies = copy.deepcopy((model, optimizer, averager))
         averager._attachment.remove()

@@ -9,11 +9,18 @@ from torch.optim import Optimizer
 
 import ewa_kernels.checks as checks
 import ewa_kernels.train.shards as shards
-from ewa_kernels.modules import RandomPartitionMoE
+from ewa_kernels.modules import RandomPartitionMoE, expert_tensors
 from ewa_kernels.surgery import fold_
 from ewa_kernels.train.attachment import Attachment, hooked
 from ewa_kernels.train.averager import ExpertAverager
 from ewa_kernels.train.share_rate import as_schedule
+
+
+class _Averager(ExpertAverager):
+    """Of a model whose experts may all be frozen when training begins."""
+
+    def _refuse_frozen(self) -> None:
+        pass
 
 
 class AveragingCallback:
@@ -33,6 +40,7 @@ class AveragingCallback:
         self._fold_at_end = fold_at_end
         self._averager = averager
         self._attachment: Attachment | None = None
+        self._model: nn.Module | None = None  # while it is trained
 
     @property
     def averager(self) -> ExpertAverager:
@@ -52,6 +60,7 @@ class AveragingCallback:
             ValueError: the model has no experts, or it is to be folded in the end but is sharded.
         """
         self._detach()
+        self._model = model
         for module in shards.unsharded_modules(model):  # by a validation before training
             module.reshard()
         if self._fold_at_end and any(shards.is_sharded(p) for layer in _folding(model) for p in layer.parameters()):
@@ -60,13 +69,17 @@ class AveragingCallback:
                 "ewa_kernels.integrations.fsdp.folded_state_dict(model)"
             )
         if self._share_rate is not None:
-            self._averager = ExpertAverager(model, self._share_rate)
+            self._averager = _Averager(model, self._share_rate)
 
     def _attach(self, optimizers: Sequence[object]) -> None:
         """To the optimizer that has the experts; if the averager is attached already it stays where it is.
 
+        As long as experts are frozen, and so in none, a single one is taken to be theirs later; of several none is:
+        call it again then.
+
         Raises:
-            ValueError: none, or more than one of them, has experts; or the averager is attached to another.
+            ValueError: more than one of them has experts, or none has although they are trained; or the averager is
+                attached to another.
             TypeError: it has no hooks.
         """
         plain = [plain_optimizer(optimizer) for optimizer in optimizers]
@@ -77,6 +90,10 @@ class AveragingCallback:
                 raise ValueError(f"averager must be attached to the trainer's optimizer, is to another {kind}")
             return
         holding = [optimizer for optimizer in plain if self.averager.is_trained_by(optimizer)]
+        if not holding and (not self.averager.experts() or self._has_frozen_experts()):
+            if len(plain) > 1:
+                return
+            holding = plain
         if len(holding) != 1:
             raise ValueError(
                 f"one optimizer must have the experts, got {len(holding)} of {len(plain)}: make it after replace_ffn_, "
@@ -84,10 +101,13 @@ class AveragingCallback:
             )
         self._attachment = self.averager.attach(holding[0])
 
+    def _has_frozen_experts(self) -> bool:
+        return self._model is not None and any(not p.requires_grad for _, p in expert_tensors(self._model))
+
     def _detach(self) -> None:
         if self._attachment is not None:
             self._attachment.remove()
-            self._attachment = None
+        self._attachment = self._model = None
 
     def _end(self, model: nn.Module, *, is_trained: bool) -> None:
         """Detaches, and folds the model, unless it made no step. Experts among which a router chooses stay."""

@@ -37,7 +37,8 @@ class EWACallback(AveragingCallback, _callback_class()):  # type: ignore[misc]
 
         Trainer(callbacks=[EWACallback(share_rate=0.3)]).fit(MyModule(), …)
 
-    Replace the FFNs before `fit`, or in `configure_model`. Steps that a gradient scaler skipped, and batches that only
+    Replace the FFNs before `fit`, or in `configure_model`. Experts that are frozen at first, as by BackboneFinetuning,
+    are averaged from the step on in which they are trained. Steps that a gradient scaler skipped, and batches that only
     accumulate gradients, average nothing. `share_rate` (β of the last step) and `expert_spread` (mean over all
     tensors) are logged every `log_every_n_steps` steps.
 
@@ -88,6 +89,8 @@ class EWACallback(AveragingCallback, _callback_class()):  # type: ignore[misc]
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._restore_generators()
         self._loaded = None
+        if self.averager.attached_to is None:  # of several optimizers none had experts that were all frozen
+            self._attach(trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._inside_epoch = not trainer.is_last_batch

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import adamw
 
 import ewa_kernels.backends as backends
 import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
 import ewa_kernels.ops as ops
 import ewa_kernels.private_torch as private_torch
+import ewa_kernels.train.adamw_by_torch as adamw_by_torch
 import ewa_kernels.train.shards as shards
 from ewa_kernels.kernels import copies, graphs
 from ewa_kernels.kernels.parameter_pass import MAX_EXPERTS, Numbers, Pass, Plan
+from ewa_kernels.train.adamw_by_torch import State
 from ewa_kernels.train.attachment import is_dry_run
 from ewa_kernels.train.averager import ExpertAverager
 from ewa_kernels.train.lookup import flattened
@@ -28,8 +29,6 @@ __all__ = ["AdamW"]
 
 _warned: set[str] = set()
 
-# Of a parameter that has a gradient: grad, exp_avg, exp_avg_sq, step, and the index of its group.
-_State = tuple[Tensor, Tensor, Tensor, Tensor, int]
 _of_state = itemgetter("exp_avg", "exp_avg_sq", "step")
 _NO_STATE = (None, None, None, None, 0)
 
@@ -120,7 +119,7 @@ class AdamW(torch.optim.AdamW):
             return loss
         # What can be wrong with the averager is found out before anything changes.
         averager = None if is_dry_run(self, had_state=len(self.state) > 0) else self.averager
-        experts = [] if averager is None else averager.experts()
+        experts = [] if averager is None else averager.check()
         numbers = self._numbers(*((0.0, None) if averager is None else averager.next_step()), found_inf)
         if not self._pass_again(experts, numbers):
             held = shards.Experts(experts, exchange=False)
@@ -176,9 +175,9 @@ class AdamW(torch.optim.AdamW):
             named += [(f"a parameter of shape {list(p.shape)}", p) for p in parameters]
             checks.own_memory(named)
 
-    def _states(self) -> dict[Tensor, _State]:
+    def _states(self) -> dict[Tensor, State]:
         """Of every parameter with a gradient; a first step creates them."""
-        states: dict[Tensor, _State] = {}
+        states: dict[Tensor, State] = {}
         for i, group in enumerate(self.param_groups):
             lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
             self._init_group(group, *lists)  # a compiler follows what it puts into lists, not self.state
@@ -194,7 +193,7 @@ class AdamW(torch.optim.AdamW):
                     )
         return states
 
-    def _known_states(self) -> dict[Tensor, _State]:
+    def _known_states(self) -> dict[Tensor, State]:
         """The same; raises KeyError if a first step is yet to create one."""
         return {
             p: (grad, *_of_state(self.state.get(p, {})), i)
@@ -204,7 +203,7 @@ class AdamW(torch.optim.AdamW):
         }
 
     def _why_not(
-        self, states: dict[Tensor, _State], flat: list[Tensor], held: shards.Experts, experts: list[Any]
+        self, states: dict[Tensor, State], flat: list[Tensor], held: shards.Experts, experts: list[Any]
     ) -> str | None:
         """Why torch must make the step; None if the extension can, "" where `backends` has warned of that already.
 
@@ -222,7 +221,7 @@ class AdamW(torch.optim.AdamW):
                 return ""
         if any(type(t) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) for t in tensors):
             return "subclasses of Tensor may keep their values elsewhere"
-        if any(not p.dtype == grad.dtype == exp_avg.dtype for p, (grad, exp_avg, *_) in states.items()):
+        if any(len({p.dtype, *(t.dtype for t in state[:3])}) > 1 for p, state in states.items()):
             return "gradients or moments are of another dtype"
         if any(len(group) > MAX_EXPERTS for group in experts):
             return f"the extension averages at most {MAX_EXPERTS} experts"
@@ -246,7 +245,7 @@ class AdamW(torch.optim.AdamW):
         return True
 
     def _pass_anew(
-        self, states: dict[Tensor, _State], flat: list[Tensor], group_sizes: list[int], numbers: Numbers
+        self, states: dict[Tensor, State], flat: list[Tensor], group_sizes: list[int], numbers: Numbers
     ) -> None:
         work = self._pass(states, flat, group_sizes)
         if private_torch.is_watched(work.tensors()):
@@ -257,7 +256,7 @@ class AdamW(torch.optim.AdamW):
             self._plan = plan
         self._register(work)
 
-    def _pass(self, states: dict[Tensor, _State], flat: list[Tensor], group_sizes: list[int]) -> Pass:
+    def _pass(self, states: dict[Tensor, State], flat: list[Tensor], group_sizes: list[int]) -> Pass:
         """`flat`, `group_sizes`: the experts, as `ewa_kernels.ops.average_experts_` takes them."""
         experts = set(flat)
         others = [p for p in states if p not in experts]
@@ -314,46 +313,13 @@ class AdamW(torch.optim.AdamW):
             if copy is not None and not graphs.is_capturing(p.device):
                 copies.register(p, copy, self)
 
-    def _step_by_torch(self, states: dict[Tensor, _State], found_inf: Tensor | None) -> None:
-        for i, group in enumerate(self.param_groups):
-            of_group = [(p, *state) for p, state in states.items() if state[-1] == i]
-            if not of_group:
-                continue
-            params, grads, exp_avgs, exp_avg_sqs, steps, _ = map(list, zip(*of_group, strict=True))
-            # torch's fused kernel takes it for granted that all lie in memory in the same order.
-            for j, p in enumerate(params):
-                grads[j] = grads[j] if grads[j].stride() == p.stride() else torch.empty_like(p).copy_(grads[j])
-            fused = all(p.stride() == g.stride() == m.stride() for p, g, m in zip(params, grads, exp_avgs, strict=True))
-            grad_scale = getattr(self, "grad_scale", None)
-            if not fused:
-                if found_inf is not None and bool(found_inf):
-                    continue
-                grads = grads if grad_scale is None else [g / grad_scale for g in grads]
-            adamw.adamw(
-                params,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                [],
-                steps,
-                fused=fused,
-                foreach=False,
-                capturable=group["capturable"],
-                grad_scale=grad_scale if fused else None,
-                found_inf=found_inf if fused else None,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-            )
+    def _step_by_torch(self, states: dict[Tensor, State], found_inf: Tensor | None) -> None:
+        adamw_by_torch.step(self.param_groups, states, getattr(self, "grad_scale", None), found_inf)
 
 
-def _local_states(states: dict[Tensor, _State], found_inf: Tensor | None) -> dict[Tensor, _State]:
+def _local_states(states: dict[Tensor, State], found_inf: Tensor | None) -> dict[Tensor, State]:
     """What this process holds of them; of an empty shard only the number of steps, which is counted here."""
-    held: dict[Tensor, _State] = {}
+    held: dict[Tensor, State] = {}
     local = shards.local
     for p, (grad, exp_avg, exp_avg_sq, step, i) in states.items():
         if local(p).numel() == 0:

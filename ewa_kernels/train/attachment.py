@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
+import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+import ewa_kernels.private_torch as private_torch
 import ewa_kernels.train.shards as shards
+from ewa_kernels.kernels import graphs
+from ewa_kernels.train.lookup import Experts, members_of
+from ewa_kernels.train.undone import Undone
+from ewa_kernels.train.watch import Watch, storage_of
 
 # In the first parameter group of an optimizer's state dict, so that it is saved and resumed by whatever saves that.
 # Several averagers, of different experts, have one each, in the order in which they were attached.
 STEPS = "averaging_steps"
+
+# Of an optimizer: what is attached to it.
+_ATTACHMENTS = "_averaging_attachments"
 
 
 class Averaging(Protocol):
@@ -25,11 +36,22 @@ class Averaging(Protocol):
 
     num_steps: int
 
-    def check(self) -> None:
-        """Is called before each step, and raises what is wrong, so that nothing has changed then."""
+    @property
+    def share_rate(self) -> float:
+        """β of the next step."""
 
-    def average(self, found_inf: Any = None) -> None:
-        """Is called after each real step with what GradScaler found, or None."""
+    @property
+    def num_changes(self) -> int | None:
+        """How often what is averaged may have become something else; None if it was given once and for all."""
+
+    def named_experts(self) -> Mapping[str, Experts]:
+        """What is averaged now."""
+
+    def check(self) -> list[Experts]:
+        """The same. Is called before each step, and raises what is wrong, so that nothing has changed then."""
+
+    def average(self, found_inf: Any, experts: list[Experts]) -> None:
+        """Is called after each real step with what GradScaler found, or None, and with what `check` returned."""
 
     def memory(self) -> dict[str, set[int]]:
         """Addresses of what is averaged, by name."""
@@ -41,17 +63,22 @@ _alive: weakref.WeakSet[Attachment] = weakref.WeakSet()
 class Attachment:
     """That something runs after an optimizer's real steps, until `remove()`, or until the optimizer is gone.
 
-    Of an optimizer whose state dict was loaded before, it goes on from the number of steps there.
+    Of an optimizer whose state dict was loaded before, it goes on from the number of steps there. A copy of the
+    optimizer, or one that was pickled, has a copy of it.
 
     Raises:
-        ValueError: another that is attached averages some of the same.
+        ValueError: another that is attached averages some of the same; the optimizer steps inside backward, and has a
+            part of what is averaged only.
     """
 
     def __init__(self, averaging: Averaging, optimizer: Optimizer):
         self._averaging = averaging
         self._optimizer: weakref.ref[Optimizer] | None = weakref.ref(optimizer)
-        self._had_state = False
+        self._had_state = self._has_told = False
+        self._experts: list[Experts] = []  # while the optimizer steps
+        self._watch, self._undone = Watch(), Undone(optimizer)
         self._handles: list[RemovableHandle] = []
+        self._check_not_in_backward(optimizer)
         if self._others():
             gc.collect()  # an optimizer that nobody has any more may be part of a circle
         for other, name in self._others():
@@ -64,6 +91,14 @@ class Attachment:
         _alive.add(self)
         self._take_steps(optimizer)
         self._state_handles = self._hook_state(optimizer)
+
+    def _check_not_in_backward(self, optimizer: Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        members = [t for group in self._averaging.named_experts().values() for t in members_of(group)]
+        if len(parameters) == 1 and private_torch.steps_in_backward(parameters[0]):
+            held = [holds(optimizer, [member]) for member in members]
+            if any(held) and not all(held):
+                raise ValueError(_inside_backward(optimizer))
 
     def _others(self) -> list[tuple[Optimizer, str]]:
         """Optimizers that average some of the same, and what."""
@@ -81,8 +116,16 @@ class Attachment:
 
     def _hook_state(self, optimizer: Optimizer) -> list[RemovableHandle]:
         # An optimizer that is being copied has none, nor has one that does not call Optimizer.__init__.
-        for hooks in ("_optimizer_state_dict_post_hooks", "_optimizer_load_state_dict_post_hooks"):
+        for hooks in (
+            *("_optimizer_state_dict_post_hooks", "_optimizer_load_state_dict_post_hooks"),
+            *("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"),
+        ):
             optimizer.__dict__.setdefault(hooks, OrderedDict())
+        attachments = optimizer.__dict__.setdefault(_ATTACHMENTS, [])
+        if self not in attachments:
+            attachments.append(self)
+        # Of this optimizer alone, as learning rate schedulers of torch do with `step`.
+        optimizer.__dict__["__getstate__"] = functools.partial(_state_of, weakref.ref(optimizer))
         return [
             optimizer.register_state_dict_post_hook(self._give_steps),
             optimizer.register_load_state_dict_post_hook(self._take_steps),
@@ -109,10 +152,33 @@ class Attachment:
     def remove(self) -> None:
         for handle in (*self._handles, *self._state_handles):
             handle.remove()
+        if (optimizer := self.optimizer) is not None:
+            optimizer.__dict__[_ATTACHMENTS].remove(self)
         self._optimizer = None
 
+    def look(self, experts: Mapping[str, Experts]) -> None:
+        """Warns of what of `experts` the optimizer does not train any more, or, where it is hooked, if it has none.
+
+        Raises:
+            RuntimeError: inside backward, of an optimizer that has a part of them only.
+        """
+        optimizer = self.optimizer
+        if optimizer is None or torch.compiler.is_compiling():
+            return
+        self._watch.look(experts, optimizer, self._averaging.num_changes)
+        if self._watch.has_none and self._handles and not self._has_told:
+            self._has_told = True
+            warnings.warn(
+                f"the {type(optimizer).__name__} attached to has none of the experts: make the optimizer after "
+                "replace_ffn_ (and fully_shard)",
+                stacklevel=3,
+            )
+        if self._watch.is_partial and private_torch.is_in_backward():
+            raise RuntimeError(_inside_backward(optimizer))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_optimizer": self.optimizer, "_handles": bool(self._handles), "_state_handles": []}
+        here = {"_handles": bool(self._handles), "_state_handles": [], "_experts": []}
+        return {**self.__dict__, **here, "_optimizer": self.optimizer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """torch copies an optimizer without its hooks, so that they are registered with the copy here."""
@@ -125,13 +191,46 @@ class Attachment:
                 self.hook(optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._averaging.check()
+        self._experts = self._averaging.check()
         self._had_state = len(optimizer.state) > 0
+        if not _is_recorded(self._experts):
+            self._undone.before_step(self._experts)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not is_dry_run(optimizer, self._had_state):
-            # GradScaler hands it to fused optimizers, which skip by themselves, as an attribute.
-            self._averaging.average(getattr(optimizer, "found_inf", None))
+        experts, self._experts = self._experts, []
+        if is_dry_run(optimizer, self._had_state):
+            return
+        # GradScaler hands it to fused optimizers, which skip by themselves, as an attribute.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if _is_recorded(experts) or not self._undone.is_due(self._averaging.share_rate):
+            self._averaging.average(found_inf, experts)
+            return
+        self._undone.before_averaging(experts, type(optimizer).__name__)
+        self._averaging.average(found_inf, experts)
+        self._undone.after_averaging(experts)
+
+
+def _state_of(optimizer_ref: weakref.ref[Optimizer]) -> Any:
+    """What a copy of an optimizer, or a pickled one, is made of: that of its class, and what is attached to it."""
+    optimizer = optimizer_ref()
+    assert optimizer is not None
+    state = type(optimizer).__getstate__(optimizer)
+    attachments = optimizer.__dict__[_ATTACHMENTS]
+    return {**state, _ATTACHMENTS: [*attachments]} if attachments and isinstance(state, dict) else state
+
+
+def _is_recorded(experts: list[Experts]) -> bool:
+    """Whether a compiler traces, or a CUDA graph records, what runs now."""
+    if torch.compiler.is_compiling():
+        return True
+    return any(graphs.is_capturing(t.device) for group in experts[:1] for t in members_of(group)[:1])
+
+
+def _inside_backward(optimizer: Optimizer) -> str:
+    return (
+        f"optimizer must step after backward, but this {type(optimizer).__name__} steps inside it, and has a part of "
+        "the experts only: attach to none, and call averager.step() after each backward"
+    )
 
 
 def hooked(optimizer: object) -> Optimizer:
@@ -155,7 +254,7 @@ def hooked(optimizer: object) -> Optimizer:
 def holds(optimizer: Optimizer, tensors: Iterable[Tensor]) -> bool:
     """Whether any of them is a parameter of the optimizer, or lies in the memory of one."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    memory, held = ({shards.local(t).untyped_storage()._cdata for t in each} for each in (tensors, parameters))
+    memory, held = ({*map(storage_of, each)} for each in (tensors, parameters))
     return not memory.isdisjoint(held)
 
 

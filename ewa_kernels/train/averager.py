@@ -5,7 +5,6 @@ Source: equation 6 of arXiv 2308.06093 ("at the end of each iteration").
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,17 +19,10 @@ import ewa_kernels.private_torch as private_torch
 import ewa_kernels.train.shards as shards
 from ewa_kernels.backends import resolve
 from ewa_kernels.kernels.parameter_pass import Numbers, Plan, averaging
-from ewa_kernels.modules import RandomPartitionMoE, StackedExperts, expert_tensors
-from ewa_kernels.moe.adapters import Paths
-from ewa_kernels.moe.experts import find_experts, resolved
 from ewa_kernels.train.attachment import Attachment, holds, hooked
-from ewa_kernels.train.lookup import Experts, Lookup, flattened, members_of, without_frozen
+from ewa_kernels.train.found import FoundExperts
+from ewa_kernels.train.lookup import Experts, flattened, members_of
 from ewa_kernels.train.share_rate import ConstantShareRate, ShareRate, as_schedule
-
-_NONE = (
-    "experts must hold something to average, got a model without RandomPartitionMoE layers: "
-    "call replace_ffn_(model) first"
-)
 
 
 class ExpertAverager:
@@ -46,7 +38,8 @@ class ExpertAverager:
             stacked tensors `[E, ...]`, of lists of E same-shaped tensors, or of (name, either) pairs.
         share_rate: β, a float in [0, 1] or a schedule.
         filter_fn: (name, module) → whether this layer of a model is averaged; the name and the module are those of
-            `find_experts`. Asked once, now. None averages all.
+            `find_experts`, without the names of wrappers (torch.compile, activation checkpointing, DDP, FSDP). Asked
+            once, now. None averages all.
         rounding: of 16-bit parameters, "stochastic" or "nearest"; see `ewa_kernels.functional.average_experts_`.
         seed: of stochastic rounding, int in 0…2⁶³−1. With the number of the step it decides every rounding, so that
             ranks which hold the same parameters round them alike, and a resumed run as one that went on.
@@ -72,80 +65,33 @@ class ExpertAverager:
         self.rounding, self.seed = rounding, seed
         self.num_steps = 0
         self._attachment: Attachment | None = None
-        # From step to step, as long as they are true.
-        self._lookup = Lookup()
-        self._plan: Plan | None = None
-        self._model: nn.Module | None = None
+        self._plan: Plan | None = None  # of the last step, for as long as it is true
+        self._found: FoundExperts | None = None
         self._given: Mapping[str, Experts] = {}
-        self._paths: Paths = {}
-        self._ndims: dict[str, int] = {}
-        self._stacked: tuple[str, ...] = ()  # of this package's other layers
-        self._prefixes: tuple[str, ...] = ("",)  # of this package's layers, as far as they are chosen
         if filter_fn is not None and not callable(filter_fn):
             raise TypeError(f"filter_fn must be a callable (name, module) -> bool, got {type(filter_fn).__name__}")
         if isinstance(experts, nn.Module) and not isinstance(experts, nn.ParameterList):
-            self._model = experts
-            self._find(experts, filter_fn)
+            self._found = FoundExperts(experts, filter_fn)
         else:
             if filter_fn is not None:
                 raise TypeError(f"filter_fn needs experts that are a model, got {type(experts).__name__}")
             self._given = _named(experts)
         if not self._experts():
-            raise ValueError("experts must hold something to average, got a model whose experts are all frozen")
+            self._refuse_frozen()
 
-    def _find(self, model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None) -> None:
-        sites = find_experts(model)
-        found = [site for site in sites if site.skip_reason is None]
-        if not found:
-            reasons = "".join(f"; its {site.name or 'model'} {site.skip_reason}" for site in sites)
-            advice = "; register_experts_adapter tells where a class has its experts" if sites else ""
-            raise ValueError(f"{_NONE}{reasons}{advice}")
-        if filter_fn is not None:
-            chosen = [site for site in found if filter_fn(site.name, site.module)]
-            if not chosen:
-                raise ValueError(f"filter_fn must choose some of {', '.join(site.name for site in found)}, chose none")
-            found, self._prefixes = chosen, tuple(f"{site.name}." if site.name else "" for site in chosen)
-        ours = dict(expert_tensors(model))  # each once
-        for site in found:
-            if isinstance(site.module, StackedExperts):
-                # Those of RandomPartitionMoE go when fold_ ends a training; no others are to go unnoticed.
-                of_layer = () if isinstance(site.module, RandomPartitionMoE) else site.tensors
-                self._stacked += tuple(name for name in of_layer if name in ours)
-            else:
-                self._paths.update(site.paths)
-                self._ndims.update((name, members_of(group)[0].ndim) for name, group in site.tensors.items())
+    def _refuse_frozen(self) -> None:
+        raise ValueError("experts must hold something to average, got a model whose experts are all frozen")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is true of these tensors only."""
-        return {**self.__dict__, "_plan": None, "_lookup": Lookup()}
+        return {**self.__dict__, "_plan": None}
 
     def _experts(self) -> Mapping[str, Experts]:
-        """Looked up at each step: parameters may be replaced (load_state_dict(assign=True), to(), fold_)."""
-        if self._model is None:
-            if not self._given:
-                raise ValueError("experts must hold something to average, got an empty iterable")
-            return self._given
-        if torch.compiler.is_compiling():
-            return self._find_now(self._model)
-        return self._lookup(self._model, self._find_now)
-
-    def _find_now(self, model: nn.Module) -> dict[str, Experts]:
-        ours = expert_tensors(model)
-        experts: dict[str, Experts] = {name: tensor for name, tensor in ours if name.startswith(self._prefixes)}
-        try:
-            for name in self._stacked:
-                if name not in experts and _unwrapped(name) not in map(_unwrapped, experts):
-                    raise KeyError(name)
-            experts.update(resolved(model, self._paths))
-        except KeyError as error:
-            raise ValueError(
-                f"experts must be the model that the averager was made for, but it has no {error.args[0]} any more: "
-                "make a new one after a change of the architecture"
-            ) from None
-        if not experts:
-            raise ValueError(_NONE + (", or remove() on what attach returned" if self.attached_to is not None else ""))
-        _check_not_flattened(experts, self._ndims)
-        return without_frozen(experts)
+        if self._found is not None:
+            return self._found()
+        if not self._given:
+            raise ValueError("experts must hold something to average, got an empty iterable")
+        return self._given
 
     @property
     def share_rate(self) -> float:
@@ -172,8 +118,8 @@ class ExpertAverager:
             )
         self.average(found_inf)
 
-    def average(self, found_inf: bool | float | Tensor | None = None) -> None:
-        """`step`, for the optimizer that the averager is attached to."""
+    def average(self, found_inf: bool | float | Tensor | None = None, experts: list[Experts] | None = None) -> None:
+        """`step`, for the optimizer attached to; `experts`: what `check` returned before its step."""
         checks.found_inf(found_inf)
         if found_inf is not None and (not isinstance(found_inf, Tensor) or found_inf.device.type == "cpu"):
             if _is_capturing():
@@ -185,7 +131,7 @@ class ExpertAverager:
                 return
             found_inf = None
         beta, seed = self.next_step()
-        experts = self.experts()
+        experts = self.experts() if experts is None else experts
         if not self._average_again(experts, beta, seed, found_inf):
             functional.average_experts_(experts, beta, rounding=self.rounding, seed=seed, found_inf=found_inf)
             flat, group_sizes = flattened(experts)
@@ -202,10 +148,16 @@ class ExpertAverager:
         numbers = Numbers(beta, seed if self.rounding == "stochastic" else None, None, found_inf)
         return self._plan.run_again(averaging(*flattened(experts)), numbers)
 
-    def check(self) -> None:
-        """Raises what `average` would, except for what its tensors are: before an optimizer's step, not after it."""
-        self.experts()
+    def check(self) -> list[Experts]:
+        """Raises what `average` would, except for what its tensors are: before an optimizer's step, not after it.
+
+        Returns: what is averaged.
+        """
+        experts = self.named_experts()
+        if self._attachment is not None:
+            self._attachment.look(experts)
         self.next_step()
+        return list(experts.values())
 
     def next_step(self) -> tuple[float, int | None]:
         """β of the next step, and the seed of its rounding; no seed in a CUDA graph, which must draw its own.
@@ -230,10 +182,19 @@ class ExpertAverager:
         Raises:
             RuntimeError: FSDP2 has gathered them, so that it would forget what averaging makes of them.
         """
+        return list(self.named_experts().values())
+
+    @property
+    def num_changes(self) -> int | None:
+        """How often the model had changed when the experts were looked up; None of tensors that were given."""
+        return None if self._found is None else self._found.num_changes
+
+    def named_experts(self) -> Mapping[str, Experts]:
+        """`experts`, by name."""
         experts = self._experts()
-        if self._model is not None:
-            shards.check_not_gathered(self._model, experts)
-        return list(experts.values())
+        if self._found is not None:
+            shards.check_not_gathered(self._found.model, experts)
+        return experts
 
     @property
     def attached_to(self) -> Optimizer | None:
@@ -244,9 +205,13 @@ class ExpertAverager:
         """Makes each real step of `optimizer` end with `step()`, until `remove()` is called on the result.
 
         A step that GradScaler skipped is no real step, nor is the one that
-        torch.distributed.checkpoint.state_dict makes at learning rate 0 to create the optimizer's state. Copied or
-        pickled together with the optimizer, the averager is attached to the copy of it. Of an optimizer that is
-        driven by other methods than `step`, as SAM is, attach to the one which it steps (`sam.base_optimizer`).
+        torch.distributed.checkpoint.state_dict makes at learning rate 0 to create the optimizer's state. Of an
+        optimizer that is driven by other methods than `step`, as SAM is, attach to the one which it steps
+        (`sam.base_optimizer`). Of one that keeps master weights, from which it writes the parameters anew, give these
+        to `ExpertAverager` too, beside the parameters.
+
+        An optimizer that is copied or pickled takes its averager along: the copy averages as the original does. (Pickle
+        takes no lambda, and so no optimizer then whose share rate is one.)
 
         The optimizer's state dict has the number of steps, too: a run that is resumed from the state dicts of model and
         optimizer goes on with the schedule where it was.
@@ -254,18 +219,15 @@ class ExpertAverager:
         Raises:
             TypeError: not a torch.optim.Optimizer, or one without hooks, as wrappers are.
             ValueError: attached already, to this optimizer or another, or another averager is that has some of the same
-                experts: each step would average twice.
+                experts: each step would average twice. Or the optimizer is one of many that step inside backward, each
+                for a parameter: call `step()` after backward. (Where that cannot be seen yet, its first step raises.)
 
-        Warns if the optimizer has none of the experts, as one that was made before them.
+        Warns, now or before a step, if the optimizer has none of the experts, as one that was made before them, or not
+        any more what it had, because parameters were replaced or moved; and if it undoes averaging (master weights).
         """
         attachment = self.hand_over(hooked(optimizer))
         attachment.hook(optimizer)
-        if not self.is_trained_by(optimizer):
-            warnings.warn(
-                f"the {type(optimizer).__name__} attached to has none of the experts: make the optimizer after "
-                "replace_ffn_ (and fully_shard)",
-                stacklevel=2,
-            )
+        attachment.look(self.named_experts())
         return attachment
 
     def hand_over(self, optimizer: Optimizer) -> Attachment:
@@ -324,11 +286,6 @@ def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _unwrapped(name: str) -> str:
-    """Wrappers may come after the averager."""
-    return re.sub(r"\b_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.", "", name)
-
-
 def _named(experts: Any) -> dict[str, Experts]:
     if isinstance(experts, Tensor) or not isinstance(experts, Iterable):
         raise TypeError(
@@ -349,23 +306,6 @@ def _named(experts: Any) -> dict[str, Experts]:
         named[name] = group if isinstance(group, Tensor) else list(group)
     checks.experts(shards.Experts(named.values(), exchange=False).local, "experts")
     return named
-
-
-def _check_not_flattened(experts: Mapping[str, Experts], ndims: Mapping[str, int]) -> None:
-    """A flat piece of experts would pass for experts of one number each.
-
-    Args:
-        ndims: of the tensors that are not of this package's layers.
-    """
-    for name, group in experts.items():
-        ndim = ndims.get(name, {"weight": 3, "bias": 2}.get(name.rpartition(".")[2]))
-        tensor = members_of(group)[0]
-        if ndim is not None and tensor.ndim != ndim:
-            stacked = ", the first for the experts" if tensor is group else ""
-            raise ValueError(
-                f"{name} must have {ndim} dimensions{stacked}, got shape {list(tensor.shape)}: "
-                "FullyShardedDataParallel and ZeRO-3 flatten parameters; use torch.distributed.fsdp.fully_shard"
-            )
 
 
 def _rms_distance(experts: Experts) -> float:

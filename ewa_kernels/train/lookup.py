@@ -20,9 +20,13 @@ class Lookup:
 
     What it finds is to depend on the classes of modules, on names, and on which parameters are trained and how many
     dimensions they have.
+
+    Attributes:
+        num_changes: how often the model had changed.
     """
 
     def __init__(self) -> None:
+        self.num_changes = 0
         self._tree: list[Any] = []
         self._places: dict[str, int | list[int]] = {}
 
@@ -33,6 +37,7 @@ class Lookup:
                 name: parameters[i] if isinstance(i, int) else [parameters[j] for j in i]
                 for name, i in self._places.items()
             }
+        self.num_changes += 1
         found = find(model)
         place = {id(p): i for i, p in enumerate(parameters)}
         self._tree = []
