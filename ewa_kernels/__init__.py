@@ -5,21 +5,15 @@ Source: "Experts Weights Averaging: A New General Training Scheme for Vision Tra
 
 from ewa_kernels import functional, integrations, optim, reference
 from ewa_kernels.backends import BackendError, set_sm_margin
+from ewa_kernels.models.checkpoints import load_unfolded_, save_unfolded
+from ewa_kernels.models.experts import find_experts
+from ewa_kernels.models.experts_adapters import register_experts_adapter
+from ewa_kernels.models.ffn_adapters import register_ffn_adapter
+from ewa_kernels.models.ffns import find_ffns
+from ewa_kernels.models.replace import fold_, folded_state_dict, replace_ffn_
+from ewa_kernels.models.replace_experts import fold_moe_, replace_moe_, restore_moe_
 from ewa_kernels.modules import FFN, RandomPartitionMoE, expert_tensors
-from ewa_kernels.moe.adapters import register_experts_adapter
-from ewa_kernels.moe.experts import find_experts
-from ewa_kernels.moe.fold import fold_moe_, restore_moe_
-from ewa_kernels.moe.replace import replace_moe_
 from ewa_kernels.routed import RoutedMoE
-from ewa_kernels.surgery import (
-    find_ffns,
-    fold_,
-    folded_state_dict,
-    load_unfolded_,
-    register_ffn_adapter,
-    replace_ffn_,
-    save_unfolded,
-)
 from ewa_kernels.train.averager import ExpertAverager
 from ewa_kernels.train.share_rate import ConstantShareRate, CosineShareRate, LinearShareRate
 from ewa_kernels.train.weight_decay import weight_decay_groups

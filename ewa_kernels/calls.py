@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 import ewa_kernels.checks as checks
 import ewa_kernels.ops as ops
@@ -20,6 +20,27 @@ from ewa_kernels.backends import resolve
 from ewa_kernels.kernels import forms, graphs
 from ewa_kernels.kernels import moe_ffn as kernels
 from ewa_kernels.problem import Deal, Inputs, Options, Problem, keep
+
+# What layers are given as a rule; anything else may be a tensor that knows of its structure, or no tensor at all.
+PLAIN = {Tensor, nn.Parameter}
+
+
+def of_another_kind(layer: nn.Module, x: Any, **options: Any) -> Any:
+    """What a layer gives for an x that is not plain, or NotImplemented: then it is treated as any other tensor.
+
+    A call of a layer is one node of what torch.fx traces: what is inside is no graph. Of a jagged nested tensor
+    `[B, *, D]` all tokens are taken together, and the result has the same structure.
+    """
+    if isinstance(x, fx.Proxy):
+        tracer: Any = x.tracer
+        given = {name: value for name, value in options.items() if value is not None}
+        return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), given)
+    if isinstance(x, Tensor) and x.is_nested and x.layout is torch.jagged:
+        nested: Any = x
+        return torch.nested.nested_tensor_from_jagged(
+            layer(nested.values(), **options), nested.offsets(), nested.lengths()
+        )
+    return NotImplemented
 
 
 def _rows(x: Tensor, problem: Problem) -> Tensor:
@@ -128,6 +149,7 @@ def _key(inputs: Inputs, is_given: bool, options: Options, needs_grad: bool) -> 
 
 def _check(inputs: Inputs, deal: Deal, is_given: bool, options: Options) -> None:
     checks.ffn(inputs.x, *inputs.parameters, options.activation, options.gated, options.dropout_p)
+    checks.num_tokens(inputs.x)
     checks.boolean("recompute", options.recompute)
     if is_given:
         num_experts = inputs.up_weight.shape[0]
@@ -150,6 +172,8 @@ def check_ffn(
     dropout_p: float,
 ) -> None:
     """Raises what `checks.ffn` does; looks once at calls of the same kind."""
+    if private_torch.is_jit_traced():
+        return  # sizes are tensors then, and what is decided by them would be in the trace
     if private_torch.is_watched((x, *parameters)):
         checks.ffn(x, *parameters, activation, gated, dropout_p)
     else:

@@ -226,6 +226,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if bias is not None:
         _shape("bias", bias, "[E, D_out]", (num_experts, d_out))
     _tokens(x, "D_in", d_in)
+    num_tokens(x)
 
 
 def _like_x(x: Tensor, parameters: dict[str, Tensor]) -> None:
@@ -241,12 +242,16 @@ def _like_x(x: Tensor, parameters: dict[str, Tensor]) -> None:
 
 
 def _tokens(x: Tensor, name: str, width: int) -> None:
-    """Raises ValueError unless x is `[..., width]`, with fewer tokens than an int32 can tell apart."""
+    """Raises ValueError unless x is `[..., width]`."""
     if x.ndim == 0 or x.shape[-1] != width:
         raise ValueError(f"x must be [..., {name}] with {name} = {width}, got {list(x.shape)}")
-    num_tokens = math.prod(x.shape[:-1])
-    if num_tokens >= MAX_TOKENS:
-        raise ValueError(f"x must hold fewer than 2^31 tokens, got {num_tokens}")
+
+
+def num_tokens(x: Tensor) -> None:
+    """Raises ValueError unless x `[..., D]` holds fewer tokens than an int32 can tell apart."""
+    number = math.prod(x.shape[:-1])
+    if number >= MAX_TOKENS:
+        raise ValueError(f"x must hold fewer than 2^31 tokens, got {number}")
 
 
 def partition(permutation: Any, expert_offsets: Any, routing_weights: Any, x: Tensor, num_experts: int) -> None:

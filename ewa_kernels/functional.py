@@ -353,7 +353,7 @@ def merge_experts(tensor: Tensor) -> Tensor:
 
 def merge_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     """`merge_experts` of each: on a GPU in one launch, where no gradient is wanted."""
-    for tensor in tensors:
+    for tensor in tensors if not private_torch.is_jit_traced() else ():
         checks.stacked("tensor", tensor)
     is_constant = not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     if is_constant and not private_torch.is_watched(tensors) and merging.why_not(tensors[0].device) is None:
@@ -372,6 +372,8 @@ def draw_seed(x: Tensor) -> int | Tensor:
     if private_torch.is_watched((x,)) and (
         torch.compiler.is_compiling() or private_torch.is_batched(x) or not x.is_cuda
     ):
+        if x.is_nested:
+            raise TypeError(f"x must not be nested, or with layout torch.jagged and given to a layer, got {x.layout}")
         return ops.draw_seed(x)
     return seeds.of_deal(x)
 

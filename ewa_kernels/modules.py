@@ -22,7 +22,11 @@ _expert_linears: weakref.WeakSet[ExpertLinear] = weakref.WeakSet()
 
 
 class ExpertLinear(nn.Module):
-    """The parameters of E linear maps, stacked: `weight` `[E, out, in]` and `bias` `[E, out]` or None."""
+    """The parameters of E linear maps, stacked: `weight` `[E, out, in]` and `bias` `[E, out]` or None.
+
+    Layers get them by a call, so that hooks that compute a weight (pruning, weight norm), move it (offloading) or add
+    to it (LoRA) run as those of an `nn.Linear` do.
+    """
 
     bias: nn.Parameter | None
 
@@ -62,10 +66,20 @@ class ExpertLinear(nn.Module):
             if self.bias is not None:
                 nn.init.uniform_(self.bias[e], -bound, bound)
 
-    def merge(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the mean expert; differentiable."""
-        bias = None if self.bias is None else functional.merge_experts(self.bias)
-        return functional.merge_experts(self.weight), bias
+    def forward(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias. x is not used: it is there for wrappers that hand one on."""
+        tensors = self.weight, self.bias
+        for name in ("weight", "bias"):
+            self.__dict__.pop(name, None)  # which a hook has computed: it is old after the next step
+        return tensors
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias") and name not in self.__dict__.get("_parameters", {}):
+            for hook in self._forward_pre_hooks.values():
+                hook(self, ())
+            if name in self.__dict__:
+                return self.__dict__[name]
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         num_experts, out_features, in_features = self.weight.shape
@@ -103,29 +117,66 @@ class FFN(nn.Module):
     ):
         super().__init__()
         _check_options(activation, gated, dropout, d_model=d_model, d_ff=d_ff)
-        self.activation, self.gated, self.dropout = activation, gated, dropout
+        self.activation, self.gated, self.act = activation, gated, ACTIVATIONS[activation]
+        self.drop = nn.Dropout(dropout)
         kind = {"device": device, "dtype": dtype}
         self.up = nn.Linear(d_model, 2 * d_ff if gated else d_ff, bias, **kind)
         self.down = nn.Linear(d_ff, d_model, bias, **kind)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = activate(self.up(x), self.activation, self.gated)
-        return self.down(F.dropout(hidden, self.dropout, self.training))
+        hidden = self.up(x)  # in words that torch.jit.script has
+        if self.gated:
+            gate, value = hidden.chunk(2, dim=-1)
+            hidden = self.act(gate) * value
+        else:
+            hidden = self.act(hidden)
+        return self.down(self.drop(hidden))
+
+    __jit_unused_properties__ = ("dropout",)
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which an element of hidden is dropped in training."""
+        return self.drop.p
+
+    @dropout.setter
+    def dropout(self, rate: float) -> None:
+        checks.probability("dropout", rate)
+        self.drop.p = rate
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}, gated={self.gated}, dropout={self.dropout}"
+        return f"activation={self.activation}, gated={self.gated}"
 
 
 Experts = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
+def mean_of(experts: Experts) -> Experts:
+    """The mean of each; differentiable."""
+    means = iter(functional.merge_all([t for t in experts if t is not None]))
+    return tuple(None if t is None else next(means) for t in experts)  # type: ignore[return-value]
+
+
 def forward_mean(x: Tensor, experts: Experts, activation: str, gated: bool) -> Tensor:
     """What the mean of experts computes: up_weight, up_bias, down_weight and down_bias, stacked; no dropout."""
     # Contiguous, even of experts that are stored transposed, so that a folded layer computes with the same bits.
-    means = iter(functional.merge_all([t for t in experts if t is not None]))
-    up, up_bias, down, down_bias = (None if t is None else next(means).contiguous() for t in experts)
+    up, up_bias, down, down_bias = (None if t is None else t.contiguous() for t in mean_of(experts))
     hidden = activate(F.linear(x, up, up_bias), activation, gated)  # type: ignore[arg-type]
     return F.linear(hidden, down, down_bias)  # type: ignore[arg-type]
+
+
+def _tensors_of(linear: Any) -> tuple[Tensor, Tensor | None]:
+    """What calling it gives, without the call, which costs as much as all checks, where nobody would notice."""
+    weight = linear._parameters.get("weight")
+    if (
+        weight is None
+        or type(linear) is not ExpertLinear
+        or linear._forward_pre_hooks
+        or linear._forward_hooks
+        or "forward" in linear.__dict__
+    ):
+        return linear(None)
+    return weight, linear._parameters["bias"]
 
 
 class StackedExperts(nn.Module):
@@ -150,12 +201,25 @@ class StackedExperts(nn.Module):
         _check_options(activation, gated, dropout, d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         checks.choice("backend", backend, backends.BACKENDS)
         checks.boolean("recompute", recompute)
-        self.activation, self.gated, self.dropout = activation, gated, dropout
+        self.activation, self.gated = activation, gated
         self.backend, self.recompute = backend, recompute
         self.seed_offset = 0
         num_up = 2 * d_ff if gated else d_ff
         self.up = ExpertLinear(num_experts, d_model, num_up, bias, device, dtype)
         self.down = ExpertLinear(num_experts, d_ff, d_model, bias, device, dtype)
+        if dropout > 0:
+            self.drop = nn.Dropout(dropout)  # its rate alone is used, which loops over all nn.Dropout of a model set
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which an element of hidden is dropped in training."""
+        drop: Any = self._modules.get("drop")
+        return 0.0 if drop is None else drop.p
+
+    @dropout.setter
+    def dropout(self, rate: float) -> None:
+        checks.probability("dropout", rate)
+        self.drop = nn.Dropout(rate)
 
     @property
     def num_experts(self) -> int:
@@ -177,8 +241,7 @@ class StackedExperts(nn.Module):
     @property
     def experts(self) -> Experts:
         """up_weight, up_bias, down_weight and down_bias, as the functions of `ewa_kernels.functional` take them."""
-        up, down = self.up, self.down  # looked up once each: it costs half a microsecond
-        return up.weight, up.bias, down.weight, down.bias
+        return *_tensors_of(self._modules["up"]), *_tensors_of(self._modules["down"])
 
     def draw_seed(self, x: Tensor) -> int | Tensor:
         seed = functional.draw_seed(x)
@@ -202,14 +265,25 @@ class StackedExperts(nn.Module):
             dropout=self.dropout,
             device="meta",
         )
-        for dense, experts in ((ffn.up, self.up), (ffn.down, self.down)):
-            weight, bias = experts.merge()
+        up, up_bias, down, down_bias = mean_of(self.experts)
+        for dense, experts, weight, bias in ((ffn.up, self.up, up, up_bias), (ffn.down, self.down, down, down_bias)):
             dense.weight = nn.Parameter(weight, requires_grad=experts.weight.requires_grad)
             if bias is None or experts.bias is None:
                 dense.register_parameter("bias", None)
             else:
                 dense.bias = nn.Parameter(bias, requires_grad=experts.bias.requires_grad)
         return ffn.train(self.training)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles in place of the layer: the dense FFN.
+
+        Raises:
+            TypeError: in training mode, which no script has.
+        """
+        if self.training:
+            kind = type(self).__name__
+            raise TypeError(f"{kind} must be in eval mode for torch.jit.script: call eval(), or fold the model")
+        return self.fuse()
 
     def extra_repr(self) -> str:
         return (
@@ -255,12 +329,14 @@ class RandomPartitionMoE(StackedExperts):
         """`[..., D]` → `[..., D]`.
 
         Args:
-            x: of the dtype and device of the parameters.
+            x: of the dtype and device of the parameters; jagged nested tensors too.
             seed: of the deal, in training: int in 0…2⁶³−1 or int64 tensor with one element. None draws it.
 
         Raises:
             TypeError, ValueError: x or seed is not what `ewa_kernels.functional.moe_ffn` needs.
         """
+        if type(x) not in calls.PLAIN and (y := calls.of_another_kind(self, x, seed=seed)) is not NotImplemented:
+            return y
         if not self.training:
             calls.check_ffn(x, self.experts, self.activation, self.gated, self.dropout)
             if seed is not None:
@@ -299,10 +375,8 @@ def expert_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, Parameter `[E, ...]`) of every stacked tensor of the layers of this package in a model, each once."""
     seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
-        if isinstance(module, StackedExperts):
-            for name in ("up", "down"):
-                linear = module.get_submodule(name)
-                for path, parameter in linear.named_parameters(prefix=f"{prefix}.{name}" if prefix else name):
-                    if parameter not in seen:
-                        seen.add(parameter)
-                        yield path, parameter
+        if isinstance(module, ExpertLinear):
+            for path, parameter in module.named_parameters(prefix=prefix):
+                if parameter not in seen:
+                    seen.add(parameter)
+                    yield path, parameter

@@ -52,7 +52,7 @@ def is_watched(tensors: Iterable[Tensor | None] = (), *, profiler: bool = True) 
         torch.compiler.is_compiling()
         or core._len_torch_dispatch_stack() > 0
         or core._is_torch_function_mode_enabled()
-        or core._get_tracing_state() is not None
+        or is_jit_traced()
         or core._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or (profiler and core._autograd._profiler_enabled())
@@ -64,6 +64,11 @@ def is_watched(tensors: Iterable[Tensor | None] = (), *, profiler: bool = True) 
         if tensor is not None and (type(tensor) not in _PLAIN_TYPES or keys_of(tensor).raw_repr() not in _PLAIN_KEYS):
             return True
     return False
+
+
+def is_jit_traced() -> bool:
+    """Whether torch.jit.trace records what is called now."""
+    return torch._C._get_tracing_state() is not None
 
 
 def tensor_guards(tensors: Sequence[Tensor]) -> Any:

@@ -375,6 +375,6 @@ def average_experts_(
 def merge_experts(tensor: Tensor) -> Tensor:
     """The mean over experts, accumulated in float64 and rounded once: `[E, ...]` → `[...]`."""
     total = tensor[0].to(torch.float64)
-    for e in range(1, len(tensor)):
+    for e in range(1, tensor.shape[0]):
         total = total + tensor[e]
-    return (total / len(tensor)).to(tensor.dtype)
+    return (total / tensor.shape[0]).to(tensor.dtype)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ewa_kernels.calls as calls
 import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
 from ewa_kernels.modules import StackedExperts
@@ -112,6 +113,11 @@ class RoutedMoE(StackedExperts):
             TypeError, ValueError: x or seed is not what `ewa_kernels.functional.grouped_ffn` needs; mask is not bool,
                 or of another shape or device than x's tokens.
         """
+        if (
+            type(x) not in calls.PLAIN
+            and (y := calls.of_another_kind(self, x, seed=seed, mask=mask)) is not NotImplemented
+        ):
+            return y
         if mask is not None:
             checks.mask(mask, x)
         checks.ffn(x, *self.experts, self.activation, self.gated, self.dropout)

@@ -18,7 +18,7 @@ from models import SwiGLU
 
 import ewa_kernels as ewa
 from ewa_kernels import calls, problem
-from ewa_kernels.surgery import adapters
+from ewa_kernels.models import ffn_adapters
 
 # Those that need a GPU, which `make gpu` runs, and the CUDA kernel on the host, which `extension_variants.py` does.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
@@ -36,7 +36,7 @@ def _calls_are_described_anew(monkeypatch):
 @pytest.fixture
 def registered(monkeypatch):
     """SwiGLU is known, for one test."""
-    monkeypatch.setattr(adapters, "_registered", [])
+    monkeypatch.setattr(ffn_adapters, "_registered", [])
     ewa.register_ffn_adapter(SwiGLU, up=("w_gate", "w_value"), down="w_out")
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import timm
 import torch
 import transformers
+from ffn_zoo import ZOO
 from models import PointMlp, Transformer
 from torch import Tensor, nn
 from vision import torchvision
@@ -144,6 +145,9 @@ def _sequence(name: str) -> dict[str, Tensor]:
     return {name: torch.randn(6, 7, 32)}
 
 
+# Of tests/ffn_zoo.py, which has others that stand above.
+RESEARCH = ("diffusers", "DETR", "fairseq", "ConvNeXt", "minGPT", "OpenFold", "x-transformers", "Mish")
+
 CASES = (
     *TIMM,
     *TRANSFORMERS,
@@ -167,5 +171,15 @@ CASES = (
         "LayerNorm and FFN in one nn.Sequential",
         lambda: Transformer(*(_after_norm() for _ in range(4))),
         lambda: {"x": torch.randn(6, 7, 4)},
+    ),
+    *(
+        Case(
+            "research code",
+            label,
+            lambda make=make: nn.Sequential(*(make() for _ in range(4))),
+            lambda: {"input": torch.randn(6, 7, 16)},
+        )
+        for label, (make, _) in ZOO.items()
+        if label in RESEARCH
     ),
 )

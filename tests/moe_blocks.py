@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import ewa_kernels as ewa
+
 D, E = 8, 4
 
 
@@ -120,7 +122,9 @@ class Dense(Switch):
     """All experts, by their softmax."""
 
     def forward(self, x):
-        weights = self.router(x).softmax(-1)
+        return self.mixed(x, self.router(x).softmax(-1))
+
+    def mixed(self, x, weights):
         return (torch.stack([expert(x) for expert in self.experts], -2) * weights.unsqueeze(-1)).sum(-2)
 
 
@@ -131,6 +135,14 @@ class Masked(Switch):
         values, chosen = self.router(x).topk(2, dim=-1)
         weights = torch.zeros(*x.shape[:-1], E, dtype=x.dtype).scatter(-1, chosen, values.softmax(-1))
         return sum(expert(x) * weights[..., e, None] for e, expert in enumerate(self.experts))
+
+
+def register_all():
+    """Of subclasses the later registration counts."""
+    ewa.register_experts_adapter(Mixtral, experts="experts", router="gate", top_k="top_k")
+    ewa.register_experts_adapter(DeepSeek, experts="experts", router="gate")
+    for make, top_k in ((Switch, 1), (Dense, E), (Masked, 2)):
+        ewa.register_experts_adapter(make, experts="experts", router="router", top_k=top_k)
 
 
 class Model(nn.Module):

@@ -401,5 +401,5 @@ class TestExpertAverager:
         model, _ = small_model()
         averager = ewa.ExpertAverager(model, 0.3)
         ewa.fold_(model)
-        with pytest.raises(ValueError, match="got a model without RandomPartitionMoE layers"):
+        with pytest.raises(ValueError, match="got a model without experts"):
             averager.step()

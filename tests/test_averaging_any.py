@@ -7,13 +7,15 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from experts_zoo import EXPERTS, TINY, Chain, FastMoE, Lucidrains, Mixtral4, Tutorial
+from experts_zoo import TINY, Chain, Dictionary, FastMoE, Lucidrains, Net, Parents, Soft, Tutorial
 from models import Mlp
+from moe_blocks import Mixtral, Qwen, register_all
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import ewa_kernels as ewa
-from ewa_kernels.moe import adapters, lists
+from ewa_kernels.models import experts_adapters
+from ewa_kernels.train import found
 
 SIZES = {**TINY, "num_experts_per_tok": 2}
 
@@ -42,15 +44,16 @@ def two(make):
     return nn.Sequential(nn.LayerNorm(8), make(), make())
 
 
-GLU = ("Mixtral 4", "Qwen 4", "corrected", "grouped")  # of three tensors; the others of four
-
 # model, and how many tensors (or lists of them) it has to average
 MODELS = {
     "RoutedMoE": (partial(two, lambda: ewa.RoutedMoE(8, 12, 4, top_k=2)), 8),
     "Mixtral": (mixtral, 4),
     "Qwen2-MoE": (qwen2_moe, 4),
     "OLMoE": (olmoe, 4),
-    **{name: (partial(two, make), 6 if name in GLU else 8) for name, (make, *_) in EXPERTS.items()},
+    "Mixtral 4": (partial(two, Mixtral), 6),
+    "Qwen 4": (partial(two, Qwen), 6),
+    **{make.__name__: (partial(two, make), 8) for make in (Tutorial, Dictionary, Parents, Soft)},
+    "nested FFN": (partial(two, lambda: Tutorial(Net)), 8),
     "lucidrains": (partial(two, Lucidrains), 4),
     "fastmoe": (partial(two, FastMoE), 8),
 }
@@ -58,7 +61,9 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def _registrations(monkeypatch):
-    monkeypatch.setattr(adapters, "_registered", [])
+    monkeypatch.setattr(experts_adapters, "_registered", [])
+    register_all()
+    ewa.register_experts_adapter(Soft, experts="fs")
     ewa.register_experts_adapter(Lucidrains, up="w1", down="w2")
     ewa.register_experts_adapter(FastMoE, up="htoh4", down="h4toh")
 
@@ -98,7 +103,7 @@ def test_means_are_kept_spreads_contract_and_all_else_stays(name):
     assert all(torch.equal(model.get_parameter(n), value) for n, value in others.items())
 
 
-@pytest.mark.parametrize("name", ["RoutedMoE", "Mixtral", "Qwen2-MoE", "OLMoE", "Mixtral 4", "tutorial", "dict"])
+@pytest.mark.parametrize("name", ["RoutedMoE", "Mixtral", "Qwen2-MoE", "OLMoE", "Mixtral 4", "Tutorial"])
 def test_one_pass_is_two(name, monkeypatch):
     """AdamW of this package, on lists too, gives what torch's and a step of the averager give, without taking them."""
     monkeypatch.setattr(ewa.optim.AdamW, "_step_by_torch", None)
@@ -133,7 +138,7 @@ def loss_of(model):
     return model(tokens, labels=tokens, output_router_logits=True).loss
 
 
-@pytest.mark.parametrize("name", ["RoutedMoE", "tutorial", "Mixtral", "OLMoE"])
+@pytest.mark.parametrize("name", ["RoutedMoE", "Tutorial", "Mixtral"])
 @pytest.mark.parametrize(("window", "inside"), [({"stop_step": 2}, {0, 1}), ({"start_step": 2}, {2, 3})])
 def test_early_and_late_windows(name, window, inside):
     """Outside of the window training is that without an averager, to the bit."""
@@ -164,7 +169,7 @@ class TestWhatIsAveraged:
             seen.append((name, type(module)))
             return name.startswith("2")
 
-        model = nn.Sequential(ewa.RandomPartitionMoE(8, 12, 4), Tutorial(Mlp), ewa.RoutedMoE(8, 12, 4), Tutorial(Mlp))
+        model = nn.Sequential(ewa.RandomPartitionMoE(8, 12, 4), Tutorial(), ewa.RoutedMoE(8, 12, 4), Tutorial())
         averager = ewa.ExpertAverager(model, 0.3, filter_fn=second)
         assert seen == [
             ("0", ewa.RandomPartitionMoE),
@@ -190,7 +195,7 @@ class TestWhatIsAveraged:
             ewa.ExpertAverager([torch.randn(4, 3)], 0.3, filter_fn=lambda name, module: True)
 
     def test_frozen_tensors_are_left_alone(self):
-        model = randomize(nn.Sequential(ewa.RandomPartitionMoE(8, 12, 4), Tutorial(Mlp)))
+        model = randomize(nn.Sequential(ewa.RandomPartitionMoE(8, 12, 4), Tutorial()))
         averager = ewa.ExpertAverager(model, 0.3)
         assert len(averager.experts()) == 8
         model[0].up.requires_grad_(False)
@@ -213,27 +218,23 @@ class TestWhatIsAveraged:
             ewa.ExpertAverager(model, 0.3)
 
     def test_no_experts(self):
-        model = nn.Sequential(Chain(), Chain("experts"))
+        model = nn.Sequential(Chain(), Tutorial())
+        model[1].experts[2] = Net()
         ewa.register_experts_adapter(Mlp, up="w1", down="w2")
         model.append(Mlp())
-        with pytest.raises(
-            ValueError, match="got a model without RandomPartitionMoE layers: call replace_ffn_"
-        ) as info:
+        with pytest.raises(ValueError, match="got a model without experts: call replace_ffn_") as info:
             ewa.ExpertAverager(model, 0.3)
-        assert str(info.value).split("first; ")[1] == (
-            "its 0.fs holds modules that see what others of them give; "
-            "its 1.experts holds modules that see what others of them give; "
-            "its 2 has no 'w1'; "
-            "register_experts_adapter tells where a class has its experts"
-        )
+        reasons = str(info.value).split("first; ")[1].split("; ")
+        assert "its 1.experts holds a Mlp and a Net" in reasons
+        assert "its 2 has no 'w1'" in reasons
+        assert reasons[-1] == "register_experts_adapter tells where a class has its experts"
 
 
 class TestStructureOnceTensorsAtEachStep:
-    def test_nothing_is_tried_in_a_step(self, monkeypatch):
-        model = nn.Sequential(Tutorial(Mlp), ewa.RoutedMoE(8, 12, 4))
+    def test_nothing_is_looked_for_in_a_step(self, monkeypatch):
+        model = nn.Sequential(Tutorial(), ewa.RoutedMoE(8, 12, 4))
         averager = ewa.ExpertAverager(model, 0.3)
-        monkeypatch.setattr(lists.Lists, "examine", None)
-        monkeypatch.setattr(lists, "probe", None)
+        monkeypatch.setattr(found, "find_experts", None)
         averager.step()
         assert len(averager.spread()) == 8
 
@@ -248,7 +249,7 @@ class TestStructureOnceTensorsAtEachStep:
             assert float((stacked(group) - stacked(group)[0]).abs().max()) < 1e-6, name
 
     def test_copies(self):
-        model = randomize(Mixtral4())
+        model = randomize(Mixtral())
         averager = ewa.ExpertAverager(model, 0.3)
         for twin in (copy.deepcopy(averager), pickle.loads(pickle.dumps(averager))):
             twin.step()
@@ -258,7 +259,7 @@ class TestStructureOnceTensorsAtEachStep:
         assert float(other_model.experts[0].w1.weight.sub(model.experts[0].w1.weight).detach().abs().max()) > 0
 
     def test_a_model_of_another_architecture(self):
-        model = nn.Sequential(Tutorial(Mlp))
+        model = nn.Sequential(Tutorial())
         averager = ewa.ExpertAverager(model, 0.3)
         model[0].experts = nn.ModuleList([Mlp()])
         with pytest.raises(ValueError, match=r"has no 0.experts.1.fc1.weight any more: make a new one"):
@@ -267,7 +268,7 @@ class TestStructureOnceTensorsAtEachStep:
     @pytest.mark.parametrize("after", [ewa.restore_moe_, ewa.fold_moe_])
     def test_layers_that_surgery_takes(self, after):
         """Not silently the rest alone."""
-        model = nn.Sequential(Mixtral4(), Pick(), Mixtral4())
+        model = nn.Sequential(Mixtral(), Pick(), Mixtral())
         ewa.replace_moe_(model, to="random_partition", filter_fn=lambda name, _: name == "0.experts")
         averager = ewa.ExpertAverager(model, 0.3)
         averager.step()
@@ -293,7 +294,7 @@ class TestStructureOnceTensorsAtEachStep:
             averager.step()
 
     def test_experts_held_twice_are_averaged_once(self):
-        model = two(lambda: Tutorial(Mlp))
+        model = two(Tutorial)
         model[2].experts = model[1].experts
         averager = ewa.ExpertAverager(model, 0.3)
         assert all(name.startswith("1.experts") for name in averager.spread())
@@ -377,7 +378,7 @@ def wrapped(model, how):
     return model
 
 
-@pytest.mark.parametrize("name", ["RandomPartitionMoE", "RoutedMoE", "tutorial", "lucidrains"])
+@pytest.mark.parametrize("name", ["RandomPartitionMoE", "RoutedMoE", "Tutorial", "lucidrains"])
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -323,8 +323,7 @@ CASES = [
     (
         lambda: ewa.ExpertAverager(nn.Linear(2, 2), 0.3),
         ValueError,
-        "experts must hold something to average, got a model without RandomPartitionMoE layers: "
-        "call replace_ffn_(model) first",
+        "experts must hold something to average, got a model without experts: call replace_ffn_(model) first",
     ),
     (
         lambda: ewa.ExpertAverager([], 0.3),

@@ -33,7 +33,10 @@ def run(example, *arguments, cwd):
 
 def test_timm_plain_loop(tmp_path):
     lines = run("timm_plain_loop.py", "--steps", 6, cwd=tmp_path)
-    assert [line for line in lines if "replaced" in line] == ["blocks.1.mlp  replaced", "blocks.3.mlp  replaced"]
+    assert [line for line in lines if "replaced" in line] == [
+        "blocks.1.mlp  replaced fused",
+        "blocks.3.mlp  replaced fused",
+    ]
     steps = [line.split(":")[0] for line in lines if line.startswith("step ")]
     assert steps == [f"step {i}" for i in range(6)]
     assert "next share rate 0.300" in lines[-4]
@@ -49,7 +52,7 @@ def test_timm_plain_loop(tmp_path):
 def test_transformers_trainer(tmp_path):
     for resume in ([], ["--resume"]):
         lines = run("transformers_trainer.py", "--steps", 6, "--output", "vit", *resume, cwd=tmp_path)
-        assert "vit.layers.1.mlp  replaced" in lines
+        assert "vit.layers.1.mlp  replaced fused" in lines
         assert any("'share_rate': '0.25'" in line and "'expert_spread': '" in line for line in lines)
         assert "from_pretrained found each weight that it needs, and no other: True" in lines
         assert "the loaded model has the folded weights: True" in lines

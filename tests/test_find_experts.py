@@ -1,37 +1,37 @@
-"""What `find_experts` takes for experts, and what it does not."""
+"""What `find_experts` takes for experts, by which rule, and what it leaves alone."""
 
-import copy
 import random
-import types
 
 import pytest
 import timm
 import torch
 import transformers
 from experts_zoo import (
-    EXPERTS,
-    NO_EXPERTS,
     TINY,
     Chain,
     DeepSpeed,
+    Dictionary,
     FastMoE,
-    Glu,
+    List,
     Lucidrains,
-    Mixtral4,
-    Switch,
+    Nested,
+    Net,
+    Parents,
+    Soft,
     Tutorial,
 )
 from models import Mlp, Transformer
+from moe_blocks import DeepSeek, Mixtral, Qwen
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import ewa_kernels as ewa
-from ewa_kernels.moe import adapters, experts, trial
+from ewa_kernels.models import experts, experts_adapters
 
 
 @pytest.fixture(autouse=True)
 def _registrations(monkeypatch):
-    monkeypatch.setattr(adapters, "_registered", list(adapters._registered))
+    monkeypatch.setattr(experts_adapters, "_registered", [])
 
 
 def found(model):
@@ -44,158 +44,137 @@ def reason(model):
     return site.skip_reason
 
 
+def taught(model):
+    """The sites, after the line that the report prints was executed."""
+    (line,) = {site.skip_reason.partition(": ")[2].partition(" says")[0] for site in ewa.find_experts(model)}
+    exec(line, {"ewa": ewa, **{type(module).__name__: type(module) for module in model.modules()}})
+    return found(model)
+
+
 def mixtral(**options):
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**TINY, num_local_experts=4, **options))
 
 
 class TestLists:
-    @pytest.mark.parametrize("name", EXPERTS)
-    def test_found_where_they_are(self, name):
-        make, path, router = EXPERTS[name]
+    @pytest.mark.parametrize(
+        ("make", "path", "holder"),
+        [
+            (Mixtral, "experts", ""),
+            (Qwen, "experts", ""),
+            (DeepSeek, "experts", ""),
+            (lambda: Tutorial(Net), "experts", ""),
+            (Dictionary, "experts", ""),
+            (Nested, "mixture.experts", ""),
+            (Parents, "experts", ""),
+        ],
+    )
+    def test_found_by_their_name(self, make, path, holder):
         model = nn.Sequential(nn.LayerNorm(8), make(), make())
         sites = found(model)
-        assert [site.name for site in sites] == [f"1.{path}".rstrip("."), f"2.{path}".rstrip(".")]
+        assert [site.name for site in sites] == [f"1.{path}", f"2.{path}"]
         for number, site in enumerate(sites, 1):
             assert (site.kind, site.holder, site.module) == ("list", str(number), model.get_submodule(site.name))
-            assert site.router == tuple(f"{number}.{tensor}" for tensor in router)
             members = list(site.module.children())
             assert len(site.tensors) == len(list(members[0].parameters()))
             for group in zip(*(member.parameters() for member in members), strict=True):
                 ours = next(tensors for tensors in site.tensors.values() if tensors[0] is group[0])
                 assert all(a is b for a, b in zip(ours, group, strict=True))
 
-    def test_says_what_each_expert_computes(self):
-        layout = found(Mixtral4())[0].layout
-        assert (layout.up, layout.down, layout.gated, layout.activation) == (("w1", "w3"), "w2", True, "silu")
-        layout = found(Tutorial(Mlp))[0].layout
-        assert (layout.up, layout.down, layout.gated, layout.activation) == (("fc1",), "fc2", False, "gelu")
-
     def test_names_of_tensors(self):
-        (site,) = found(nn.Sequential(Switch()))
+        (site,) = found(nn.Sequential(Dictionary()))
         assert next(iter(site.paths)) == "0.experts.*.fc1.weight"
         assert site.paths["0.experts.*.fc1.weight"][1] == "0.experts.expert_1.fc1.weight"
-
-    @pytest.mark.parametrize("name", NO_EXPERTS)
-    def test_what_is_none(self, name):
-        make, expected = NO_EXPERTS[name]
-        model = make()
-        (site,) = [site for site in ewa.find_experts(model) if site.module is not model]
-        assert site.skip_reason.startswith(expected)
-        assert not found(nn.Sequential(make(), make()))
 
     @pytest.mark.parametrize(
         "make",
         [
             lambda: timm.create_model("vit_tiny_patch16_224", embed_dim=32, depth=4, num_heads=2, img_size=32),
-            lambda: timm.create_model("swin_tiny_patch4_window7_224", embed_dim=16, depths=(2, 2), num_heads=(2, 4)),
             lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 4, enable_nested_tensor=False),
             lambda: Transformer(Mlp(), Mlp(), Mlp(), Mlp()),
-            lambda: nn.ModuleList(nn.ModuleList(nn.Linear(8, 8) for _ in range(4)) for _ in range(4)),
             lambda: nn.ModuleList([]),
+            lambda: nn.Sequential(Chain(), Soft(), DeepSpeed(), List(), FastMoE()),
         ],
-        ids=["ViT", "Swin", "torch", "stack", "lists", "empty"],
+        ids=["ViT", "torch", "stack", "empty", "other names"],
     )
     def test_nothing_looks_like_experts(self, make):
         assert ewa.find_experts(make()) == []
 
     def test_experts_that_are_not_alike(self):
-        model = Tutorial(Mlp)
-        model.experts[2].act = nn.ReLU()
-        assert reason(model) == "holds FFNs that do not all compute the same"
+        model = Tutorial()
         model.experts[2] = Mlp(d_ff=20)
         assert reason(model) == "holds modules whose tensors differ: 0 and 2"
-        model.experts[2] = Glu()
-        assert reason(model) == "holds a Mlp and a Glu"
+        model.experts[2] = model.experts[2].to(torch.bfloat16)
+        assert reason(model) == "holds modules whose tensors differ: 0 and 2"
+        model.experts[2] = Net()
+        assert reason(model) == "holds a Mlp and a Net"
+        model.experts = nn.ModuleList([Mlp()])
+        assert reason(model) == "holds fewer than two modules"
+        model.experts = nn.ModuleList([nn.Identity(), nn.Identity()])
+        assert reason(model) == "holds modules without parameters"
 
     def test_inside_of_wrappers(self):
         """Which say otherwise how their parameters are called."""
-        layers = (Tutorial(Mlp) for _ in range(3))
+        layers = (Tutorial() for _ in range(3))
         wrappers = (checkpoint_wrapper, nn.parallel.DataParallel, torch.compile)
         model = nn.Sequential(*(wrapper(layer) for wrapper, layer in zip(wrappers, layers, strict=True)))
-        prefixes = ("0._checkpoint_wrapped_module", "1.module", "2._orig_mod")
+        model.append(Tutorial(lambda: checkpoint_wrapper(Mlp())))
+        prefixes = ("0._checkpoint_wrapped_module", "1.module", "2._orig_mod", "3")
         sites = found(model)
         assert [site.name for site in sites] == [f"{prefix}.experts" for prefix in prefixes]
-        assert [len(site.tensors) for site in sites] == [4, 4, 4]
-        assert reason(Tutorial(lambda: checkpoint_wrapper(Mlp()))).startswith("holds modules that cannot be examined")
+        assert [len(site.tensors) for site in sites] == [4, 4, 4, 4]
 
     def test_shared_members(self):
-        model = Tutorial(Mlp)
+        model = Tutorial()
         model.experts[2] = model.experts[1]
-        assert reason(model).startswith("shares with another module")
-        model = Tutorial(Mlp)
+        assert reason(model) == "shares with another module: 1"
+        model = Tutorial()
         model.experts[2].fc1.weight = model.experts[1].fc1.weight
         assert reason(model) == "shares with another module: 1.fc1.weight, 2.fc1.weight"
-
-    def test_no_ffns(self):
-        model = Tutorial(lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)))
-        assert reason(model) == "holds modules each of which is no FFN of two or three nn.Linear alone"
-
-    def test_holder_that_needs_more_than_tokens(self):
-        class Masked(Tutorial):
-            def forward(self, x, mask):
-                return super().forward(x * mask)
-
-        assert reason(Masked()).startswith("Masked fails on one tensor [2, 16, D]: TypeError")
-
-    def test_holder_that_reads_weights_itself(self):
-        class Stacks(Tutorial):
-            def forward(self, x):
-                weight = torch.stack([expert[0].weight for expert in self.experts])
-                return torch.einsum("...d,efd,...e->...f", x, weight, self.gate(x))
-
-        assert reason(Stacks()) == "Stacks does not call its modules"
-
-    def test_forward_of_another_object(self):
         model = Tutorial()
-        model.forward = types.MethodType(Tutorial.forward, model)
+        model.first = model.experts[0].fc1
+        assert reason(model) == "shares with another module: 0.fc1"
+        model = Tutorial()
+        for expert in model.experts:
+            expert.act = model.experts[0].act  # without parameters
         assert found(model)
-        model.forward = lambda x: Tutorial.forward(model, x)
-        assert reason(model) == "Tutorial holds a forward that leads to the original"
-        assert model.loads == []
 
-    def test_alike_layers_are_tried_once(self, monkeypatch):
-        tried = []
-        make = trial.Trial.__init__
-        monkeypatch.setattr(trial.Trial, "__init__", lambda self, *args: tried.append(args) or make(self, *args))
-        layers = [Tutorial(Mlp) for _ in range(6)]
-        layers[3].experts.requires_grad_(False)
-        layers[4].gate = nn.Linear(8, 4, bias=False)
-        assert len(found(nn.Sequential(*layers))) == 6
-        assert len(tried) == 2
-
-    def test_on_meta_in_half_precision_and_many(self):
-        for model in (Tutorial(Mlp).to("meta"), Tutorial(Mlp).to(torch.bfloat16), Tutorial(Mlp).double()):
-            assert len(found(model)) == 1
-        wide = Tutorial(Mlp)
-        wide.experts = nn.ModuleList(Mlp() for _ in range(128))
-        wide.gate = nn.Linear(8, 128)
-        assert found(wide)[0].router == ("gate.weight", "gate.bias")
-
-
-class TestNothingIsTouched:
-    @pytest.mark.parametrize("name", EXPERTS)
-    def test_model_generators_and_gradients(self, name):
-        model = EXPERTS[name][0]()
-        called = []
-        for module in model.modules():
-            module.register_forward_hook(lambda *_: called.append(1))
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        state, grads = copy.deepcopy(model.state_dict()), {n: p.grad for n, p in model.named_parameters()}
-        modules, parameters = list(model.named_modules()), list(model.named_parameters())
-        numbers = torch.get_rng_state(), random.getstate()
-        with torch.random.fork_rng():
-            assert found(model)
-            assert torch.equal(torch.get_rng_state(), numbers[0])
+    def test_nothing_is_run_or_touched(self):
+        model = Parents()
+        model.forward = model.experts[0].forward = None
+        state, numbers = model.state_dict(), (torch.get_rng_state(), random.getstate())
+        assert len(found(model.to("meta"))) == len(found(model.to(torch.bfloat16))) == 1
+        assert torch.equal(torch.get_rng_state(), numbers[0])
         assert random.getstate() == numbers[1]
-        assert torch.get_default_dtype() is torch.float32
-        assert list(model.named_modules()) == modules
-        assert all(a[1] is b[1] for a, b in zip(model.named_parameters(), parameters, strict=True))
-        assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
-        assert all(p.grad is grads[n] and bool((p.grad == 1).all()) for n, p in model.named_parameters())
-        assert all(module.training for module in model.modules())
-        assert called == []
-        assert getattr(model, "loads", []) == []
+        assert list(model.state_dict()) == list(state)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+class TestPeft:
+    """Wraps modules, parameters and whole lists."""
+
+    @pytest.fixture
+    def peft(self):
+        return pytest.importorskip("peft")
+
+    def test_linears_in_lists(self, peft):
+        model = peft.get_peft_model(nn.Sequential(Mixtral()), peft.LoraConfig(target_modules=["w1", "w2"]))
+        averager = ewa.ExpertAverager(model, 0.75)
+        names = {f"base_model.model.0.experts.*.{w}.lora_{ab}.default.weight" for w in ("w1", "w2") for ab in "AB"}
+        assert set(averager.spread()) == names
+        averager.step()
+        assert max(averager.spread().values()) < 1e-6
+
+    def test_stacked_parameters(self, peft):
+        config = peft.LoraConfig(target_parameters=["mlp.experts.gate_up_proj"], target_modules=["q_proj"])
+        sites = found(peft.get_peft_model(mixtral(), config))
+        prefix = "base_model.model.model.layers.0.mlp.experts.base_layer"
+        assert list(sites[0].tensors) == [f"{prefix}.gate_up_proj", f"{prefix}.down_proj"]
+
+    def test_whole_modules(self, peft):
+        config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"])
+        model = peft.get_peft_model(mixtral(), config)
+        assert all(site.skip_reason is None for site in ewa.find_experts(model))
+        assert len(ewa.ExpertAverager(model, 0.3).spread()) == 4
 
 
 class TestStacked:
@@ -204,31 +183,13 @@ class TestStacked:
         [
             (mixtral, ("gate_up_proj", "down_proj")),
             (
-                lambda: transformers.Qwen2MoeForCausalLM(
-                    transformers.Qwen2MoeConfig(
-                        **TINY,
-                        num_experts=4,
-                        num_experts_per_tok=2,
-                        moe_intermediate_size=12,
-                        shared_expert_intermediate_size=10,
-                    )
-                ),
-                ("gate_up_proj", "down_proj"),
-            ),
-            (
-                lambda: transformers.OlmoeForCausalLM(
-                    transformers.OlmoeConfig(**TINY, num_experts=4, num_experts_per_tok=2)
-                ),
-                ("gate_up_proj", "down_proj"),
-            ),
-            (
                 lambda: transformers.GptOssForCausalLM(
                     transformers.GptOssConfig(**TINY, num_local_experts=4, head_dim=8)
                 ),
                 ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"),
             ),
         ],
-        ids=["Mixtral", "Qwen2-MoE", "OLMoE", "GPT-OSS"],
+        ids=["Mixtral", "GPT-OSS"],
     )
     def test_transformers_5(self, make, names):
         model = make()
@@ -244,8 +205,6 @@ class TestStacked:
         experts._is_expert_parallel = True
         assert reason(experts) == "has a part of the experts only: the others are in other processes"
         experts._is_expert_parallel = False
-        experts.down_proj = nn.Parameter(experts.down_proj.detach().transpose(1, 2))
-        assert reason(experts) == "has gate_up_proj [4, 48, 16] and down_proj [4, 24, 16], which do not fit"
         experts.down_proj = nn.Parameter(torch.zeros(4, 16, 24, dtype=torch.float8_e4m3fn), requires_grad=False)
         assert reason(experts) == "has torch.float8_e4m3fn down_proj, which cannot be averaged"
         experts.down_proj = nn.Parameter(torch.zeros(7))
@@ -261,18 +220,15 @@ class TestStacked:
         assert list(site.tensors) == ["0.up.weight", "0.up.bias", "0.down.weight", "0.down.bias"]
         assert list(found(model[0])[0].tensors) == ["up.weight", "up.bias", "down.weight", "down.bias"]
 
-    def test_unknown(self):
-        """A stack of tensors alone is no proof."""
-        assert reason(Lucidrains()) == (
-            "has stacked tensors that may be experts: register_experts_adapter(Lucidrains, up='w1', down='w2') says "
-            "that they are"
-        )
-
 
 class TestRegistered:
-    def test_stacked_parameters(self):
-        ewa.register_experts_adapter(Lucidrains, up="w1", down="w2")
-        (site,) = found(nn.Sequential(Lucidrains()))
+    def test_stacked_parameters_by_the_line_that_is_printed(self):
+        model = nn.Sequential(Lucidrains())
+        assert reason(model) == (
+            "has stacked tensors that may be experts: ewa.register_experts_adapter(Lucidrains, up='w1', down='w2') "
+            "says that they are"
+        )
+        (site,) = taught(model)
         assert (site.kind, list(site.tensors)) == ("Lucidrains", ["0.w1", "0.w2"])
 
     def test_stacked_in_children(self):
@@ -283,12 +239,18 @@ class TestRegistered:
         ewa.register_experts_adapter(FastMoE, up=["htoh4.weight", "htoh4.bias"], down="h4toh.weight")
         assert list(found(FastMoE())[0].tensors) == ["htoh4.weight", "htoh4.bias", "h4toh.weight"]
 
-    def test_members(self):
-        assert reason(DeepSpeed()).startswith("holds modules each of which is no FFN")
-        ewa.register_experts_adapter(DeepSpeed, members="deepspeed_experts")
-        (site,) = found(nn.Sequential(DeepSpeed()))
-        assert next(iter(site.tensors)) == "0.deepspeed_experts.*.0.weight"
+    @pytest.mark.parametrize("argument", ["experts", "members"])
+    @pytest.mark.parametrize(
+        ("make", "path"), [(DeepSpeed, "deepspeed_experts"), (Soft, "fs"), (Nested, "mixture.experts"), (List, "")]
+    )
+    def test_separate_modules(self, make, path, argument):
+        """Lists under other names, and one that is the layer."""
+        ewa.register_experts_adapter(make, **{argument: path})
+        (site,) = found(nn.Sequential(make()))
+        assert (site.name, site.kind, site.holder) == (f"0.{path}".rstrip("."), make.__name__, "0")
+        members = list(site.module.children())
         assert [len(group) for group in site.tensors.values()] == [4] * 4
+        assert next(iter(site.tensors.values()))[2] is next(members[2].parameters())
 
     def test_later_ones_and_subclasses(self):
         class Mine(Lucidrains):
@@ -302,20 +264,26 @@ class TestRegistered:
     def test_what_is_registered_wrongly(self):
         ewa.register_experts_adapter(Lucidrains, up="w1", down="w3")
         assert reason(Lucidrains()) == "has no 'w3'"
-        ewa.register_experts_adapter(Glu, up="w1", down="w2")
-        assert reason(Glu()) == "must have tensors [E, ...] of the same E ≥ 2, has w1.weight [12, 8], w2.weight [8, 12]"
-        ewa.register_experts_adapter(DeepSpeed, members="wg")
+        ewa.register_experts_adapter(Mlp, up="fc1", down="fc2")
+        assert reason(Mlp(d_ff=16)).startswith("must have tensors [E, ...] of the same E ≥ 2, has fc1.weight [16, 8]")
+        ewa.register_experts_adapter(DeepSpeed, experts="wg")
         assert reason(DeepSpeed()) == "holds fewer than two modules"
 
     @pytest.mark.parametrize(
         ("arguments", "kind", "message"),
         [
             ({"up": "w1", "down": "w2", "module_class": 3}, TypeError, "module_class must be a subclass of nn.Module"),
-            ({"up": "w1"}, ValueError, "up and down, or members, must be given, got up='w1', down=()"),
-            ({}, ValueError, "up and down, or members, must be given"),
-            ({"up": "w1", "down": "w2", "members": "m"}, ValueError, "up and down, or members, must be given"),
+            ({"up": "w1"}, ValueError, r"up and down, or experts, must be given, got up='w1', down=\(\)"),
+            ({}, ValueError, "up and down, or experts, must be given"),
+            ({"up": "w1", "down": "w2", "experts": "m"}, ValueError, "up and down, or experts, must be given"),
+            ({"members": "m", "experts": "m"}, ValueError, "members is an older name of experts: one must be given"),
+            ({"up": "w1", "down": "w2", "router": "gate"}, ValueError, "top_k needs router, and router experts"),
+            ({"experts": "m", "top_k": 2}, ValueError, "top_k needs router, and router experts"),
+            ({"experts": "m", "router": "gate", "top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+            ({"experts": "m", "router": "gate", "top_k": 1.5}, TypeError, "top_k must be an int, got float 1.5"),
             ({"up": 3, "down": "w2"}, TypeError, "up must be a name, or several of up and down, got 3"),
-            ({"members": 3}, TypeError, r"members must be a name, or several of up and down, got \(3,\)"),
+            ({"experts": 3}, TypeError, "experts must be a name, or several of up and down, got"),
+            ({"experts": "m", "router": nn.Linear}, TypeError, "router must be a name, or several of up and down, got"),
         ],
     )
     def test_bad_arguments(self, arguments, kind, message):
@@ -324,11 +292,14 @@ class TestRegistered:
 
 
 def test_members_of_lists_and_all_in_them():
-    model = nn.Sequential(EXPERTS["tutorial, nested FFN"][0](), Chain(), DeepSpeed())
+    model = nn.Sequential(Tutorial(Net), Chain(), Tutorial())
+    model[2].experts[1] = Net()  # unlike the others, but called an expert
     reasons = experts.members_of_lists(model)
     assert reasons[model[0].experts[1].net] == "is one of the experts of 0.experts"
-    assert reasons[model[2].deepspeed_experts[0]] == "is one of the experts of 2.deepspeed_experts"
+    assert reasons[model[2].experts[0]] == "is one of the experts of 2.experts"
     assert model[1].fs[0] not in reasons
+    ewa.register_experts_adapter(Chain, experts="fs")
+    assert experts.members_of_lists(model)[model[1].fs[0]] == "is one of the experts of 1.fs"
 
 
 def test_no_module():

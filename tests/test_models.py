@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
 from pathlib import Path
@@ -24,6 +23,7 @@ class Row(NamedTuple):
     source: str
     model: str
     replaced: str
+    form: str
     skipped: str
     eval_output: str
     gradients: str
@@ -47,10 +47,11 @@ def examine(case: Case) -> Row:
     """Asserts what the table says."""
     torch.manual_seed(0)
     model, inputs = case.make().eval(), case.inputs()
+    original = case.make().eval()
     with torch.no_grad():  # heads and scales that start at 0 would hide what is before them
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    original = copy.deepcopy(model)
+    original.load_state_dict(model.state_dict())
     expected = run(model, inputs)
     sites = ewa.find_ffns(model)
     reasons = Counter(site.skip_reason.split(":")[0] for site in sites if site.skip_reason is not None)
@@ -60,7 +61,7 @@ def examine(case: Case) -> Row:
         with pytest.warns(UserWarning, match="replaced nothing"):
             ewa.replace_ffn_(model)
         assert skipped != "–"
-        return Row(case.source, case.name, "–", skipped, "–", "–", "–")
+        return Row(case.source, case.name, "–", "–", skipped, "–", "–", "–")
 
     report = ewa.replace_ffn_(model, 2)
     assert len(report.replaced) == num_replaceable // 2
@@ -93,11 +94,12 @@ def examine(case: Case) -> Row:
         assert torch.equal(folded, before)
         assert torch.equal(loaded, before)
     replaced = f"{len(report.replaced)} of {num_replaceable}"
-    return Row(case.source, case.name, replaced, skipped, "unchanged", "finite", "strict")
+    form = ", ".join(sorted(set(report.forms.values())))
+    return Row(case.source, case.name, replaced, form, skipped, "unchanged", "finite", "strict")
 
 
 def table(rows: list[Row]) -> str:
-    head = ("from", "model", "replaced", "skipped", "eval output", "gradients", "fold")
+    head = ("from", "model", "replaced", "form", "skipped", "eval output", "gradients", "fold")
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

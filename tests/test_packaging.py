@@ -65,7 +65,7 @@ def test_with_a_compiler(tmp_path):
     assert any(name.startswith("ewa_kernels/_C.") and name.endswith((".so", ".pyd")) for name in names)
     assert "ewa_kernels/py.typed" in names
     assert "ewa_kernels/kernels/forms.json" in names
-    assert "ewa_kernels/surgery/replace.py" in names
+    assert "ewa_kernels/models/replace.py" in names
     assert not any(name.startswith(("tests", "benchmarks", "csrc")) for name in names)
     assert use_wheel(tmp_path, wheel) == ("None", "None")
 

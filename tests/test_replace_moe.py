@@ -1,21 +1,42 @@
-"""`replace_moe_`, `fold_moe_`, `restore_moe_`: experts that somebody else wrote, in lists and stacked."""
+"""`replace_moe_`, `fold_moe_`, `restore_moe_`: blocks that somebody else wrote, with a list of experts."""
 
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
-from moe_blocks import D, DeepSeek, Dense, E, Masked, Mixtral, Qwen, Switch, made, sequential, tokens
+from experts_zoo import Lucidrains, Nested, Parents, Tutorial
+from moe_blocks import (
+    D,
+    DeepSeek,
+    Dense,
+    E,
+    Masked,
+    Mixtral,
+    Model,
+    Qwen,
+    Switch,
+    made,
+    register_all,
+    sequential,
+    tokens,
+)
 from parity import assert_parity
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 import ewa_kernels as ewa
-from ewa_kernels.moe.replaced import ExpertStack
-
-TESTS = Path(__file__).parent
+from ewa_kernels.models import experts_adapters, replace_experts
+from ewa_kernels.models.stacked import ExpertStack
 
 BLOCKS = (Mixtral, Qwen, DeepSeek, Switch, Dense, Masked)
 every_block = pytest.mark.parametrize("make", BLOCKS, ids=lambda make: make.__name__)
+
+
+@pytest.fixture(autouse=True)
+def _registrations(monkeypatch):
+    monkeypatch.setattr(experts_adapters, "_registered", [])
+    register_all()
 
 
 def run(model, x):
@@ -26,28 +47,16 @@ def run(model, x):
     y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
     values = {"y": y.detach(), "x": x.grad}
     values |= {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    return values
-
-
-def run_stacked(model, x):
-    """`run` of a replaced model."""
-    values = run(model, x)
     for name, module in model.named_modules():
         if isinstance(module, ExpertStack):
-            named = {path: values.pop(f"{name}.{path}") for path, _ in module.named_parameters()}
-            for e in range(E):
-                of_expert = module._origin.layout.unstack({path: grad[e] for path, grad in named.items()})
-                values |= {f"{name}.{e}.{path}": grad for path, grad in of_expert.items()}
+            grads = {path: values.pop(f"{name}.{path}") for path, _ in module.named_parameters()}
+            values |= {f"{name}.{path}": grad for path, grad in module.spread(grads).items()}
     return values
 
 
 # DeepSeek's own forward fails in float64, those of Switch and Masked under autocast.
-ROUTED = [
-    (make, dtype)
-    for make in BLOCKS
-    for dtype in (torch.float64, torch.float32, torch.bfloat16)
-    if (make, dtype) != (DeepSeek, torch.float64)
-]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+ROUTED = [(m, d) for m in BLOCKS for d in DTYPES if (m, d) != (DeepSeek, torch.float64)]
 
 
 @pytest.mark.parametrize(("make", "dtype"), ROUTED, ids=lambda value: getattr(value, "__name__", str(value)))
@@ -57,9 +66,8 @@ def test_routed_is_what_the_block_computes(make, dtype):
     wide.load_state_dict(model.state_dict())
     exact = run(wide, x.to(next(wide.parameters()).dtype))
     baseline = run(model, x)
-    report = ewa.replace_moe_(model, to="routed")
-    assert report.replaced == ("layers.0.experts",)
-    actual = run_stacked(model, x)
+    assert ewa.replace_moe_(model, to="routed").replaced == ("layers.0.experts",)
+    actual = run(model, x)
     assert actual.keys() == baseline.keys()
     for name, value in actual.items():
         if dtype == torch.float64 and issubclass(make, Mixtral):  # which takes the softmax in float32
@@ -75,7 +83,7 @@ def test_routed_autocast(make):
     with torch.autocast("cpu", torch.bfloat16):
         baseline = run(model, x)
         ewa.replace_moe_(model, to="routed")
-        actual = run_stacked(model, x)
+        actual = run(model, x)
     for name in ("y", *(name for name in exact if "experts." in name)):
         error, bound = ((values[name] - exact[name]).norm() for values in (actual, baseline))
         assert actual[name].dtype == torch.float32
@@ -86,45 +94,37 @@ def test_routed_autocast(make):
 class TestRouted:
     def test_block_and_router_stay(self, make):
         model = made(make)
-        block = model.layers[0]
+        block, kind = model.layers[0], type(model.layers[0])
         router = block.gate if hasattr(block, "gate") else block.router
-        expected = block(tokens())
-        calls = []
+        expected, calls = block(tokens()), []
         router.register_forward_hook(lambda *_: calls.append(1))
         ewa.replace_moe_(model, to="routed")
-        assert isinstance(model.layers[0], make)
         assert model.layers[0] is block
-        assert type(block).__name__ == make.__name__
+        assert type(block) is kind
         actual = block(tokens())
         assert calls == [1]
         assert type(actual) is type(expected)
         torch.testing.assert_close(actual, expected)
+        for shape in ((0,), (1,), (2, 0), (2, 3, 4)):
+            x = tokens(*shape).requires_grad_()
+            y = model(x)
+            assert y.shape == x.shape
+            y.sum().backward()
+            assert x.grad.isfinite().all()
 
-    @pytest.mark.parametrize("shape", [(0,), (1,), (2, 0), (2, 3, 4)])
-    def test_shapes(self, make, shape):
-        model = made(make)
-        ewa.replace_moe_(model, to="routed")
-        x = tokens(*shape).requires_grad_()
-        y = model(x)
-        assert y.shape == x.shape
-        y.sum().backward()
-        assert x.grad.isfinite().all()
-
-    def test_copies(self, make):
-        model = made(make)
-        ewa.replace_moe_(model, to="routed")
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(twin(tokens()), model(tokens()))
-            assert isinstance(twin.layers[0], make)
-            assert list(twin.state_dict()) == list(model.state_dict())
-
-    def test_restored(self, make):
+    def test_copies_and_restored(self, make):
         model = made(make, num_layers=2)
         original = copy.deepcopy(model)
         ewa.replace_moe_(model, to="routed")
         with torch.no_grad():
             model.layers[0].experts.down.weight.mul_(2)
         expected = model(tokens())
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(tokens()), expected)
+            with torch.no_grad():
+                twin.layers[0].experts.down.weight.mul_(2)  # and so not that of the model
+            assert not torch.equal(twin(tokens()), expected)
+            assert torch.equal(model(tokens()), expected)
         assert ewa.restore_moe_(model) is model
         assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
         assert vars(model.layers[0]).keys() == vars(original.layers[0]).keys()
@@ -156,26 +156,21 @@ class TestRandomPartition:
         y = block(x)
         y = y[0] if isinstance(y, tuple) else y
         torch.manual_seed(5)
-        expected = ewa.reference.moe_ffn(
-            x,
-            *experts.experts,
-            seed=ewa.functional.draw_seed(x),
-            activation=experts.activation,
-            gated=experts.gated,
-        )
+        options = {"activation": experts.activation, "gated": experts.gated}
+        expected = ewa.reference.moe_ffn(x, *experts.experts, seed=ewa.functional.draw_seed(x), **options)
         if make is Qwen:
             expected = expected + block.shared(x)
         if make is DeepSeek:
             expected = expected + block.shared_experts(x)
         torch.testing.assert_close(y, expected)
 
-    def test_mean_in_eval_and_after_the_fold(self, make):
+    def test_mean_in_eval_and_after_the_fold_and_in_its_checkpoint(self, make):
         model = made(make, num_layers=2)
         mean = copy.deepcopy(model).eval()
         with torch.no_grad():
             for block in mean.layers:
                 for group in zip(*(expert.parameters() for expert in block.experts), strict=True):
-                    average = torch.stack(group).mean(0)
+                    average = torch.stack(group).double().mean(0)
                     for parameter in group:
                         parameter.copy_(average)
         ewa.replace_moe_(model, to="random_partition")
@@ -188,6 +183,13 @@ class TestRandomPartition:
         torch.testing.assert_close(model.layers[0](tokens()), returned, rtol=0, atol=0)
         assert isinstance(model.layers[0].experts, ewa.FFN)
         assert torch.equal(pickle.loads(pickle.dumps(model))(tokens()), expected)
+        saved = model.state_dict()
+        assert list(saved) == list(mean.state_dict())
+        assert all(torch.equal(value, mean.state_dict()[name]) for name, value in saved.items() if "experts" in name)
+        assert len({value.data_ptr() for value in saved.values()}) == len(saved)
+        mean.load_state_dict(saved)
+        model.load_state_dict(made(make, num_layers=2).state_dict())  # of experts that differ
+        assert torch.equal(model(tokens()), expected)
         with pytest.raises(ValueError, match="got one that was folded"):
             ewa.restore_moe_(model)
 
@@ -197,6 +199,69 @@ class TestRandomPartition:
         for to in ("random_partition", "routed"):
             assert ewa.replace_moe_(model, to=to).replaced == ("layers.0.experts",)
         torch.testing.assert_close(model(tokens()), expected)
+
+
+@pytest.mark.parametrize("make", [Mixtral, Switch], ids=lambda make: make.__name__)
+class TestCheckpoints:
+    """The list's names, or those of the stacked parameters: before and after load in both directions."""
+
+    def models(self, make):
+        before, after = made(make, num_layers=2), made(make, num_layers=2)
+        for parameter in before.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        ewa.replace_moe_(after, to="routed")
+        return before, after
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_both_directions(self, make, assign):
+        before, after = self.models(make)
+        expected = before(tokens())
+        after.load_state_dict(before.state_dict(), assign=assign)
+        torch.testing.assert_close(after(tokens()), expected)
+        before = made(make, num_layers=2)
+        before.load_state_dict(after.state_dict())
+        assert torch.equal(before(tokens()), expected)
+        assert list(before.state_dict()) == list(after.state_dict())
+
+    def test_stacked_names_count(self, make):
+        before, after = self.models(make)
+        stacked = {
+            f"layers.0.experts.{name}": torch.ones_like(p) for name, p in after.layers[0].experts.named_parameters()
+        }
+        state = {key: value for key, value in before.state_dict().items() if "layers.0.experts" not in key}
+        for given in (state | stacked, before.state_dict() | stacked):
+            after.load_state_dict(given)
+            assert all((p == 1).all() for p in after.layers[0].experts.parameters())
+
+    def test_not_all_experts(self, make):
+        before, after = self.models(make)
+        state = {key: value for key, value in before.state_dict().items() if "layers.1.experts.2" not in key}
+        with pytest.raises(RuntimeError, match=r"must have all experts of layers.1.experts, lacks layers.1.experts.2"):
+            after.load_state_dict(state, strict=False)
+        state = {key: value for key, value in before.state_dict().items() if "experts" not in key}
+        with pytest.raises(RuntimeError, match=r"Missing key.*layers.0.experts.up.weight"):
+            after.load_state_dict(state)
+
+    def test_its_tensors_are_the_parameters(self, make):
+        """As averages of weights that write into them need it."""
+        _, after = self.models(make)
+        with torch.no_grad():
+            for value in after.state_dict().values():
+                value.fill_(0.5)
+        assert all((parameter == 0.5).all() for parameter in after.parameters())
+
+    @pytest.mark.parametrize("full", [False, True])
+    def test_of_torch_distributed(self, make, full):
+        before, after = self.models(make)
+        expected, options = before(tokens()), StateDictOptions(full_state_dict=full)
+        assert list(get_model_state_dict(after, options=options)) == list(before.state_dict())
+        set_model_state_dict(after, get_model_state_dict(before, options=options), options=options)
+        torch.testing.assert_close(after(tokens()), expected)
+        ewa.replace_moe_(after, to="random_partition")
+        mean = after.eval()(tokens())
+        folded = ewa.fold_moe_(copy.deepcopy(after))
+        set_model_state_dict(folded, get_model_state_dict(after, options=options), options=options)
+        assert torch.equal(folded(tokens()), mean)
 
 
 class TestExperts:
@@ -235,8 +300,7 @@ class TestExperts:
         assert [p.requires_grad for p in experts.parameters()] == [False, False, True, True]
         assert not experts.training
         ewa.restore_moe_(model)
-        flags = [p.requires_grad for p in model.layers[0].experts[0].parameters()]
-        assert flags == [False, False, True, True]
+        assert [p.requires_grad for p in model.layers[0].experts[0].parameters()] == [False, False, True, True]
 
     def test_pending_gradients(self):
         model = made(Mixtral)
@@ -257,7 +321,7 @@ class TestExperts:
 
         block = made(Called).layers[0]
         expected = block(tokens())
-        ewa.replace_moe_(block, to="routed")
+        assert ewa.replace_moe_(block, to="routed").replaced == ("experts",)  # of the model that is the block itself
         for args, kwargs in (((), {"mask": None}), ((None,), {}), ((None,), {"scale": 1.0})):
             torch.testing.assert_close(block(tokens(), *args, **kwargs), expected)
         torch.testing.assert_close(block(x=tokens(), mask=None), expected)
@@ -268,13 +332,238 @@ class TestExperts:
             with pytest.raises(TypeError, match="Called must get one Tensor after replace_moe_, got Tensor, "):
                 block(tokens(), *args, **kwargs)
 
-    def test_the_model_itself_is_a_block(self):
-        model = made(Mixtral).layers[0]
+    def test_a_hook_that_hides_the_forward(self):
+        """As accelerate's do; its object stays the block's."""
+        model = made(Mixtral)
+        ewa.replace_moe_(model, to="routed")
+        block, expected = model.layers[0], model(tokens())
+        ours, block.forward = block.forward, lambda *args: ours(*args)
+        with pytest.raises(ValueError, match="remove hooks around them first"):
+            ewa.restore_moe_(model)
+        assert torch.equal(model(tokens()), expected)
+        block.forward = ours
+        torch.testing.assert_close(ewa.restore_moe_(model)(tokens()), expected)
+
+    def test_settings_that_change(self):
+        model = made(Mixtral)
+        ewa.replace_moe_(model, to="routed")
+        model.layers[0].top_k = 1
+        with pytest.raises(RuntimeError, match=r"top_k of Mixtral must be 2, as at replace_moe_, got 1: call restore"):
+            model(tokens())
+        ewa.replace_moe_(ewa.restore_moe_(model), to="routed")
+        assert model.layers[0].forward.formula.top_k == 1
+
+    def test_blocks_that_are_alike_are_run_once(self, monkeypatch):
+        proved, prove = [], replace_experts.prove
+        monkeypatch.setattr(replace_experts, "prove", lambda *args: proved.append(1) or prove(*args))
+        model = made(Mixtral, num_layers=4)
+        model.layers[2].renormalize = False
+        model.layers[3].experts[1].act_fn = nn.ReLU()  # which its experts' tensors do not show
+        report = ewa.replace_moe_(model, to="routed")
+        assert report.replaced == tuple(f"layers.{i}.experts" for i in range(3))
+        assert "does not compute the sum" in report.skipped["layers.3.experts"]
+        assert len(proved) == 3
+        assert [block.forward.formula.renormalize for block in model.layers[:3]] == [True, True, False]
+
+
+class AddsLoss(torch.autograd.Function):
+    """As DeepSeek's own code did."""
+
+    @staticmethod
+    def forward(ctx, y, loss):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, torch.full((), 1e-6, dtype=grad.dtype)
+
+
+def capacity(self, x):
+    """200 tokens each."""
+    weights = self.router(x).softmax(-1)
+    places = torch.nn.functional.one_hot(weights.argmax(-1).flatten(), E).cumsum(0).view(weights.shape)
+    return self.mixed(x, weights * (places <= 200))
+
+
+def changed(make, change):
+    def block():
+        made = make()
+        change(made)
+        return made
+
+    return block
+
+
+def variant(forward, **attributes):
+    """Dense with another forward, or a class of blocks, with other attributes."""
+    make = forward if isinstance(forward, type) else type("Variant", (Dense,), {"forward": forward})
+    return changed(make, lambda block: [setattr(block, name, value) for name, value in attributes.items()])
+
+
+def noisy(self, x):
+    logits = self.router(x)
+    return self.mixed(x, (logits + self.training * torch.randn_like(logits)).softmax(-1))
+
+
+def loss(self, x):
+    return self.router(x).logsumexp(-1).mean()
+
+
+IN_TRAINING = "computes something else on 3 tokens in training mode"
+SUM = "does not compute the sum of what the chosen experts give"
+LEFT_ALONE = {
+    "capacity": (variant(capacity), "computes something else on 256 tokens"),
+    "sigmoid": (variant(lambda self, x: self.mixed(x, self.router(x).sigmoid())), SUM),
+    "norm": (variant(lambda self, x: Dense.forward(self, nn.functional.layer_norm(x, (D,)))), SUM),
+    "corrected by a buffer that is zero now": (
+        variant(lambda self, x: self.mixed(x, (self.router(x) + self.b).softmax(-1)), b=nn.Buffer(torch.zeros(E))),
+        SUM,
+    ),
+    "another factor with gradients": (
+        variant(lambda self, x: Dense.forward(self, x) * (1.1 if torch.is_grad_enabled() else 1)),
+        SUM,
+    ),
+    "keeps its loss": (
+        variant(lambda self, x: setattr(self, "loss", loss(self, x)) or Dense.forward(self, x)),
+        "keeps something of each forward in its loss",
+    ),
+    "collects its losses": (
+        variant(lambda self, x: self.losses.append(loss(self, x)) or Dense.forward(self, x), losses=[]),
+        "keeps something of each forward in its losses",
+    ),
+    "counts": (
+        variant(lambda self, x: Dense.forward(self, x) + 0 * self.n.add_(1), n=nn.Buffer(torch.zeros(()))),
+        "keeps something of each forward in its n",
+    ),
+    "noisy": (variant(noisy), IN_TRAINING),
+    "jitter": (variant(Mixtral, jitter=0.1), IN_TRAINING),
+    "detached": (
+        variant(lambda self, x: self.mixed(x, self.router(x).softmax(-1).detach())),
+        "has gradients of its own on 3 tokens",
+    ),
+    "adds its loss": (
+        variant(lambda self, x: AddsLoss.apply(Dense.forward(self, x), loss(self, x))),
+        "has gradients of its own on 3 tokens",
+    ),
+    "in place": (variant(lambda self, x: Dense.forward(self, x.mul_(2))), "writes into its input"),
+    "dictionary": (variant(lambda self, x: {"y": Dense.forward(self, x)}), "returns a dict, not y or"),
+    "too many of too few": (variant(Mixtral, top_k=5), "fails on one tensor"),
+    "hook": (
+        changed(Switch, lambda b: b.experts[1].register_forward_hook(print)),
+        "has hooks that would be lost, on 1",
+    ),
+    "hook of a parameter": (
+        changed(Switch, lambda block: block.experts[1][0].bias.register_hook(print)),
+        r"has hooks that would be lost, on 1\.0\.bias",
+    ),
+    "frozen expert": (changed(Switch, lambda b: b.experts[1].requires_grad_(False)), "of which a part is frozen"),
+    "frozen projection": (
+        changed(Mixtral, lambda block: [expert.w3.requires_grad_(False) for expert in block.experts]),
+        "of which a part is frozen",
+    ),
+    "own forward": (changed(Switch, lambda block: vars(block).update(forward=len)), "has a forward of its own"),
+    "compiled": (changed(Switch, lambda block: block.compile()), "is compiled: compile it after this call"),
+    "no FFNs": (
+        lambda: Mixtral(make=lambda: nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D))),
+        "is no FFN of two or three",
+    ),
+    "stacked": (Lucidrains, r"ewa\.register_experts_adapter\(Lucidrains, up='w1', down='w2'\) says"),
+    "of this package": (lambda: ewa.RoutedMoE(D, 12, E), "is a RoutedMoE, whose forward is its own"),
+}
+
+
+class TestLeftAlone:
+    @pytest.mark.parametrize("name", LEFT_ALONE)
+    def test_with_a_reason(self, name):
+        torch.manual_seed(0)
+        make, reason = LEFT_ALONE[name]
+        model = Model(make())
+        before, numbers = dict(model.named_parameters()), torch.get_rng_state()
+        for to in ("routed", "random_partition"):
+            with pytest.warns(UserWarning, match=f"(?s)replace_moe_ replaced nothing.*{reason}"):
+                report = ewa.replace_moe_(model, to=to)
+            assert len(report.skipped) == 1
+        after = dict(model.named_parameters())
+        assert before.keys() == after.keys()
+        assert all(before[name] is after[name] for name in before)
+        assert torch.equal(torch.get_rng_state(), numbers)
+
+    @pytest.mark.parametrize(
+        ("make", "name"),
+        [(Mixtral, "MixtralSparseMoeBlock"), (Qwen, "Qwen2MoeSparseMoeBlock"), (DeepSeek, "DeepseekV3MoE")],
+    )
+    def test_but_for_blocks_of_transformers_4_by_name(self, make, name, monkeypatch):
+        monkeypatch.setattr(experts_adapters, "_registered", [])
+        model = made(type(name, (make,), {}))
         expected = model(tokens())
-        assert ewa.replace_moe_(model, to="routed").replaced == ("experts",)
+        assert [site.kind for site in ewa.find_experts(model)] == [name]
+        assert ewa.replace_moe_(model, to="routed").replaced == ("layers.0.experts",)
         torch.testing.assert_close(model(tokens()), expected)
-        with pytest.raises(TypeError, match=r"Mixtral must get one Tensor after replace_moe_, got Tensor, NoneType"):
-            model(tokens(), None)
+
+    @pytest.mark.parametrize("make", [Mixtral, Tutorial, Nested, Parents], ids=lambda make: make.__name__)
+    def test_until_the_line_that_is_printed_teaches_it(self, make, monkeypatch):
+        """Members that know their block are copied with it, and go on knowing it."""
+        monkeypatch.setattr(experts_adapters, "_registered", [])
+        model = nn.Sequential(make())
+        expected = model(tokens())
+        with pytest.warns(UserWarning, match=f"is in a {make.__name__} of which no adapter names the router") as caught:
+            ewa.replace_moe_(model, to="routed")
+        assert len(ewa.ExpertAverager(model, 0.3).spread()) >= 3  # which needs none
+        exec(str(caught[0].message).partition("router: ")[2], {"ewa": ewa, make.__name__: make})
+        assert len(ewa.replace_moe_(model, to="routed").replaced) == 1
+        torch.testing.assert_close(model(tokens()), expected)
+        ewa.restore_moe_(model)
+        torch.testing.assert_close(model(tokens()), expected)
+        if make is Parents:
+            assert model[0].experts[2].parent[0] is model[0]
+
+    def test_a_list_with_two_holders(self):
+        model = made(Switch, num_layers=3)
+        model.layers[1].experts = model.layers[0].experts
+        expected = model(tokens())
+        report = ewa.replace_moe_(model, to="routed")
+        assert report.replaced == ("layers.2.experts",)
+        assert report.skipped == {"layers.0.experts": "shares with another module: the list itself"}
+        torch.testing.assert_close(model(tokens()), expected)
+
+    def test_what_others_hold_of_the_list(self):
+        model = made(Switch)
+        members = model.layers[0].experts
+        model.layers[0].first = [members[0]]  # out of sight
+        weight, expected = members[0][0].weight, members[0](tokens())
+        assert ewa.replace_moe_(model, to="routed").replaced
+        assert members[0][0].weight is weight
+        assert torch.equal(model.layers[0].first[0](tokens()), expected)
+        restored = ewa.restore_moe_(model).layers[0].experts
+        assert restored[0] is not members[0]
+        assert torch.equal(restored[0](tokens()), expected)
+
+    def test_by_the_filter(self):
+        model = made(Switch, num_layers=3)
+        report = ewa.replace_moe_(model, to="routed", filter_fn=lambda name, module: "1" in name)
+        assert (report.replaced, report.kept) == (("layers.1.experts",), ("layers.0.experts", "layers.2.experts"))
+        assert "layers.1.experts  replaced" in str(report)
+
+    def test_no_experts(self):
+        with pytest.warns(UserWarning, match="no experts found"):
+            assert str(ewa.replace_moe_(nn.Linear(2, 2), to="routed")) == "no experts found"
+
+    def test_after_a_failure_all_is_as_it_was(self, monkeypatch):
+        model, calls, stack = made(Switch, num_layers=2), [], replace_experts._stack
+        names = [name for name, _ in model.named_parameters()]
+
+        def fail_at_second(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 2:
+                raise MemoryError
+            return stack(*args, **kwargs)
+
+        monkeypatch.setattr(replace_experts, "_stack", fail_at_second)
+        with pytest.raises(MemoryError):
+            ewa.replace_moe_(model, to="routed")
+        assert [name for name, _ in model.named_parameters()] == names
+        assert not any(p.is_meta for p in model.parameters())
+        assert all("forward" not in vars(block) for block in model.layers)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ class TestTransformers5:
         model, original, report = self.made("routed", filter_fn=lambda name, _: ".1." not in name, backend="reference")
         names = tuple(f"model.layers.{i}.mlp.experts" for i in range(3))
         assert (report.replaced, report.kept) == ((names[0], names[2]), (names[1],))
+        settings = [layer.mlp.experts.config._experts_implementation for layer in model.model.layers]
+        assert (settings, model.config._experts_implementation) == (["ewa", "eager", "ewa"], "eager")
         assert [name for name, _ in model.named_parameters()] == [name for name, _ in original.named_parameters()]
         twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
         expected, actual = (m(self.ids, labels=self.ids) for m in (original, model))
@@ -64,20 +66,36 @@ class TestTransformers5:
         ewa.restore_moe_(model)
         assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
         assert torch.equal(model(self.ids).logits, original.eval()(self.ids).logits)
+        assert all(layer.mlp.experts.config is model.config for layer in model.model.layers)
 
-    @pytest.mark.parametrize("how", ["folded", "copied"])
-    def test_save_pretrained_after_the_fold(self, how, tmp_path):
-        """It would write what from_pretrained fills with random weights."""
+    def test_checkpoints_after_the_fold(self, tmp_path):
+        """The library reads experts that are all the mean; the folded model reads the mean of the library's."""
         model, original, _ = self.made("random_partition")
-        model.save_pretrained(tmp_path / "before")  # of stacked experts, which it knows
-        ewa.fold_moe_(model)
-        if how == "copied":
-            model = pickle.loads(pickle.dumps(model))
-        with pytest.raises(ValueError, match=r"got a MeanExpert at model.layers.0.mlp.experts: save model.state_dict"):
-            model.save_pretrained(tmp_path / "after")
-        assert not (tmp_path / "after").exists()
-        ewa.replace_moe_(original, to="random_partition")
-        ewa.fold_moe_(original).load_state_dict(model.state_dict())
+        expected, keys = model.eval()(self.ids).logits, list(model.state_dict())
+        ewa.fold_moe_(model).save_pretrained(tmp_path)
+        assert list(model.state_dict()) == keys
+        loaded = type(model).from_pretrained(tmp_path, experts_implementation="eager")
+        for layer, own in zip(loaded.model.layers, model.model.layers, strict=True):
+            up, down = layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj
+            assert torch.equal(up, own.mlp.experts.up.weight.expand_as(up))
+            assert torch.equal(down, own.mlp.experts.down.weight.expand_as(down))
+        torch.testing.assert_close(loaded.eval()(self.ids).logits, expected)  # this router's weights sum to 1
+        for state in copy.deepcopy([original.state_dict(), loaded.state_dict(), model.state_dict()]):
+            for parameter in model.parameters():
+                torch.nn.init.zeros_(parameter)
+            model.load_state_dict(state)
+            assert torch.equal(model(self.ids).logits, expected)
+
+    def test_in_another_process(self, monkeypatch):
+        """Where nothing of this package was imported."""
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        model, _, _ = self.made("routed")
+        pickled, expected = pickle.dumps(model), model(self.ids).logits
+        monkeypatch.delitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "ewa")
+        with pytest.raises(KeyError, match="`ewa` is not a valid experts implementation"):
+            model(self.ids)
+        assert torch.equal(pickle.loads(pickled)(self.ids).logits, expected)
 
     def test_experts_implementation_after_restoring(self):
         model, original, _ = self.made("random_partition")
@@ -138,6 +156,14 @@ models = [
     tf.OlmoeForCausalLM(tf.OlmoeConfig(**sizes, **logits, num_experts=4)),
     tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**sizes, **heads, n_routed_experts=4, moe_intermediate_size=24,
                                                  first_k_dense_replace=1, n_group=2, topk_group=2)),
+    tf.MiniMaxForCausalLM(tf.MiniMaxConfig(**sizes, **logits, num_local_experts=4, head_dim=8)),
+    tf.JambaForCausalLM(tf.JambaConfig(**sizes, num_experts=4, use_mamba_kernels=False)),
+    tf.Glm4MoeForCausalLM(tf.Glm4MoeConfig(**sizes, n_routed_experts=4, moe_intermediate_size=24, head_dim=8,
+                                           first_k_dense_replace=1, n_group=1, topk_group=1)),
+    tf.HunYuanMoEV1ForCausalLM(tf.HunYuanMoEV1Config(**sizes, num_experts=4, moe_topk=2, head_dim=8, pad_token_id=0)),
+    tf.Qwen3NextForCausalLM(tf.Qwen3NextConfig(**sizes, num_experts=4, moe_intermediate_size=24, head_dim=8,
+                                               shared_expert_intermediate_size=24,
+                                               layer_types=["linear_attention", "full_attention"])),
 ]
 ids = torch.randint(1, 97, (2, 9))
 for model in models:
@@ -159,6 +185,9 @@ for model in models:
         assert len(getattr(dealt, "router_logits", None) or ()) == len(getattr(expected, "router_logits", None) or ())
         folded = ewa.fold_moe_(copy.deepcopy(model).eval())
         assert torch.equal(folded(ids).logits, model.eval()(ids).logits)
+        folded.save_pretrained(sys.argv[1])
+        loaded = type(model).from_pretrained(sys.argv[1]).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in folded.state_dict().items()), type(model)
         ewa.restore_moe_(model)
         original.load_state_dict(model.train().state_dict())
         original.train()
@@ -173,6 +202,11 @@ def test_transformers_4(tmp_path):
     subprocess.run(command, check=True)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{TESTS}"}
     result = subprocess.run(
-        [sys.executable, "-c", REAL], capture_output=True, text=True, env=environment, cwd=TESTS.parent, check=False
+        [sys.executable, "-c", REAL, str(tmp_path / "saved")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=TESTS.parent,
+        check=False,
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]

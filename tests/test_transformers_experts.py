@@ -1,20 +1,23 @@
 """The experts of transformers 5 through our kernels: what its own experts compute, in every model that has them."""
 
 import copy
-import subprocess
+import importlib
 import sys
 import warnings
 
 import pytest
 import torch
 from parity import assert_parity
+from torch import nn
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
+from transformers.activations import ACT2CLS, ACT2FN  # noqa: E402
 from transformers.models.aria.modeling_aria import AriaTextConfig, AriaTextForCausalLM  # noqa: E402
 
 import ewa_kernels as ewa  # noqa: E402
+from ewa_kernels.integrations import transformers_experts  # noqa: E402
 from ewa_kernels.integrations.transformers_experts import random_partition_forward, routed_forward  # noqa: E402
-from ewa_kernels.moe import stacked  # noqa: E402
+from ewa_kernels.models import stacked  # noqa: E402
 
 SIZES = {
     "vocab_size": 97,
@@ -199,18 +202,32 @@ class TestIsTheLibrarysOwn:
             assert error <= 2 * bound
 
 
-@pytest.mark.parametrize("make", [mixtral, nemotron, aria], ids=lambda make: make.__name__)
-def test_compiled(make):
-    """Fullgraph, and without an eager call before, which would have found the formula."""
+@pytest.mark.parametrize(("make", "implementation"), [(mixtral, "ewa"), (qwen3, "ewa_random_partition")])
+def test_compiled_model(make, implementation):
+    """Fullgraph, and without an eager call before."""
     model = made(make)
+    model.model.layers = model.model.layers[:1]
     model.config.output_router_logits = False
-    model.set_experts_implementation("ewa")
+    model.set_experts_implementation(implementation)
+    torch.manual_seed(5)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)(IDS).logits
+    torch.manual_seed(5)
     torch.testing.assert_close(compiled, model(IDS).logits)
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("make", [mixtral, nemotron, aria], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [nemotron, aria], ids=lambda make: make.__name__)
+def test_compiled_experts(make):
+    model = made(make)
+    model.set_experts_implementation("ewa")
+    experts, (choices, weights) = experts_of(model)[0], routing(23)
+    run = torch.randn(23, 32), choices, weights.float()
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")(*run)
+    torch.testing.assert_close(compiled, experts(*run))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("make", [nemotron, aria], ids=lambda make: make.__name__)
 def test_triton(make):
     """In Triton's interpreter, where there is no GPU."""
     experts = experts_of(made(make))[0].to("cuda" if torch.cuda.is_available() else "cpu")
@@ -220,7 +237,7 @@ def test_triton(make):
     for forward in (routed_forward, random_partition_forward):
         values = {}
         for backend in ("reference", "triton"):
-            setattr(experts, stacked.BACKEND, backend)
+            experts._ewa_switched = stacked.Switched(experts.config, backend)
             torch.manual_seed(3)
             values[backend] = experts_run(experts, uses_weights(forward), *run)
         for name, value in values["triton"].items():
@@ -278,16 +295,6 @@ class TestSetting:
         assert loaded.config._experts_implementation == "ewa"
         torch.testing.assert_close(loaded.eval()(IDS).logits, expected)
 
-    def test_from_config(self):
-        config = transformers.MixtralConfig(**TWO, num_local_experts=4)
-        model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="ewa_random_partition")
-        assert model.config._experts_implementation == "ewa_random_partition"
-
-    def test_copies(self):
-        model = made(qwen3)
-        model.set_experts_implementation("ewa")
-        assert torch.equal(copy.deepcopy(model)(IDS).logits, model(IDS).logits)
-
 
 def _keys(folder):
     from safetensors import safe_open
@@ -329,16 +336,6 @@ class TestRandomPartition:
         assert model.model.layers[0].mlp.gate.weight.grad.any()
         assert all(p.grad.any() for e in experts_of(model) for p in e.parameters())
 
-    def test_compiled(self):
-        model = made(qwen3)
-        model.config.output_router_logits = False
-        model.set_experts_implementation("ewa_random_partition")
-        torch.manual_seed(5)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)(IDS).logits
-        torch.manual_seed(5)
-        torch.testing.assert_close(compiled, model(IDS).logits)
-        torch._dynamo.reset()
-
     def test_refuses_what_the_kernels_cannot_express(self):
         model = gpt_oss()
         model.set_experts_implementation("ewa_random_partition")
@@ -372,14 +369,64 @@ class TestFallback:
         assert kernels.calls == 0
 
 
-def test_without_transformers_5():
-    code = """
-import sys
-sys.modules |= dict.fromkeys(["transformers"])
-try:
-    import ewa_kernels.integrations.transformers_experts
-except ImportError as error:
-    print(error)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "needs transformers 5: pip install 'transformers>=5'" in result.stdout
+class TestFormula:
+    """By flags and names alone."""
+
+    @pytest.fixture
+    def experts(self):
+        return experts_of(mixtral())[0]
+
+    def test_every_activation_of_the_library_that_we_have(self, experts):
+        x = torch.linspace(-9, 9, 99, dtype=torch.float64)
+        known = {
+            "gelu",
+            "gelu_fast",
+            "gelu_new",
+            "gelu_python",
+            "gelu_pytorch_tanh",
+            "gelu_python_tanh",
+            "gelu_accurate",
+        }
+        known |= {"linear", "quick_gelu", "relu", "relu2", "silu", "swish"}
+        for name in ACT2CLS.keys() - {"xielu"}:  # which needs more than the CPU
+            experts.act_fn = ACT2FN[name]
+            formula = stacked.formula_of(experts)
+            assert (formula.reason is None) == (name in known), name
+            if name in known:
+                ours = ewa.reference.ACTIVATIONS[formula.activation](x)
+                torch.testing.assert_close(experts.act_fn(x), ours, rtol=1e-9, atol=1e-9, msg=name)
+
+    @pytest.mark.parametrize(
+        ("act", "name"),
+        [(nn.SiLU(), "silu"), (nn.functional.relu, "relu"), (nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh")],
+    )
+    def test_those_of_torch(self, experts, act, name):
+        experts._modules.pop("act_fn")
+        experts.act_fn = act
+        assert stacked.formula_of(experts) == ("gate_up_proj", True, False, name, None)
+
+    def test_another_class_of_the_same_name(self, experts):
+        experts.act_fn = type("SiLU", (nn.Module,), {})()
+        assert stacked.formula_of(experts).reason == "has an activation that the kernels do not know: SiLU"
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"has_post_expert_norm": True}, "has a norm after each expert"),
+            ({"act_fn": nn.PReLU()}, "has an activation that the kernels do not know: PReLU"),
+            ({"_apply_gate": lambda pre: pre.clamp(max=90).chunk(2, -1)[0]}, "has an _apply_gate of its own"),
+            ({"is_concatenated": False}, "has an _apply_gate of its own"),
+            ({"gate_up_proj": None}, "has no gate_up_proj of three dimensions"),
+            ({"has_gate": False}, "has no up_proj of three dimensions"),
+        ],
+    )
+    def test_reasons(self, experts, change, reason):
+        for name, value in change.items():
+            setattr(experts, name, value)
+        assert reason in stacked.formula_of(experts).reason
+
+
+def test_without_transformers_5(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
+    with pytest.raises(ImportError, match=r"needs transformers 5: pip install 'transformers>=5'"):
+        importlib.reload(transformers_experts)

@@ -8,7 +8,15 @@ import pytest
 import torch
 import vision  # noqa: F401
 from timm.optim import Lookahead
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import ewa_kernels as ewa
 from ewa_kernels.integrations.transformers import EWACallback
@@ -234,7 +242,8 @@ class TestSaving:
         for step in (5, 10):
             folder = tmp_path / f"checkpoint-{step}"
             loaded, report = ViTForImageClassification.from_pretrained(folder, output_loading_info=True)
-            assert not any(report.values())
+            assert not report["missing_keys"]
+            assert all(".mlp.up." in key or ".mlp.down." in key for key in report["unexpected_keys"])
             unfolded = make_model(seed=1)
             ewa.load_unfolded_(unfolded, folder / "ewa_experts.pt")
             for name, tensor in ewa.folded_state_dict(unfolded).items():
@@ -325,11 +334,55 @@ class TestResuming:
         with pytest.raises(ValueError, match="are not in"):
             trainer.train(resume_from_checkpoint=str(moved))
 
-    def test_from_a_checkpoint_without_experts(self, tmp_path):
+    def test_in_the_folder_of_a_trial(self, straight, tmp_path):
+        """As a hyperparameter search has one for each."""
+
+        class InTrial(Trainer):
+            def _get_output_dir(self, trial):
+                return str(tmp_path / "search" / "run-3")
+
+        def make(seed):
+            callback = EWACallback(share_rate=SHARE_RATE, fold_at_end=False)
+            options = {"save_strategy": "steps", "save_steps": 5, "kind": InTrial}
+            return (model := with_experts(seed)), make_trainer(model, tmp_path / "search", callback, **options)
+
+        make(seed=0)[1].train()
+        model, trainer = make(seed=1)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "search" / "run-3" / "checkpoint-5"))
+        self.assert_same(model, trainer, straight)
+
+    def test_without_the_callback(self, averagings, tmp_path):
+        """An averager that belongs to the optimizer, whose state dict has its steps; experts are in the state dict."""
+
+        def make(seed):
+            torch.manual_seed(seed)
+            sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+            model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=20))
+            ewa.replace_ffn_(model, 3, init="independent")
+            averager = ewa.ExpertAverager(model, SHARE_RATE, seed=3)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            averager.attach(optimizer)
+            options = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10, "report_to": "none", "use_cpu": True}
+            arguments = TrainingArguments(str(tmp_path), disable_tqdm=True, **options)
+            rows = torch.randint(20, (16, 6), generator=torch.Generator().manual_seed(0))
+            data = [{"input_ids": row, "labels": row} for row in rows]
+            return model, Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+
+        straight, trainer = make(seed=0)
+        trainer.train()
+        averagings.clear()
+        model, trainer = make(seed=1)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+        assert averagings == pytest.approx([0.05 * step for step in range(5, 10)])
+        for name, tensor in straight.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+
+    def test_from_a_checkpoint_without_averaging(self, averagings, tmp_path):
         make_trainer(with_experts(), tmp_path / "run", save_strategy="steps", save_steps=5).train()
         _, trainer = self.make(tmp_path / "run")
-        with pytest.raises(ValueError, match="the checkpoint has no experts: it was saved without EWACallback"):
-            trainer.train(resume_from_checkpoint=True)
+        with pytest.warns(UserWarning, match="saved without EWACallback.* averaging begins anew"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
+        assert averagings == pytest.approx([0.05 * step for step in range(5)])
 
 
 class TestBadInput:

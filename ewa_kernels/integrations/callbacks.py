@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 import ewa_kernels.checks as checks
 import ewa_kernels.train.shards as shards
-from ewa_kernels.modules import RandomPartitionMoE, expert_tensors
-from ewa_kernels.surgery import fold_
+from ewa_kernels.models.replace import fold_, foldable
+from ewa_kernels.modules import expert_tensors
 from ewa_kernels.train.attachment import Attachment, hooked
 from ewa_kernels.train.averager import ExpertAverager
 from ewa_kernels.train.share_rate import as_schedule
@@ -63,7 +63,7 @@ class AveragingCallback:
         self._model = model
         for module in shards.unsharded_modules(model):  # by a validation before training
             module.reshard()
-        if self._fold_at_end and any(shards.is_sharded(p) for layer in _folding(model) for p in layer.parameters()):
+        if self._fold_at_end and any(shards.is_sharded(p) for layer in foldable(model) for p in layer.parameters()):
             raise ValueError(
                 "fold_at_end must be False for a sharded model, got True: after training get the dense weights by "
                 "ewa_kernels.integrations.fsdp.folded_state_dict(model)"
@@ -112,7 +112,7 @@ class AveragingCallback:
     def _end(self, model: nn.Module, *, is_trained: bool) -> None:
         """Detaches, and folds the model, unless it made no step. Experts among which a router chooses stay."""
         self._detach()
-        if self._fold_at_end and is_trained and _folding(model):
+        if self._fold_at_end and is_trained and foldable(model):
             fold_(model)
 
     def _metrics(self) -> dict[str, float]:
@@ -123,11 +123,6 @@ class AveragingCallback:
             "share_rate": float(self.averager.schedule(last)),
             "expert_spread": sum(spreads) / max(len(spreads), 1),  # none while all experts are frozen
         }
-
-
-def _folding(model: nn.Module) -> list[RandomPartitionMoE]:
-    """The layers that `fold_` replaces."""
-    return [module for module in model.modules() if isinstance(module, RandomPartitionMoE)]
 
 
 def plain_optimizer(optimizer: object) -> Optimizer:

@@ -25,8 +25,9 @@ from torch.distributed.tensor import Shard
 
 import ewa_kernels.checks as checks
 import ewa_kernels.train.shards as shards
+from ewa_kernels.models.pairs import PairedExperts
+from ewa_kernels.models.replace import folded_state_dict as _folded_state_dict
 from ewa_kernels.modules import StackedExperts, holds_experts
-from ewa_kernels.surgery import folded_state_dict as _folded_state_dict
 
 __all__ = ["expert_shard_placement", "fold_rank_into_seed_", "folded_state_dict"]
 
@@ -97,7 +98,7 @@ def fold_rank_into_seed_(model: nn.Module, rank: int | None = None) -> None:
     given to a layer is left as it is.
 
     Args:
-        model: with `RandomPartitionMoE` layers, wrapped or not.
+        model: with random-partition experts, wrapped or not.
         rank: int in 0…2³²−1; None for this process's in the default group. Ranks that work on the same tokens (tensor
             parallelism) must get the same; rank 0 deals as if this had not been called.
 
@@ -111,7 +112,8 @@ def fold_rank_into_seed_(model: nn.Module, rank: int | None = None) -> None:
             raise RuntimeError("rank must be given where there is no process group: call init_process_group()")
         rank = dist.get_rank()
     checks.integer("rank", rank, minimum=0, below=2**32)
-    layers = [module for module in model.modules() if isinstance(module, StackedExperts)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, StackedExperts)]
+    layers += {module.deal for module in model.modules() if isinstance(module, PairedExperts)}
     if not layers:
         raise ValueError("model must have RandomPartitionMoE layers: call replace_ffn_(model) first")
     for layer in layers:

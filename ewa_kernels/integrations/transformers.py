@@ -21,8 +21,8 @@ except ImportError as error:
     ) from error
 
 from ewa_kernels.integrations.callbacks import AveragingCallback
-from ewa_kernels.surgery.replaced import replaced_ffns
-from ewa_kernels.surgery.unfolded import load_unfolded_, save_unfolded
+from ewa_kernels.models.checkpoints import load_unfolded_, save_unfolded
+from ewa_kernels.models.replace import replaced_in
 from ewa_kernels.train.averager import ExpertAverager
 
 __all__ = ["EWACallback"]
@@ -42,10 +42,10 @@ class EWACallback(AveragingCallback, TrainerCallback):
 
     Steps that a gradient scaler skipped, and batches that only accumulate gradients, average nothing. Where the
     trainer logs its loss, `share_rate` (β of the last step) and `expert_spread` (mean over all tensors) stand beside
-    it. Each checkpoint has the folded weights in the trainer's own files, and in two more all experts and the
-    averager: `train(resume_from_checkpoint=…)`, with a model that went through the same `replace_ffn_`, goes on as if
-    it had never stopped, and `load_best_model_at_end` gets the best experts too. The trainer itself finds no weights of
-    experts and warns of missing keys: the callback loads them, and all others, a moment later.
+    it. Each checkpoint has the dense weights beside the experts in the trainer's own files, and in two more all weights
+    and the averager: `train(resume_from_checkpoint=…)`, with a model that went through the same `replace_ffn_`, goes on
+    as if it had never stopped, and `load_best_model_at_end` gets the best experts too. What the trainer loads itself
+    does not count: of models whose weights have other names in a file (ViT, in transformers 5) it finds none.
 
     Args:
         averager: may be attached already, or belong to `ewa_kernels.optim.AdamW`; then it is left so. None: give
@@ -100,11 +100,12 @@ class EWACallback(AveragingCallback, TrainerCallback):
             state.log_history[-1].update(metrics)  # a copy of the logs, made before
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = _checkpoint(args, state)
-        if args.should_save and not folder.is_dir():
-            warnings.warn(f"no experts saved: the trainer's checkpoint is not in {folder}", stacklevel=2)
+        folders = [folder for folder in _checkpoints(args, state) if folder.is_dir()]
+        if not folders:
+            warnings.warn(f"no experts saved: the trainer's checkpoint is not in {args.output_dir}", stacklevel=2)
             return
-        if replaced_ffns(kwargs["model"]):  # other experts are in the trainer's own file
+        folder = max(folders, key=lambda folder: folder.stat().st_mtime_ns)
+        if replaced_in(kwargs["model"]):  # other experts are in the trainer's own file
             save_unfolded(kwargs["model"], folder / EXPERTS_FILE, is_main_process=args.should_save)
         if args.should_save:
             record = {"run": self._run, "global_step": state.global_step, "averager": self.averager.state_dict()}
@@ -112,7 +113,7 @@ class EWACallback(AveragingCallback, TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model: nn.Module = kwargs["model"]
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None and replaced_ffns(model):
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None and replaced_in(model):
             # The trainer has loaded its own file, which has no experts.
             load_unfolded_(model, Path(state.best_model_checkpoint) / EXPERTS_FILE)
         self._end(model, is_trained=state.global_step > 0)
@@ -120,10 +121,15 @@ class EWACallback(AveragingCallback, TrainerCallback):
     def _resume(self, args: Any, state: Any, model: nn.Module) -> None:
         record = state.stateful_callbacks.get(_RECORD)
         if not isinstance(record, dict):
-            raise ValueError("the checkpoint has no experts: it was saved without EWACallback")
+            warnings.warn(
+                "the checkpoint was saved without EWACallback: its experts are what the trainer loaded, and averaging "
+                "begins anew",
+                stacklevel=2,
+            )
+            return
         given = (self.resume_from_checkpoint, args.resume_from_checkpoint)
         folders = [Path(folder) for folder in given if isinstance(folder, (str, os.PathLike))]
-        folders.append(_checkpoint(args, state))
+        folders += _checkpoints(args, state)
         for folder in folders:
             if (folder / AVERAGER_FILE).is_file():
                 saved = json.loads((folder / AVERAGER_FILE).read_text())
@@ -138,5 +144,7 @@ class EWACallback(AveragingCallback, TrainerCallback):
         )
 
 
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+def _checkpoints(args: Any, state: Any) -> list[Path]:
+    """Where the trainer's checkpoint of this step may be: in its folder, or in that of a trial of a search."""
+    name, folder = f"checkpoint-{state.global_step}", Path(args.output_dir)
+    return [folder / name, *folder.glob(f"run-*/{name}")]

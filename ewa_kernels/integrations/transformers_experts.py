@@ -15,16 +15,13 @@ gradient. The output is that of one expert: where a router's weights do not sum 
 
 from __future__ import annotations
 
-try:
-    from transformers.integrations.moe import ExpertsInterface
-except ImportError as error:
-    raise ImportError(
-        f"ewa_kernels.integrations.transformers_experts needs transformers 5: pip install 'transformers>=5' ({error})"
-    ) from error
-
-from ewa_kernels.moe.stacked import random_partition_forward, routed_forward
+from ewa_kernels.models.stacked import random_partition_forward, register_implementations, routed_forward
 
 __all__ = ["random_partition_forward", "routed_forward"]
 
-ExpertsInterface.register("ewa", routed_forward)
-ExpertsInterface.register("ewa_random_partition", random_partition_forward)
+try:
+    register_implementations()
+except (ImportError, AttributeError) as error:
+    raise ImportError(
+        f"ewa_kernels.integrations.transformers_experts needs transformers 5: pip install 'transformers>=5' ({error})"
+    ) from error

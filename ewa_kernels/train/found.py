@@ -10,17 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ewa_kernels.modules import RandomPartitionMoE, StackedExperts, expert_tensors
-from ewa_kernels.moe.experts import find_experts
+from ewa_kernels.models.experts import find_experts
+from ewa_kernels.modules import ExpertLinear, RandomPartitionMoE, StackedExperts, expert_tensors
 from ewa_kernels.train.lookup import Experts, Lookup, members_of, without_frozen
 
 # Children that are no part of a model: what torch.compile, activation checkpointing and FullyShardedDataParallel wrap.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
-_NONE = (
-    "experts must hold something to average, got a model without RandomPartitionMoE layers: "
-    "call replace_ffn_(model) first"
-)
+_NONE = "experts must hold something to average, got a model without experts: call replace_ffn_(model) first"
 
 
 class FoundExperts:
@@ -55,9 +52,9 @@ class FoundExperts:
             found, self._prefixes = chosen, tuple(_joined(names[site.name], "") for site in chosen)
         ours = dict(expert_tensors(model))  # each once
         for site in found:
-            if isinstance(site.module, StackedExperts):
-                # Those of RandomPartitionMoE go when fold_ ends a training; no others are to go unnoticed.
-                of_layer = () if isinstance(site.module, RandomPartitionMoE) else site.tensors
+            if isinstance(site.module, StackedExperts | ExpertLinear):
+                # Those of replace_ffn_ go when fold_ ends a training; no others are to go unnoticed.
+                of_layer = () if isinstance(site.module, RandomPartitionMoE | ExpertLinear) else site.tensors
                 self._stacked += [_unwrapped(name, names) for name in of_layer if name in ours]
                 continue
             for name, group in site.tensors.items():

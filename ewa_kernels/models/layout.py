@@ -1,9 +1,11 @@
-"""What an FFN inside a module computes, how its tensors lie in those of the experts, and copies of modules."""
+"""What an FFN computes with its projections, and copies of modules."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -11,25 +13,35 @@ from torch import Tensor, nn
 
 from ewa_kernels.activations import ACTIVATIONS
 
+Rate = tuple[str, str]  # where the rate of a dropout is: name of a module inside the FFN, and of its attribute
+
 
 @dataclass(frozen=True)
 class FFNLayout:
-    """A plain token-wise FFN inside a module: y = output_dropout(down(dropout(act(up(x)))))."""
+    """Of y = output_dropout(down(dropout(hidden))) with hidden = act(up(x)), or act(gate) * value if gated."""
 
     up: tuple[str, ...]  # names of the nn.Linear modules; two for a GLU with separate projections
     down: str
     gated: bool = False
     gate_last: bool = False  # value before gate, in the rows of one projection or in the order of two
     activation: str = "gelu"
-    dropout: float = 0.0
-    output_dropout: float = 0.0
+    dropout: Rate | None = None
+    output_dropout: Rate | None = None
+
+    @property
+    def dense_names(self) -> list[str]:
+        """Of all tensors that the FFN may have."""
+        return [f"{name}.{which}" for name in (*self.up, self.down) for which in ("weight", "bias")]
 
     def stack(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The FFN's tensors under the names and in the order of `RandomPartitionMoE`, without expert dimension."""
+        """The FFN's tensors under the names and in the order of `RandomPartitionMoE`, without expert dimension.
+
+        Of a tensor of which a part is missing, nothing.
+        """
         stacked = {}
         for which in ("weight", "bias"):
             rows = [dense[f"{name}.{which}"] for name in self.up if f"{name}.{which}" in dense]
-            if rows:
+            if len(rows) == len(self.up):
                 stacked[f"up.{which}"] = self._swap(torch.cat(rows))
             if f"{self.down}.{which}" in dense:
                 stacked[f"down.{which}"] = dense[f"{self.down}.{which}"]
@@ -49,7 +61,9 @@ class FFNLayout:
     def _swap(self, up: Tensor) -> Tensor:
         return torch.cat(up.chunk(2)[::-1]) if self.gate_last else up
 
-    def forward(self, dense: Mapping[str, Tensor], x: Tensor, *, training: bool) -> Tensor:
+    def forward(
+        self, dense: Mapping[str, Tensor], x: Tensor, *, dropout: float = 0.0, output_dropout: float = 0.0
+    ) -> Tensor:
         """What the FFN with these tensors, by its own names, computes; projection by projection, as it does."""
 
         def project(name: str, x: Tensor) -> Tensor:
@@ -62,8 +76,12 @@ class FFNLayout:
             hidden = act(last) * first if self.gate_last else act(first) * last
         else:
             hidden = act(pre[0])
-        y = project(self.down, F.dropout(hidden, self.dropout, training))
-        return F.dropout(y, self.output_dropout, training)
+        return F.dropout(project(self.down, F.dropout(hidden, dropout)), output_dropout)
+
+
+def rate_in(ffn: nn.Module, rate: Rate | None) -> float:
+    """What it is now; 0 where there is no dropout."""
+    return 0.0 if rate is None else getattr(ffn.get_submodule(rate[0]), rate[1])
 
 
 def copy_with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
@@ -77,21 +95,39 @@ def copy_with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) ->
 
 
 def copy_modules(module: nn.Module, copies: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
-    """A module made of copies of all its modules; what else they hold (parameters, a lock, a config) is shared.
+    """A module made of copies of all its modules; what else they hold (parameters, a lock, a config) is shared, but
+    for lists and the like, which may be written into.
 
     `copies` are those made already.
     """
     copies = {} if copies is None else copies
     if module not in copies:
         twin = copies[module] = module.__class__.__new__(module.__class__)
-        twin.__dict__.update(module.__dict__)
+        containers = (dict, list, set)  # into which a forward may write; what is in them is shared
+        own = {k: copy.copy(v) if isinstance(v, containers) else v for k, v in vars(module).items()}
+        twin.__dict__.update(own)
         twin.__dict__.pop("_compiled_call_impl", None)  # which calls the original
+        if not has_forward_of_its_own(module):
+            twin.__dict__.pop("forward", None)  # likewise
         twin.__dict__["_parameters"] = dict(module._parameters)
         twin.__dict__["_buffers"] = dict(module._buffers)
         twin.__dict__["_modules"] = {
             name: None if child is None else copy_modules(child, copies) for name, child in module._modules.items()
         }
     return copies[module]
+
+
+def has_forward_of_its_own(module: nn.Module) -> bool:
+    """Whether somebody has set a forward on the module itself, which is not that of its class.
+
+    Hooks that came and went, as accelerate's, leave the class's own there.
+    """
+    forward = vars(module).get("forward")
+    is_of_class = isinstance(forward, MethodType) and (forward.__self__, forward.__func__) == (
+        module,
+        type(module).forward,
+    )
+    return forward is not None and not is_of_class
 
 
 def swap_modules_(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:

@@ -22,7 +22,8 @@ class TestReplace:
         assert report.replaced == ("blocks.1.mlp", "blocks.3.mlp")
         assert report.kept == ("blocks.0.mlp", "blocks.2.mlp", "blocks.4.mlp")
         assert report.skipped == {}
-        assert str(report).splitlines()[0] == "blocks.1.mlp  replaced"
+        assert str(report).splitlines()[0] == "blocks.1.mlp  replaced fused"
+        assert report.forms == {"blocks.1.mlp": "fused", "blocks.3.mlp": "fused"}
         for i, block in enumerate(model.blocks):
             assert isinstance(block.mlp, ewa.RandomPartitionMoE) == (i % 2 == 1)
         assert model.blocks[1].mlp.num_experts == 3
@@ -140,7 +141,9 @@ class TestReplace:
         assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
     def test_warns_when_nothing_is_replaced(self):
-        with pytest.warns(UserWarning, match="replace_ffn_ replaced nothing:\nno FFN found"):
+        with pytest.warns(
+            UserWarning, match="replace_ffn_ replaced nothing:\nno FFN found: ewa_kernels.register_ffn_adapter"
+        ):
             ewa.replace_ffn_(nn.Sequential(nn.Linear(4, 4)))
 
     def test_meta_device(self):
@@ -293,7 +296,7 @@ class TestFoldOthers:
         ewa.replace_ffn_(model, filter_fn=lambda *_: True)
         modules = list(model.modules())
         kind = type(model.blocks[1].mlp)
-        fuse = kind.dense
+        fuse = kind.fuse
         calls = []
 
         def fail(self):
@@ -302,7 +305,7 @@ class TestFoldOthers:
                 raise MemoryError("no more")
             return fuse(self)
 
-        monkeypatch.setattr(kind, "dense", fail)
+        monkeypatch.setattr(kind, "fuse", fail)
         for function in (ewa.fold_, ewa.folded_state_dict):
             calls.clear()
             with pytest.raises(MemoryError):
