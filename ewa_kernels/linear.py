@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 import ewa_kernels.checks as checks
 import ewa_kernels.flops as flops
@@ -182,10 +181,16 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError('expert_linear has no second derivative: use backend="reference", which has, if you need one')
 
 
-_NAMES = ("ewa_kernels::expert_linear", "ewa_kernels::expert_linear_backward")
-torch.library.register_autograd(_NAMES[0], _gradients, setup_context=_setup_context, lib=ops.LIBRARY)
-torch.library.register_autograd(_NAMES[1], _no_second_derivative, lib=ops.LIBRARY)
-register_flop_formula(expert_linear_operation.overloadpacket)(flops.expert_linear)
-register_flop_formula(expert_linear_backward.overloadpacket)(flops.expert_linear_backward)
-for _operation in (expert_linear_operation, expert_linear_backward):
-    torch.library.register_vmap(_operation.name(), ops.loop_over_samples(_operation), lib=ops.LIBRARY)
+ops.complete(
+    expert_linear_operation,
+    backward=_gradients,
+    setup_context=_setup_context,
+    vmap=ops.loop_over_samples(expert_linear_operation),
+    flop_formula=flops.expert_linear,
+)
+ops.complete(
+    expert_linear_backward,
+    backward=_no_second_derivative,
+    vmap=ops.loop_over_samples(expert_linear_backward),
+    flop_formula=flops.expert_linear_backward,
+)

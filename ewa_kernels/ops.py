@@ -27,15 +27,35 @@ from ewa_kernels.kernels import moe_ffn as kernels
 from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.problem import Deal, Inputs, Options, Problem, num_kept
 
-LIBRARY = torch.library.Library("ewa_kernels", "DEF")
+# PyTorch takes an operation once. A package that is imported anew, as in notebooks, goes on with those that are there.
+_OPERATIONS: Any = torch.ops.ewa_kernels
+_IS_NEW = not hasattr(_OPERATIONS, "library")
+if _IS_NEW:
+    _OPERATIONS.library = torch.library.Library("ewa_kernels", "DEF")
+_LIBRARY = _OPERATIONS.library
 
 
 def define(schema: str, implementation: Any, fake: Any, tags: tuple[torch.Tag, ...] = ()) -> Any:
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ewa_kernels::{name}", fake, lib=LIBRARY)
+    if _IS_NEW:
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ewa_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.ewa_kernels, name).default
+
+
+def complete(
+    operation: Any, *, backward: Any = None, setup_context: Any = None, vmap: Any = None, flop_formula: Any = None
+) -> None:
+    """What an operation that was defined has for autograd, torch.func.vmap and FlopCounterMode."""
+    if not _IS_NEW:
+        return
+    if backward is not None:
+        torch.library.register_autograd(operation.name(), backward, setup_context=setup_context, lib=_LIBRARY)
+    if vmap is not None:
+        torch.library.register_vmap(operation.name(), vmap, lib=_LIBRARY)
+    if flop_formula is not None:
+        register_flop_formula(operation.overloadpacket)(flop_formula)
 
 
 # --- the deal ---
@@ -84,7 +104,8 @@ def _draw_seed_to_be_saved(like: Tensor) -> Tensor:
             meta["recompute"] = before
 
 
-LIBRARY.impl("draw_seed", _draw_seed_to_be_saved, "Autograd")
+if _IS_NEW:
+    _LIBRARY.impl("draw_seed", _draw_seed_to_be_saved, "Autograd")
 
 
 def _draw_seeds(info: Any, in_dims: tuple[int, ...], like: Tensor) -> tuple[Tensor, int | None]:
@@ -99,7 +120,7 @@ def _draw_seeds(info: Any, in_dims: tuple[int, ...], like: Tensor) -> tuple[Tens
     return torch.stack([draw_seed(like) for _ in range(info.batch_size)]), 0
 
 
-torch.library.register_vmap("ewa_kernels::draw_seed", _draw_seeds, lib=LIBRARY)
+complete(draw_seed, vmap=_draw_seeds)
 
 
 # --- moe_ffn ---
@@ -245,16 +266,14 @@ def _gradients(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None
     return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *itertools.repeat(None, 8))
 
 
-torch.library.register_autograd("ewa_kernels::moe_ffn", _gradients, setup_context=_setup_context, lib=LIBRARY)
+complete(moe_ffn, backward=_gradients, setup_context=_setup_context, flop_formula=flops.moe_ffn)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError('moe_ffn has no second derivative: use backend="reference", which has, if you need one')
 
 
-torch.library.register_autograd("ewa_kernels::moe_ffn_backward", _no_second_derivative, lib=LIBRARY)
-register_flop_formula(moe_ffn.overloadpacket)(flops.moe_ffn)
-register_flop_formula(moe_ffn_backward.overloadpacket)(flops.moe_ffn_backward)
+complete(moe_ffn_backward, backward=_no_second_derivative, flop_formula=flops.moe_ffn_backward)
 
 
 # --- torch.func.vmap ---
@@ -278,7 +297,7 @@ def loop_over_samples(operation: Any) -> Any:
 
 # PyTorch would loop too, but with a warning that a rule is missing.
 for _operation in (random_permutation, checked_permutation, moe_ffn, moe_ffn_backward):
-    torch.library.register_vmap(_operation.name(), loop_over_samples(_operation), lib=LIBRARY)
+    complete(_operation, vmap=loop_over_samples(_operation))
 
 
 # --- experts ---

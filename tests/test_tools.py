@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -259,6 +261,30 @@ def test_flops(name):
             model(x).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+def test_imported_anew():
+    """As notebooks and test runners do it, with models of before that go on."""
+    code = """
+import importlib, sys, torch
+import ewa_kernels as before
+layer = before.RandomPartitionMoE(8, 12, 3)
+importlib.reload(before)
+for name in [name for name in sys.modules if name.startswith("ewa_kernels")]:
+    del sys.modules[name]
+import ewa_kernels as ewa
+assert ewa is not before
+x = torch.randn(5, 8)
+other = ewa.RandomPartitionMoE(8, 12, 3)
+other.load_state_dict(layer.state_dict())
+y = layer(x, seed=3)
+torch.testing.assert_close(other(x, seed=3), y)
+z = torch.compile(other, backend="aot_eager", fullgraph=True)(x, seed=3)
+torch.testing.assert_close(z, y)
+z.sum().backward()
+assert other.up.weight.grad.any()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_swapped_tensors():
