@@ -204,6 +204,26 @@ class MasksBetween(Mlp):
         return self.fc2(hidden if mask is None else hidden * mask.unsqueeze(-1))
 
 
+class Conditioned(Mlp):
+    """One row for each input."""
+
+    def forward(self, x, emb=None):
+        hidden = self.fc1(x).tanh()
+        return self.fc2(hidden if emb is None else hidden * emb.unsqueeze(1))
+
+
+class Fills(Mlp):
+    def forward(self, x, padding=None):
+        hidden = self.fc1(x).tanh()
+        return self.fc2(hidden if padding is None else hidden.masked_fill(padding.unsqueeze(-1), 0.0))
+
+
+class Flagged(Mlp):
+    def forward(self, x, causal=False):
+        hidden = self.fc1(x).tanh()
+        return self.fc2(hidden.cumsum(-2) if causal else hidden)
+
+
 class Excites(nn.Module):
     """Squeeze and excitation: its Sequential is no FFN of tokens."""
 
@@ -262,6 +282,9 @@ class NeedsMore(Mlp):
         (MixesLongOnes, "computes something else where the rows"),
         (MixesVideos, "computes something else where the rows"),
         (MasksBetween, "computes something else where the rows .*, when mask is given"),
+        (Conditioned, "computes something else where the rows .*, when emb is given"),
+        (Fills, "computes something else where the rows .*, when padding is given"),
+        (Flagged, "computes something else where the rows .*, when causal is given"),
         (GlobalResponseNorm, "computes something else where the rows"),
         (Squeeze, "does not call its projections once for each token"),
         (Twice, "does not call its projections once for each token"),

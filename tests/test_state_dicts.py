@@ -171,6 +171,38 @@ class TestRule:
         over_its_own(model, tuned)
         assert all(torch.equal(expert, tuned[name]) for expert in model.blocks[1].mlp.up.weight)
 
+    @pytest.mark.parametrize("name", ["fused", "pair"])
+    def test_edited_in_place(self, name):
+        """As federated averaging does it with the model's own memory: experts and their mean alike."""
+        model = with_experts(name)
+        expected = {n: t * 0.37 for n, t in experts_of(model).items()}
+        state = model.state_dict()
+        for tensor in state.values():
+            tensor.mul_(0.37)
+        model.load_state_dict(state)
+        assert_experts(model, expected)
+
+    def test_kept_while_the_model_was_trained(self):
+        """Its experts are those of now, and so they are kept, as a dense model's weights would be."""
+        model = with_experts()
+        state = model.state_dict()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        expected = experts_of(model)
+        with pytest.warns(UserWarning, match="the experts are taken; leave out the experts to have the dense weights"):
+            model.load_state_dict(state)
+        assert_experts(model, expected)
+
+    def test_a_part_of_the_experts(self):
+        model, state = with_experts(), copy.deepcopy(with_experts(seed=1).state_dict())
+        del state["blocks.1.mlp.up.bias"]
+        with pytest.raises(RuntimeError, match=r"Missing key.* .blocks\.1\.mlp\.up\.bias"):
+            with_experts().load_state_dict(state)
+        model.load_state_dict(state, strict=False)
+        assert torch.equal(model.blocks[1].mlp.up.weight, state["blocks.1.mlp.up.weight"])
+        assert all(torch.equal(bias, state["blocks.1.mlp.fc1.bias"]) for bias in model.blocks[1].mlp.up.bias)
+
     def test_a_bias_that_the_model_has_not(self):
         """It is left, and named, and all else is loaded, as nn.Linear does."""
         torch.manual_seed(0)
@@ -338,6 +370,10 @@ class TestTransformers:
         assert run(ewa.fold_(loaded), x).isfinite().all()
         if saved == "with experts":
             assert_experts(Replaces.from_pretrained(tmp_path), experts_of(model))
+            low = Replaces.from_pretrained(tmp_path, dtype=torch.bfloat16)
+            assert_experts(low, experts_of(model.bfloat16()))
+            model.save_pretrained(tmp_path)
+            assert_experts(Replaces.from_pretrained(tmp_path, dtype=torch.float32), experts_of(model.float()))
 
 
 class TestUnderItsOldName:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ class CarriesDense(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         self.take_pending()
-        own = {name for name, _ in self.named_parameters()}
+        own = dict(self.named_parameters())
+        self.__dict__["_versions"] = _versions(own.values())
         with torch.no_grad():
             for name, mean in self.merged_dense().items():
                 if name not in own:  # such a dense module cannot load the state dict: another shape has its name
@@ -65,13 +66,21 @@ class CarriesDense(nn.Module):
         named = dict(self.named_parameters())
         own = {_unwrapped(name): parameter for name, parameter in named.items()}
         keys = {_unwrapped(name): prefix + _in_state_dicts(name) for name in named}
-        given = {n: t for n in self.dense_names() if isinstance(t := state_dict.get(prefix + n), Tensor)}
-        dense = {n: t for n, t in given.items() if n not in own or t.ndim < own[n].ndim}
+        found = {n: t for n in self.dense_names() if isinstance(t := state_dict.get(prefix + n), Tensor)}
+        dense = {n: t for n, t in found.items() if n not in own or t.ndim < own[n].ndim}
         stacked = {n: state_dict[key] for n, key in keys.items() if key in state_dict and n not in dense}
         of_expert = on_all_ranks(self.stack(self._completed(dense, prefix, missing_keys)), own)
         for name in dense:
             del state_dict[prefix + name]
-        for name, value in of_expert.items() if self._counts(of_expert, stacked, own) else ():
+        # An entry that is the parameter itself is none: set_model_state_dict hands it on.
+        given = {n: t for n, t in stacked.items() if t is not own[n] and not t.is_meta}
+        if given.keys() == own.keys() or not of_expert.keys() <= own.keys():
+            taken = self._counts(of_expert, stacked, own)
+            of_expert = of_expert if taken else {}
+        elif given:  # some of the experts: what is missing is missed, and filled
+            of_expert = {n: t for n, t in of_expert.items() if n not in given}
+            missing_keys += [prefix + name for name in of_expert]
+        for name, value in of_expert.items():
             if name in own:
                 state_dict[keys[name]] = repeated(value, own[name])
             else:
@@ -95,49 +104,58 @@ class CarriesDense(nn.Module):
     def _counts(
         self, of_expert: Mapping[str, Tensor], stacked: Mapping[str, Tensor], own: Mapping[str, Tensor]
     ) -> bool:
-        """Whether dense weights are to be taken, and not the experts beside them."""
-        if not of_expert or stacked.keys() != own.keys() or any(t.is_meta for t in stacked.values()):
-            return bool(of_expert)
+        """Whether dense weights are to be taken, and not the experts beside them, which are all there."""
         if not of_expert.keys() <= own.keys():
-            return False  # what some are computed from is there
-        is_own = any(_shares_memory(t, own[n]) for n, t in stacked.items())
-        if all(_is_mean(t, stacked[n].detach(), exactly=is_own) for n, t in of_expert.items()):
+            return stacked.keys() != own.keys()  # what some are computed from may be there
+        is_own = all(_shares_memory(t, own[n]) for n, t in stacked.items())
+        is_edited = self.__dict__.get("_versions") != _versions(own.values())
+        if all(_is_mean(t, stacked[n].detach(), exactly=is_own and not is_edited) for n, t in of_expert.items()):
             return False
-        if not is_own:
-            warnings.warn(
-                f"a state dict has experts of a {type(self).__name__} whose mean is not what it has for the dense "
-                "weights: the latter are taken, for all experts",
-                stacklevel=2,
-            )
-        return True
+        if is_own and not is_edited:
+            return True  # they were written over a part of `state_dict()`
+        kept, lost = ("experts", "dense weights") if is_own else ("dense weights", "experts")
+        warnings.warn(
+            f"a state dict has experts of a {type(self).__name__} whose mean is not what it has for the dense weights: "
+            f"the {kept} are taken; leave out the {kept} to have the {lost}",
+            stacklevel=2,
+        )
+        return not is_own
 
     # --- what loaders set by name, as transformers' does ---
 
     _pending: dict[str, Tensor]
+    _is_being_made = False  # on the meta device: a loader is yet to give memory and values
 
     def set_dense(self, name: str, value: Tensor) -> None:
-        """One tensor of the dense module. All are taken when the last has come, if there is memory for the experts."""
+        """One tensor of the dense module. When the last has come, all experts get them.
+
+        Of a module that was made on the meta device a loader may give the experts, too, before or after: it is decided
+        at the end, by the rule for state dicts.
+        """
         pending = self.__dict__.setdefault("_pending", {})
         pending[name] = value
-        if pending.keys() >= set(self.dense_names()):
+        if pending.keys() >= set(self.dense_names()) and not self._is_being_made:
             self.take_pending()
 
     def train(self, mode: bool = True) -> Any:
-        self.take_pending()  # loaders give memory after the values, and end with eval()
+        self.take_pending()  # loaders end with eval()
         return super().train(mode)
 
     def take_pending(self) -> None:
         """Gives all experts the dense weights that were set."""
-        dense = self.__dict__.get("_pending")
-        own = dict(self.named_parameters())
-        if not dense or any(parameter.is_meta for parameter in own.values()):
+        dense, own = self.__dict__.get("_pending"), dict(self.named_parameters())
+        if any(parameter.is_meta for parameter in own.values()):
+            self._is_being_made = True
             return
-        del self._pending
-        of_expert = self.stack(dense)
-        if self._counts(of_expert, own, own):
+        if dense:
+            del self._pending
+            of_expert = self.stack(dense)
+            # Values may have been cast on the way, and their mean is that of others then.
+            is_mean = all(_is_mean(t, own[n].detach(), tolerance=_OF_16_BITS) for n, t in of_expert.items())
             with torch.no_grad():
-                for name, value in of_expert.items():
+                for name, value in of_expert.items() if not (self._is_being_made and is_mean) else ():
                     own[name].copy_(repeated(value, own[name]))
+        self._is_being_made = False
 
 
 class WeightsOfExperts(Tensor):
@@ -227,7 +245,7 @@ def _shares_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata or (a.numel() > 0 and a.data_ptr() == b.data_ptr())
 
 
-def _is_mean(a: Tensor, experts: Tensor, *, exactly: bool) -> bool:
+def _is_mean(a: Tensor, experts: Tensor, *, exactly: bool = False, tolerance: float | None = None) -> bool:
     """Whether `a` is the experts' mean; of norms, or but for the last bits."""
     a, mean = _whole(a), _whole(functional.merge_experts(experts))
     if a.shape != mean.shape:
@@ -235,8 +253,14 @@ def _is_mean(a: Tensor, experts: Tensor, *, exactly: bool) -> bool:
     a, mean = a.detach().to(mean.device), mean.detach()
     if exactly:
         return torch.allclose(a.to(mean.dtype), mean, rtol=2 * torch.finfo(mean.dtype).eps, atol=0)
-    tolerance = max(_TOLERANCES.get(t.dtype, _OF_16_BITS) for t in (a, mean))
+    if tolerance is None:
+        tolerance = max(_TOLERANCES.get(t.dtype, _OF_16_BITS) for t in (a, mean))
     return bool((a.double() - mean.double()).norm() <= tolerance * mean.double().norm())
+
+
+def _versions(parameters: Iterable[Tensor]) -> list[int]:
+    """How often each was written into."""
+    return [-1 if p.is_inference() else shards.local(p)._version for p in parameters]
 
 
 # What wrappers put into the names of parameters, and what of it into those of a state dict.

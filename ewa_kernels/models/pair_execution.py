@@ -88,7 +88,10 @@ class _NoDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if "dropout" in getattr(func, "__name__", ""):
+        name = getattr(func, "__name__", "")
+        if name == "native_dropout":
+            return func(args[0], 0.0, False)
+        if "dropout" in name:
             return args[0] if args else kwargs["input"]
         return func(*args, **(kwargs | {"dropout_p": 0.0} if "dropout_p" in kwargs else kwargs))
 
@@ -174,13 +177,18 @@ class _Trial:
         for ours, its in zip(after, before, strict=True):
             self.precision.check_close(ours, its, reason)
 
-    def _optional(self, way: _Way) -> Iterator[tuple[str, Tensor]]:
-        """What may be given and is not, as a mask of the tokens or as other tokens."""
+    def _optional(self, way: _Way) -> Iterator[tuple[str, Any]]:
+        """What may be given and is not: masks of the tokens, other tokens, a row for each input, the other flag."""
         x = self._tokens(way)
         if x.ndim == 3:
             for parameter in list(inspect.signature(self.block.forward).parameters.values())[1:]:
+                if isinstance(parameter.default, bool):
+                    yield parameter.name, not parameter.default
                 if parameter.default is None:
                     yield parameter.name, torch.rand(x.shape[:-1], dtype=x.dtype)
+                    yield parameter.name, torch.rand(x.shape[:-1]) < 0.5
+                    for width in {self.d_model, self._width(-1)}:
+                        yield parameter.name, torch.randn(len(x), width, dtype=x.dtype)
                     yield parameter.name, torch.randn_like(x)
 
     def _ways(self) -> list[_Way]:
