@@ -213,8 +213,7 @@ class StackedExperts(nn.Module):
     @property
     def dropout(self) -> float:
         """The probability with which an element of hidden is dropped in training."""
-        drop: Any = self._modules.get("drop")
-        return 0.0 if drop is None else drop.p
+        return getattr(self._modules.get("drop"), "p", 0.0)  # somebody may have taken it out
 
     @dropout.setter
     def dropout(self, rate: float) -> None:

@@ -290,6 +290,10 @@ class TestExperts:
             model.eval()
             torch.testing.assert_close(y.mean(0), model.layers[0](x[:1])[0][0], rtol=0.1, atol=0.02)
             assert 0.2 < (y == 0).float().mean() < 0.3
+            for module in model.modules():  # as whoever trains without it does
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+            torch.testing.assert_close(model.train().layers[0](x[:1])[0], model.eval().layers[0](x[:1])[0])
 
     def test_frozen_and_mode(self):
         model = made(Switch).eval()

@@ -260,9 +260,15 @@ class ExpertStack(StackedExperts):
         options: dict[str, Any] = {"activation": layout.activation, "gated": layout.gated}
         options["dropout"] = rate_in(member, layout.dropout)
         super().__init__(d_model, d_ff, num_experts, **options, device="meta", backend=backend)
-        self.routed, self.output_dropout = routed, rate_in(member, layout.output_dropout)
+        self.routed = routed
+        if (rate := rate_in(member, layout.output_dropout)) > 0:
+            self.output_drop = nn.Dropout(rate)  # which loops over all nn.Dropout of a model set
         _adopt_(self, origin, experts)
         self.train(origin.module.training)
+
+    @property
+    def output_dropout(self) -> float:
+        return getattr(self._modules.get("output_drop"), "p", 0.0)
 
     def forward(self, x: Tensor, choices: Tensor, routing_weights: Tensor) -> Tensor:
         """`[T, D]` → `[T, D]`. choices and routing_weights, `[T, k]`, count only if `routed`."""
@@ -317,12 +323,13 @@ class MeanExpert(FFN):
         num_experts, d_model, d_ff = experts["down.weight"].shape
         super().__init__(d_model, d_ff, activation=options.activation, gated=options.gated, device="meta")
         self.num_experts = num_experts
-        self.dropout, self.output_dropout = getattr(options, "dropout", 0.0), getattr(options, "output_dropout", 0.0)
+        self.dropout = getattr(options, "dropout", 0.0)
+        self.output_drop = nn.Dropout(getattr(options, "output_dropout", 0.0))
         means = {name: functional.merge_experts(tensor.detach()).contiguous() for name, tensor in experts.items()}
         _adopt_(self, origin, {name: nn.Parameter(t, experts[name].requires_grad) for name, t in means.items()})
 
     def forward(self, x: Tensor, choices: Tensor | None = None, routing_weights: Tensor | None = None) -> Tensor:
-        return F.dropout(super().forward(x), self.output_dropout, self.training).to(x.dtype)
+        return self.output_drop(super().forward(x)).to(x.dtype)
 
     def spread(self, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own = self._origin.spread({name: t.expand(self.num_experts, *t.shape) for name, t in mean.items()})
