@@ -274,15 +274,8 @@ class StackedExperts(nn.Module):
         return ffn.train(self.training)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script compiles in place of the layer: the dense FFN.
-
-        Raises:
-            TypeError: in training mode, which no script has.
-        """
-        if self.training:
-            kind = type(self).__name__
-            raise TypeError(f"{kind} must be in eval mode for torch.jit.script: call eval(), or fold the model")
-        return self.fuse()
+        """torch.jit.script calls it, and would put into the model what it gives: the experts would be lost."""
+        raise TypeError(f"torch.jit.script takes no {type(self).__name__}: call ewa_kernels.fold_(model) before")
 
     def extra_repr(self) -> str:
         return (

@@ -41,6 +41,9 @@ KERNELS = {
 PRODUCING, MULTIPLYING = 0x28, 0xE8  # registers of a thread
 
 
+pytestmark = pytest.mark.slow  # a minute of nvcc; the default tests run what it compiles, on the host
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """The cubin, and what ptxas said of each kernel."""

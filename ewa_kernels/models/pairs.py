@@ -116,10 +116,8 @@ class PairedExperts(CarriesDense):
         return functional.expert_linear(input, weight, bias, **options)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script compiles in eval mode: an nn.Linear."""
-        if self.training:
-            raise TypeError("PairedExperts must be in eval mode for torch.jit.script: call eval(), or fold the model")
-        return self.fuse()
+        """torch.jit.script calls it, and would put into the model what it gives: the experts would be lost."""
+        raise TypeError("torch.jit.script takes no PairedExperts: call ewa_kernels.fold_(model) before")
 
     @property
     def weight(self) -> Tensor:
