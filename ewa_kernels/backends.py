@@ -18,7 +18,7 @@ BACKENDS = (
 
 # Best first: "auto" picks the first that can run. Of moe_ffn those behind "reference" are for who names them, and where
 # a table says that they are faster than "triton", see `kernels/forms.py`.
-_IMPLEMENTED = {
+IMPLEMENTED = {
     "random_permutation": ("triton", "cpp", "reference"),
     "moe_ffn": (
         *("triton", "cpp", "torch", "reference", "triton-single", "triton-split", "triton-onchip", "cublas", "hopper"),
@@ -59,7 +59,7 @@ def resolve(operation: str, backend: str, device: torch.device, dtype: torch.dty
     """
     checks.choice("backend", backend, BACKENDS)
     if backend == "auto":
-        found = next(b for b in _IMPLEMENTED[operation] if _why_not_auto(operation, b, device, dtype) is None)
+        found = next(b for b in IMPLEMENTED[operation] if _why_not_auto(operation, b, device, dtype) is None)
         _warn_once_of_slowness(operation, found, device)
         return found
     reason = why_not(operation, backend, device, dtype)
@@ -78,7 +78,7 @@ def _warn_once_of_slowness(operation: str, found: str, device: torch.device) -> 
         missing = extension.WHY_NOT_CUDA or devices.old_driver()
     expected = {"cpu": "cpp", "cuda": "cuda"}.get(device.type)
     # On AMD's GPUs there is nothing to install.
-    if missing is None or torch.version.hip or device.type in _warned or expected not in _IMPLEMENTED[operation]:
+    if missing is None or torch.version.hip or device.type in _warned or expected not in IMPLEMENTED[operation]:
         return
     _warned.add(device.type)
     warnings.warn(
@@ -90,8 +90,8 @@ def _warn_once_of_slowness(operation: str, found: str, device: torch.device) -> 
 
 def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why a backend cannot run an operation; None if it can."""
-    if backend not in _IMPLEMENTED[operation]:
-        *others, last = _IMPLEMENTED[operation]
+    if backend not in IMPLEMENTED[operation]:
+        *others, last = IMPLEMENTED[operation]
         return f"ewa_kernels {VERSION} has {', '.join(others)} and {last} only"
     if backend in ("reference", "torch"):
         return None
@@ -147,7 +147,7 @@ def set_sm_margin(number: int) -> None:
 def table(device: torch.device) -> list[tuple[str, str, str]]:
     """(operation, backend that "auto" picks, what that is) for every operation, and why no faster one."""
     rows = []
-    for operation, implemented in _IMPLEMENTED.items():
+    for operation, implemented in IMPLEMENTED.items():
         backend = resolve(operation, "auto", device)
         rows.append((operation, backend, _DESCRIPTIONS.get((operation, backend)) or _DESCRIPTIONS[backend]))
         for faster in implemented[: implemented.index(backend)]:

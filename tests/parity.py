@@ -6,7 +6,7 @@ an all-zero output, a NaN or a missing row never passes (`test_parity.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -94,6 +94,28 @@ def check_ffn(
             assert_parity(name, value, exact[name], baseline[name], slack)
         else:  # the gradient of an expert without tokens, or of a layer without any
             assert torch.equal(value, torch.zeros_like(value)), f"{name} must be zero"
+
+
+def check_frozen(run: Callable[..., Tensor], values: Mapping[str, Tensor], frozen: str) -> None:
+    """Operands named `frozen`, or "all but" it, get no gradient, and those of the others have the same bits.
+
+    Args:
+        run: of the operands, in the order of `values`.
+    """
+    off = [n for n in values if n != frozen[8:]] if frozen.startswith("all but") else [frozen]
+
+    def grads(off: Collection[str]) -> dict[str, Tensor | None]:
+        leaves = {n: t.clone().requires_grad_(n not in off) for n, t in values.items()}
+        y = run(*leaves.values())
+        (y * y.detach()).sum().backward()
+        return {n: t.grad for n, t in leaves.items()}
+
+    everything = grads([])
+    for name, grad in grads(off).items():
+        if name in off:
+            assert grad is None
+        else:
+            assert torch.equal(grad, everything[name])
 
 
 def check_grouped(

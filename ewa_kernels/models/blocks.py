@@ -16,7 +16,7 @@ import ewa_kernels.functional as functional
 from ewa_kernels.models.execution import layout_of, sandbox
 from ewa_kernels.models.experts_adapters import ExpertsAdapter, NotExpertsError
 from ewa_kernels.models.ffn_adapters import NotReplaceableError
-from ewa_kernels.models.layout import FFNLayout
+from ewa_kernels.models.layout import FFNLayout, is_default
 
 _TOLERANCE = 1e-5  # of norms; many routers compute in float32 whatever the dtype of the tokens
 _NARROW = 8  # d_ff of the experts of a copy
@@ -87,7 +87,7 @@ class BlockForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What the block's own code would be given anyway says nothing.
         named = [*kwargs.items(), *zip(self.names, args[1:], strict=False)]
-        others = [v for k, v in named if k not in self.defaults or not _is_same(v, self.defaults[k])]
+        others = [v for k, v in named if k not in self.defaults or not is_default(v, self.defaults[k])]
         given, kind = [*args[:1], *others, *args[1 + len(self.names) :]], type(self.block).__name__
         if len(given) != 1 or not isinstance(given[0], Tensor):
             kinds = ", ".join(type(value).__name__ for value in given)
@@ -99,10 +99,6 @@ class BlockForward:
                     "such a change, and replace_moe_ after it"
                 )
         return self.formula.forward(self.block, given[0], self.block.get_submodule(self.formula.experts))
-
-
-def _is_same(value: Any, default: Any) -> bool:
-    return value is default or (isinstance(value, _PLAIN) and (type(value), value) == (type(default), default))
 
 
 def layout_of_expert(member: nn.Module) -> FFNLayout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-5}
 _OF_16_BITS = 4e-3
 
 
+@dataclass
+class Kept:
+    """What was replaced: not an attribute of the layer itself, where a module would become part of the module tree."""
+
+    module: nn.Module
+
+
 class CarriesDense(nn.Module):
     """A module of experts, in whose state dict their mean stands too, by the names of the dense module.
 
@@ -24,6 +32,12 @@ class CarriesDense(nn.Module):
     are taken, unless the dense weights in it are not their mean; then the dense weights go to all experts. So a dense
     checkpoint is taken, also one that was written over a part of `model.state_dict()`.
     """
+
+    _origin: Kept
+
+    def original(self) -> nn.Module:
+        """The module that was replaced, as it is."""
+        return self._origin.module
 
     def dense_names(self) -> list[str]:
         """Of the tensors that the dense module has."""
@@ -241,8 +255,10 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    if shards.storage_of(a) == shards.storage_of(b):
+        return True
     a, b = shards.local(a), shards.local(b)
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata or (a.numel() > 0 and a.data_ptr() == b.data_ptr())
+    return a.numel() > 0 and a.data_ptr() == b.data_ptr()
 
 
 def _is_mean(a: Tensor, experts: Tensor, *, exactly: bool = False, tolerance: float | None = None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from torch import nn
 import ewa_kernels.checks as checks
 from ewa_kernels.models.carries import CarriesDense
 from ewa_kernels.models.execution import layout_of
-from ewa_kernels.models.experts import members_of_lists
+from ewa_kernels.models.experts import held_by, members_of_lists
 from ewa_kernels.models.ffn_adapters import (
     NotReplaceableError,
     Projections,
@@ -74,13 +73,7 @@ def find_ffns(model: nn.Module) -> list[FFNSite]:
 class _Search:
     def __init__(self, model: nn.Module):
         self.model = model
-        # How many modules hold each parameter, and each module.
-        self.holders = Counter(
-            id(held)
-            for module in model.modules()
-            for held in (*module._parameters.values(), *module._modules.values())
-            if held is not None
-        )
+        self.holders = held_by(model)
         self.members = members_of_lists(model)
 
     def sites(self) -> Iterator[FFNSite]:
@@ -175,7 +168,8 @@ class _Search:
                 raise NotReplaceableError(f"its up projections differ in {which}: frozen, or missing")
         if len({linear.training for linear in linears}) > 1:
             raise NotReplaceableError("is in training mode in part only")
-        _check_hooks(dict(zip(names, linears, strict=True)))
+        if (reason := why_hooked(dict(zip(names, linears, strict=True)))) is not None:
+            raise NotReplaceableError(reason)
 
     def _check_not_shared(self, block: nn.Module, names: tuple[str, ...]) -> None:
         """Neither the projections of these names, nor the modules that hold them inside the block, nor parameters."""
@@ -201,7 +195,8 @@ class _Search:
             raise NotReplaceableError("is in training mode in part only")
         if any(child._compiled_call_impl is not None for child in module.modules()):
             raise NotReplaceableError("is compiled: call replace_ffn_ before compile()")
-        _check_hooks(dict(module.named_modules()))
+        if (reason := why_hooked(dict(module.named_modules()))) is not None:
+            raise NotReplaceableError(reason)
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:
@@ -221,7 +216,7 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-HOOKS = (
+_HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
@@ -231,18 +226,18 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-def has_hooks(held: nn.Module | nn.Parameter, kinds: tuple[str, ...]) -> bool:
+def _has_hooks(held: nn.Module | nn.Parameter, kinds: tuple[str, ...]) -> bool:
     return any(getattr(held, hooks, None) for hooks in kinds)
 
 
-def _check_hooks(modules: Mapping[str, nn.Module]) -> None:
-    hooked = [name or "it" for name, module in modules.items() if has_hooks(module, HOOKS)]
+def why_hooked(modules: Mapping[str, nn.Module]) -> str | None:
+    """The reason not to take these modules away, or their parameters; None if nobody has registered a hook there."""
+    hooked = [name or "it" for name, module in modules.items() if _has_hooks(module, _HOOKS)]
     for name, module in modules.items():
         dot = f"{name}." if name else ""
         own = module._parameters.items()
-        hooked += [f"{dot}{which}" for which, p in own if p is not None and has_hooks(p, PARAMETER_HOOKS)]
-    if hooked:
-        raise NotReplaceableError(f"has hooks that would be lost, on {', '.join(hooked)}")
+        hooked += [f"{dot}{which}" for which, p in own if p is not None and _has_hooks(p, _PARAMETER_HOOKS)]
+    return f"has hooks that would be lost, on {', '.join(hooked)}" if hooked else None

@@ -130,6 +130,13 @@ def has_forward_of_its_own(module: nn.Module) -> bool:
     return forward is not None and not is_of_class
 
 
+def is_default(value: object, default: object) -> bool:
+    """Whether an argument says nothing: its default is given."""
+    return value is default or (
+        isinstance(value, (bool, int, float, str)) and (type(value), value) == (type(default), default)
+    )
+
+
 def swap_modules_(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
     """Every place in a model that holds a key then holds its value; a shared module stays shared."""
     for parent in list(model.modules()):

@@ -131,6 +131,7 @@ class _Trial:
                     module.__dict__[name] = type(value)()
             for name, parameter in module._parameters.items():
                 if parameter is not None:
+                    # Contiguous, or each product would make a copy that is.
                     values = window(parameter.shape, precision.dtype).contiguous()
                     module._parameters[name] = nn.Parameter(values, requires_grad=False)
             for name, buffer in module._buffers.items():

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import ewa_kernels.calls as calls
 import ewa_kernels.functional as functional
-from ewa_kernels.models.carries import CarriesDense
+from ewa_kernels.models.carries import CarriesDense, Kept
 from ewa_kernels.models.layout import copy_modules
-from ewa_kernels.models.replaced import Origin, release_, stacked_like
+from ewa_kernels.models.replaced import parameter_like, release_
 from ewa_kernels.modules import ExpertLinear
 
 
@@ -96,8 +96,9 @@ class PairedExperts(CarriesDense):
         self.in_features, self.out_features, self.deal, self.number = *linear.weight.shape[::-1], deal, number
         self.experts = ExpertLinear(1, 1, 1, linear.bias is not None, device="meta")
         for which in ("weight", "bias"):
-            setattr(self.experts, which, stacked_like(experts.get(which), getattr(linear, which)))
-        self._origin = Origin(linear)
+            stacked, own = experts.get(which), getattr(linear, which)
+            setattr(self.experts, which, None if stacked is None else parameter_like(stacked, own))
+        self._origin = Kept(linear)
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:  # named as nn.Linear's
@@ -121,11 +122,12 @@ class PairedExperts(CarriesDense):
 
     @property
     def weight(self) -> Tensor:
-        return self.merged_dense()["weight"]
+        return functional.merge_experts(self.experts(None)[0])
 
     @property
     def bias(self) -> Tensor | None:
-        return self.merged_dense().get("bias")
+        bias = self.experts(None)[1]
+        return None if bias is None else functional.merge_experts(bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias") and isinstance(value, Tensor):
@@ -150,17 +152,12 @@ class PairedExperts(CarriesDense):
         linear = copy_modules(self._origin.module)
         for which, mean in self.merged_dense().items():
             stacked, own = getattr(self.experts, which), getattr(self._origin.module, which)
-            linear._parameters[which] = nn.Parameter(mean.clone(), requires_grad=stacked.requires_grad)
-            vars(linear._parameters[which]).update(vars(own))
+            linear._parameters[which] = parameter_like(mean.clone(), own, stacked.requires_grad)
         return linear.train(self.training)
 
     def release(self) -> None:
         """Takes the memory of the nn.Linear that was replaced."""
         release_(self._origin.module)
-
-    def original(self) -> nn.Module:
-        """The module that was replaced, as it is."""
-        return self._origin.module
 
     def restore(self, fused: nn.Module) -> nn.Module:
         """The very module that was replaced, with the parameters of `fused`."""

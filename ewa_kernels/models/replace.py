@@ -120,9 +120,7 @@ def replaced_in(model: nn.Module) -> dict[str, Replaced]:
     return {name: module for name, module in named if isinstance(module, Replaced)}
 
 
-def stand_in_(
-    model: nn.Module, chosen: Sequence[tuple[FFNSite, int]], init: str, backend: str
-) -> list[ReplacedFFN | PairedExperts]:
+def stand_in_(model: nn.Module, chosen: Sequence[tuple[FFNSite, int]], init: str, backend: str) -> list[Replaced]:
     """So many experts each in place of these FFNs, which keep their parameters until `release`."""
     new_of: dict[nn.Module, Replaced] = {}
     for site, num_experts in chosen:
@@ -144,7 +142,7 @@ def _experts_of(
         drawn = [layout.stack(dense) for dense in _drawn(model, site.name, site.module, num_experts, init)]
         return {site.module: ReplacedFFN(site.module, layout, _stacked(drawn), backend)}
     block = model.get_submodule(site.holder)
-    deal = Deal(site.name, len(names) - 1, backend if backend in PAIR_BACKENDS else "auto")
+    deal = Deal(site.name, len(names) - 1, backend if backend in backends.IMPLEMENTED["expert_linear"] else "auto")
     experts: dict[nn.Module, Replaced] = {}
     for number, name in enumerate(names):
         linear = block.get_submodule(name)
@@ -152,10 +150,6 @@ def _experts_of(
         stacked = _stacked(list(_drawn(model, path, linear, num_experts, init)))
         experts[linear] = PairedExperts(linear, stacked, deal, number if number < len(names) - 1 else None)  # type: ignore[arg-type]
     return experts
-
-
-# Of `functional.expert_linear`.
-PAIR_BACKENDS = ("auto", "reference", "torch", "cpp", "triton")
 
 
 def _stacked(drawn: list[dict[str, Tensor]]) -> dict[str, Tensor]:

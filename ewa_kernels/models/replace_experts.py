@@ -16,8 +16,8 @@ from ewa_kernels.models import stacked
 from ewa_kernels.models.blocks import BlockFormula, BlockForward, layout_of_expert, prove
 from ewa_kernels.models.experts import ExpertsSite, find_experts, held_by
 from ewa_kernels.models.experts_adapters import NotExpertsError
-from ewa_kernels.models.ffns import HOOKS, PARAMETER_HOOKS, has_hooks
-from ewa_kernels.models.layout import FFNLayout, swap_modules_
+from ewa_kernels.models.ffns import why_hooked
+from ewa_kernels.models.layout import FFNLayout, has_forward_of_its_own, swap_modules_
 from ewa_kernels.models.replace import ReplacementReport
 from ewa_kernels.models.stacked import TENSORS, ExpertStack, MeanExpert, Origin
 from ewa_kernels.modules import StackedExperts
@@ -234,20 +234,15 @@ def _line(block: nn.Module, experts: str) -> str:
 
 def _check_forward(module: nn.Module) -> None:
     """Ours must be the one that is called."""
-    forward = vars(module).get("forward")
-    # transformers 4 leaves the class's own there after a call.
-    is_own = getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
-    if forward is not None and not is_own:
+    if has_forward_of_its_own(module):  # transformers 4 leaves the class's there after a call
         raise NotExpertsError(f"the {type(module).__name__} has a forward of its own, in its attributes")
     if module._compiled_call_impl is not None:
         raise NotExpertsError(f"the {type(module).__name__} is compiled: compile it after this call")
 
 
 def _check_members(experts: nn.Module) -> None:
-    hooked = [name or "it" for name, member in experts.named_modules() if has_hooks(member, HOOKS)]
-    hooked += [name for name, parameter in experts.named_parameters() if has_hooks(parameter, PARAMETER_HOOKS)]
-    if hooked:
-        raise NotExpertsError(f"has hooks that would be lost, on {', '.join(hooked)}")
+    if (reason := why_hooked(dict(experts.named_modules()))) is not None:
+        raise NotExpertsError(reason)
     kinds = {(type(p).__name__, str(p.dtype), str(p.device)) for p in experts.parameters()}
     if len(kinds) > 1 or next(iter(kinds))[0] != "Parameter" or not next(experts.parameters()).is_floating_point():
         raise NotExpertsError(f"must have floating-point parameters of one dtype and device, has {sorted(kinds)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +13,9 @@ from torch import Tensor, nn
 import ewa_kernels.calls as calls
 import ewa_kernels.checks as checks
 import ewa_kernels.private_torch as private_torch
-from ewa_kernels.models.carries import CarriesDense, DenseProjection
-from ewa_kernels.models.layout import FFNLayout, Rate, copy_modules, copy_with_parameters, rate_in
+from ewa_kernels.models.carries import CarriesDense, DenseProjection, Kept
+from ewa_kernels.models.layout import FFNLayout, Rate, copy_modules, copy_with_parameters, is_default, rate_in
 from ewa_kernels.modules import RandomPartitionMoE, mean_of
-
-
-@dataclass
-class Origin:
-    """What was replaced: not an attribute of the layer itself, where a module would become part of the module tree."""
-
-    module: nn.Module
 
 
 class ReplacedFFN(CarriesDense, RandomPartitionMoE):
@@ -39,14 +31,14 @@ class ReplacedFFN(CarriesDense, RandomPartitionMoE):
         options: dict[str, Any] = {"activation": layout.activation, "gated": layout.gated, "backend": backend}
         super().__init__(d_model, d_ff, num_experts, device="meta", **options)
         self.layout = layout
-        self._origin = Origin(ffn)
+        self._origin = Kept(ffn)
         self._arguments = [(p.name, p.default) for p in inspect.signature(ffn.forward).parameters.values()]
         for name, projection in (("up", layout.up[0]), ("down", layout.down)):
             linear = ffn.get_submodule(projection)
             for which in ("weight", "bias"):
-                setattr(
-                    getattr(self, name), which, stacked_like(experts.get(f"{name}.{which}"), getattr(linear, which))
-                )
+                stacked = experts.get(f"{name}.{which}")
+                own = getattr(linear, which)
+                setattr(getattr(self, name), which, None if stacked is None else parameter_like(stacked, own))
         for name, rate in (("drop", layout.dropout), ("output_drop", layout.output_dropout)):
             if rate is not None and isinstance(module := ffn.get_submodule(rate[0]), nn.Dropout):
                 self.add_module(name, module)
@@ -97,7 +89,7 @@ class ReplacedFFN(CarriesDense, RandomPartitionMoE):
             x = named.pop(first, None)
         named |= {name: value for (name, _), value in zip(others, more, strict=False) if name not in named}
         defaults = dict(others)
-        told = [name for name, value in named.items() if name not in defaults or not _same(value, defaults[name])]
+        told = [name for name, value in named.items() if name not in defaults or not is_default(value, defaults[name])]
         if x is None or told or len(more) > len(others):
             got = ", ".join(told) or ("none" if x is None else "more arguments than its forward has")
             raise TypeError(f"x must be given, or {first}, and but for seed nothing else, got {got}")
@@ -153,10 +145,6 @@ class ReplacedFFN(CarriesDense, RandomPartitionMoE):
         for projection in (*self.layout.up, self.layout.down):
             release_(self._origin.module.get_submodule(projection))
 
-    def original(self) -> nn.Module:
-        """The module that was replaced, as it is."""
-        return self._origin.module
-
     def restore(self, fused: nn.Module) -> nn.Module:
         """The very module that was replaced, with the parameters of `fused`."""
         for name in (*self.layout.up, self.layout.down):
@@ -164,11 +152,9 @@ class ReplacedFFN(CarriesDense, RandomPartitionMoE):
         return self._origin.module.train(self.training)
 
 
-def stacked_like(experts: Tensor | None, own: Tensor) -> nn.Parameter | None:
-    """A Parameter with the attributes of the one in whose place it comes."""
-    if experts is None:
-        return None
-    parameter = nn.Parameter(experts, requires_grad=own.requires_grad)
+def parameter_like(tensor: Tensor, own: nn.Parameter, requires_grad: bool | None = None) -> nn.Parameter:
+    """With the attributes of the one in whose place it comes, and its `requires_grad` unless that is given."""
+    parameter = nn.Parameter(tensor, own.requires_grad if requires_grad is None else requires_grad)
     vars(parameter).update(vars(own))
     return parameter
 
@@ -177,12 +163,4 @@ def release_(linear: nn.Module) -> None:
     """Takes the memory of its parameters."""
     for which, parameter in linear._parameters.items():
         if parameter is not None:
-            empty = torch.empty_like(parameter, device="meta")
-            linear._parameters[which] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            vars(linear._parameters[which]).update(vars(parameter))
-
-
-def _same(value: Any, default: Any) -> bool:
-    return value is default or (
-        isinstance(value, (bool, int, float, str)) and (type(value), value) == (type(default), default)
-    )
+            linear._parameters[which] = parameter_like(torch.empty_like(parameter, device="meta"), parameter)

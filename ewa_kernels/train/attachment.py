@@ -21,7 +21,7 @@ import ewa_kernels.train.shards as shards
 from ewa_kernels.kernels import graphs
 from ewa_kernels.train.lookup import Experts, members_of
 from ewa_kernels.train.undone import Undone
-from ewa_kernels.train.watch import Watch, storage_of
+from ewa_kernels.train.watch import Watch
 
 # In the first parameter group of an optimizer's state dict, so that it is saved and resumed by whatever saves that.
 # Several averagers, of different experts, have one each, in the order in which they were attached.
@@ -254,7 +254,7 @@ def hooked(optimizer: object) -> Optimizer:
 def holds(optimizer: Optimizer, tensors: Iterable[Tensor]) -> bool:
     """Whether any of them is a parameter of the optimizer, or lies in the memory of one."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    memory, held = ({*map(storage_of, each)} for each in (tensors, parameters))
+    memory, held = ({*map(shards.storage_of, each)} for each in (tensors, parameters))
     return not memory.isdisjoint(held)
 
 

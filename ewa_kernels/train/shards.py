@@ -41,6 +41,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
+def storage_of(tensor: Tensor) -> int:
+    """What tells memory from other memory, for as long as it is alive; of a DTensor that of this process."""
+    return local(tensor).untyped_storage()._cdata
+
+
 def sharding(tensor: Any) -> Any:
     """Shape, placements and mesh of a DTensor; None of any other tensor."""
     return (tuple(tensor.shape), tensor.placements, tensor.device_mesh) if is_sharded(tensor) else None

@@ -55,9 +55,9 @@ class Watch:
             self._look_for_gradients(experts, type(optimizer).__name__)
 
     def _compare(self, experts: Mapping[str, Experts], parameters: list[Tensor], kind: str, *, are_given: bool) -> None:
-        own, at = {*map(id, parameters)}, {storage_of(p): p for p in parameters}
+        own, at = {*map(id, parameters)}, {shards.storage_of(p): p for p in parameters}
         members = {(name, e): t for name, group in experts.items() for e, t in enumerate(members_of(group))}
-        homes = {key: t if id(t) in own else at.get(storage_of(t)) for key, t in members.items()}
+        homes = {key: t if id(t) in own else at.get(shards.storage_of(t)) for key, t in members.items()}
         held = {key for key, home in homes.items() if home is not None}
         lost = [key for key in members if key in self._held and key not in held]
         if lost:
@@ -92,11 +92,6 @@ class Watch:
             if gone:
                 _warn_of_lost([(name, 0) for name in idle if name in gone], experts, kind)
                 self._in_modules = (self._in_modules or set()) - gone
-
-
-def storage_of(tensor: Tensor) -> int:
-    """What tells memory from other memory, for as long as it is alive; of a DTensor that of this process."""
-    return shards.local(tensor).untyped_storage()._cdata
 
 
 def _in_modules(parameters: Mapping[str, Iterable[Tensor]], experts: Mapping[str, Experts]) -> set[str]:
