@@ -9,7 +9,13 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import torch
 import torch.multiprocessing
-from training import SCHEDULE, bits, make, same, train
+from timm.optim import Lookahead
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from training import SCHEDULE, bits, make, make_model, same, train
 
 import ewa_kernels as ewa
 
@@ -186,3 +192,44 @@ class TestResume:
     def test_each_part_counts(self, make_optimizer, options, dtype, forget):
         """The comparison above would see any of them missing."""
         assert not same(*self.run((make_optimizer, options, dtype), forget=forget))
+
+
+class TestStepsInTheOptimizersState:
+    """Other ways of saving it than by the optimizer's own state_dict()."""
+
+    def test_flattened(self):
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        parts, resumed = make(), make(seed=99)
+        train(*parts[:2], 5)
+        saved = saved_and_loaded(get_optimizer_state_dict(*parts[:2], options=options))
+        set_optimizer_state_dict(*resumed[:2], saved, options=options)
+        train(*resumed[:2], 1)
+        assert resumed[2].num_steps == 6
+
+    def test_of_a_wrapper(self):
+        """timm's gives and loads what the optimizer inside it has, and no hook of the wrapper runs."""
+        saved = None
+        for expected in (3, 6):
+            model = make()[0]
+            optimizer, averager = Lookahead(torch.optim.AdamW(model.parameters())), ewa.ExpertAverager(model, SCHEDULE)
+            averager.attach(optimizer)
+            if saved is not None:
+                optimizer.load_state_dict(saved)
+            train(model, optimizer, 3)
+            assert averager.num_steps == expected
+            saved = saved_and_loaded(optimizer.state_dict())
+
+    def test_two_averagers(self):
+        first, (_, experts, down) = make_model(), make_model(seed=1)
+        model = torch.nn.Sequential(first[0], first[1], experts, down)
+        optimizer = torch.optim.AdamW(model.parameters())
+        averagers = [ewa.ExpertAverager(part, SCHEDULE) for part in model[1:3]]
+        attachments = [averager.attach(optimizer) for averager in averagers]
+        train(model, optimizer, 2)
+        attachments[0].remove()
+        train(model, optimizer, 2)
+        steps = {k: v for k, v in optimizer.state_dict()["param_groups"][0].items() if k.startswith("averaging_steps")}
+        assert steps == {"averaging_steps_1": 4}
+        averagers[1].load_state_dict({**averagers[1].state_dict(), "num_steps": 8})
+        train(model, optimizer, 1)
+        assert [averager.num_steps for averager in averagers] == [2, 9]

@@ -23,8 +23,9 @@ from ewa_kernels.train.lookup import Experts, members_of
 from ewa_kernels.train.undone import Undone
 from ewa_kernels.train.watch import Watch
 
-# In the first parameter group of an optimizer's state dict, so that it is saved and resumed by whatever saves that.
-# Several averagers, of different experts, have one each, in the order in which they were attached.
+# In the first parameter group of an optimizer, so that it is saved and resumed by whatever saves the optimizer: also if
+# that flattens the groups, or asks a wrapped optimizer, whose hooks are others. Several averagers, of different experts,
+# have one each, in the order in which they were attached.
 STEPS = "averaging_steps"
 
 # Of an optimizer: what is attached to it.
@@ -75,6 +76,7 @@ class Attachment:
         self._averaging = averaging
         self._optimizer: weakref.ref[Optimizer] | None = weakref.ref(optimizer)
         self._had_state = self._has_told = False
+        self._num_steps = -1  # as written into the optimizer
         self._experts: list[Experts] = []  # while the optimizer steps
         self._watch, self._undone = Watch(), Undone(optimizer)
         self._handles: list[RemovableHandle] = []
@@ -117,7 +119,7 @@ class Attachment:
     def _hook_state(self, optimizer: Optimizer) -> list[RemovableHandle]:
         # An optimizer that is being copied has none, nor has one that does not call Optimizer.__init__.
         for hooks in (
-            *("_optimizer_state_dict_post_hooks", "_optimizer_load_state_dict_post_hooks"),
+            *("_optimizer_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"),
             *("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"),
         ):
             optimizer.__dict__.setdefault(hooks, OrderedDict())
@@ -127,17 +129,19 @@ class Attachment:
         # Of this optimizer alone, as learning rate schedulers of torch do with `step`.
         optimizer.__dict__["__getstate__"] = functools.partial(_state_of, weakref.ref(optimizer))
         return [
-            optimizer.register_state_dict_post_hook(self._give_steps),
+            optimizer.register_state_dict_pre_hook(self._give_steps),
             optimizer.register_load_state_dict_post_hook(self._take_steps),
         ]
 
-    def _give_steps(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        for group in state_dict["param_groups"][:1]:
-            group[self._key] = self._averaging.num_steps
-
     def _take_steps(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups[:1]:
-            self._averaging.num_steps = group.pop(self._key, self._averaging.num_steps)
+            self._averaging.num_steps = group.get(self._key, self._averaging.num_steps)
+        self._give_steps(optimizer)
+
+    def _give_steps(self, optimizer: Optimizer) -> None:
+        self._num_steps = self._averaging.num_steps
+        for group in optimizer.param_groups[:1]:
+            group[self._key] = self._num_steps
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -154,6 +158,8 @@ class Attachment:
             handle.remove()
         if (optimizer := self.optimizer) is not None:
             optimizer.__dict__[_ATTACHMENTS].remove(self)
+            for group in optimizer.param_groups:
+                group.pop(self._key, None)
         self._optimizer = None
 
     def look(self, experts: Mapping[str, Experts]) -> None:
@@ -191,12 +197,21 @@ class Attachment:
                 self.hook(optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not torch.compiler.is_compiling():
+            group = optimizer.param_groups[0]
+            if group.get(self._key, self._num_steps) != self._num_steps:  # a wrapper has loaded them, without hooks
+                self._take_steps(optimizer)
         self._experts = self._averaging.check()
         self._had_state = len(optimizer.state) > 0
         if not _is_recorded(self._experts):
             self._undone.before_step(self._experts)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._average(optimizer)
+        if not torch.compiler.is_compiling():
+            self._give_steps(optimizer)
+
+    def _average(self, optimizer: Optimizer) -> None:
         experts, self._experts = self._experts, []
         if is_dry_run(optimizer, self._had_state):
             return
