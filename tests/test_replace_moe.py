@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from experts_zoo import Lucidrains, Nested, Parents, Tutorial
 from moe_blocks import (
     D,
@@ -74,6 +75,29 @@ def test_routed_is_what_the_block_computes(make, dtype):
             assert (value - exact[name]).norm() <= 1e-6 * exact[name].norm()
         else:
             assert_parity(name, value, exact[name].double(), baseline[name])
+
+
+def test_a_router_in_float32_beside_16_bit_experts():
+    """As in DeepSeek's checkpoints; the block casts tokens for it."""
+
+    class Cast(Mixtral):
+        def forward(self, hidden_states):
+            x = hidden_states.reshape(-1, D)
+            logits = self.gate(x.to(self.gate.weight.dtype))
+            weights, chosen = F.softmax(logits, dim=1, dtype=torch.float).topk(self.top_k, dim=-1)
+            y = self.routed(x, chosen, (weights / weights.sum(-1, keepdim=True)).to(x.dtype))
+            return y.reshape(hidden_states.shape), logits
+
+    model = made(Cast).bfloat16()
+    model.layers[0].gate.float()
+    x = tokens().bfloat16()
+    (expected, expected_logits), ours = model.layers[0](x), copy.deepcopy(model)
+    ewa.replace_moe_(ours, to="routed")
+    y, logits = ours.layers[0](x)
+    assert torch.equal(logits, expected_logits)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=1e-2)
+    assert expected.norm() > 1
 
 
 @pytest.mark.parametrize("make", [Mixtral, Qwen, DeepSeek, Dense])
@@ -354,6 +378,13 @@ class TestExperts:
         model.layers[0].top_k = 1
         with pytest.raises(RuntimeError, match=r"top_k of Mixtral must be 2, as at replace_moe_, got 1: call restore"):
             model(tokens())
+        model.layers[0].top_k = 2
+        model(tokens())
+        model.layers[0].jitter = 0.1  # which its class has
+        with pytest.raises(RuntimeError, match=r"jitter of Mixtral must be 0.0, as at replace_moe_, got 0.1"):
+            model(tokens())
+        del model.layers[0].jitter
+        model.layers[0].top_k = 1
         ewa.replace_moe_(ewa.restore_moe_(model), to="routed")
         assert model.layers[0].forward.formula.top_k == 1
 

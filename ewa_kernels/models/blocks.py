@@ -21,6 +21,7 @@ from ewa_kernels.models.layout import FFNLayout, is_default
 _TOLERANCE = 1e-5  # of norms; many routers compute in float32 whatever the dtype of the tokens
 _NARROW = 8  # d_ff of the experts of a copy
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward"}
+_OF_ANY_MODULE = frozenset((*dir(nn.Module()), "__qualname__", "__orig_bases__", "__parameters__"))
 _PLAIN = (bool, int, float, str)
 _OUTPUT = "computes something else"
 
@@ -51,7 +52,9 @@ class BlockFormula:
         """What the block returns for x `[..., D]`, where `experts` takes tokens `[T, D]`, choices and weights."""
         tokens = x.reshape(-1, x.shape[-1])
         given = tokens if self.flat else x
-        routed = block.get_submodule(self.router)(given)
+        router = block.get_submodule(self.router)
+        dtype = next((p.dtype for p in router.parameters()), x.dtype)
+        routed = router(given.to(torch.promote_types(x.dtype, dtype)))  # a router in float32 beside 16-bit experts
         if isinstance(routed, tuple):
             choices, weights = (t.reshape(-1, t.shape[-1]) for t in routed)
             if choices.is_floating_point():
@@ -73,13 +76,13 @@ class BlockFormula:
 class BlockForward:
     """The `forward` of one block, as an attribute of it: its formula, with the experts that stand in it.
 
-    The block's own numbers and flags must stay what they were when this was made.
+    The block's own numbers and flags, and those of its class, must stay what they were when this was made.
     """
 
     def __init__(self, block: nn.Module, formula: BlockFormula):
         self.block, self.formula = block, formula
-        self.settings = {k: v for k, v in vars(block).items() if type(v) in _PLAIN and v == v and k[0] != "_"}
-        del self.settings["training"]
+        named = {k: v for of in (*reversed(type(block).__mro__), block) for k, v in getattr(of, "__dict__", {}).items()}
+        self.settings = {k: v for k, v in named.items() if k not in _OF_ANY_MODULE and _is_plain(v)}
         parameters = list(inspect.signature(block.forward).parameters.values())[1:]  # but for the tokens
         self.names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self.defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -99,6 +102,13 @@ class BlockForward:
                     "such a change, and replace_moe_ after it"
                 )
         return self.formula.forward(self.block, given[0], self.block.get_submodule(self.formula.experts))
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a number, a flag, a word, or a tuple of such, that equals itself."""
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return type(value) in _PLAIN and value == value
 
 
 def layout_of_expert(member: nn.Module) -> FFNLayout:
