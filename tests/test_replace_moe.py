@@ -274,6 +274,19 @@ class TestCheckpoints:
                 value.fill_(0.5)
         assert all((parameter == 0.5).all() for parameter in after.parameters())
 
+    def test_nobody_writes_beside_them(self, make):
+        """What is found under a list's names has shapes alone."""
+        model = made(make)
+        name, own = next((n, p) for n, p in model.layers[0].experts.named_parameters())
+        ewa.replace_moe_(model, to="routed")
+        weight = model.get_submodule(f"layers.0.experts.{name.rpartition('.')[0]}").weight
+        assert weight.shape == own.shape
+        for write in (weight.zero_, lambda: weight.data.zero_(), lambda: weight.copy_(torch.ones_like(own))):
+            with pytest.raises(RuntimeError, match=f"ExpertStack.{name} has experts in its place: load a state dict"):
+                write()
+        with pytest.raises(RuntimeError, match=f"ExpertStack.{name} has experts in its place"):
+            model.get_submodule(f"layers.0.experts.{name.rpartition('.')[0]}").weight = nn.Parameter(own.clone())
+
     @pytest.mark.parametrize("full", [False, True])
     def test_of_torch_distributed(self, make, full):
         before, after = self.models(make)

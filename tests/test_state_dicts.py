@@ -389,7 +389,7 @@ class TestUnderItsOldName:
             lambda: weight.copy_(weight),
             lambda: weight.sum(),
         ):
-            with pytest.raises(RuntimeError, match=r"fc1\.weight has experts in its place: load a state dict, or call"):
+            with pytest.raises(RuntimeError, match=r"fc1\.weight has experts in its place: load a state dict, or fold"):
                 use()
         assert not hasattr(model.blocks[1].mlp, "fc3")
         assert "fc1" not in dict(model.blocks[1].mlp.named_children())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ffn_zoo import ZOO, Residual, mish
 from models import Mlp, PointMlp, Transformer, tokens
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,6 +57,14 @@ def exported_and_loaded(model):
     return torch.export.load(buffer).module()
 
 
+def onnx(model):
+    """Run by the interpreter of ONNX's own package."""
+    dynamic = ({0: torch.export.Dim("b")},)
+    program = torch.onnx.export(model, (tokens(),), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    evaluator = ReferenceEvaluator(program.model_proto)
+    return lambda x: torch.from_numpy(evaluator.run(None, {evaluator.input_names[0]: x.numpy()})[0])
+
+
 def traced(model):
     return torch.jit.trace(model, (tokens(),))
 
@@ -67,10 +76,11 @@ every_kind = pytest.mark.parametrize("make", [fused, pair, own], ids=lambda make
 class TestGraphs:
     @pytest.mark.parametrize(
         "capture",
-        [torch.fx.symbolic_trace, torch.jit.script, traced, exported, exported_and_loaded],
+        [torch.fx.symbolic_trace, torch.jit.script, traced, exported, exported_and_loaded, onnx],
         ids=lambda capture: capture.__name__,
     )
     @pytest.mark.parametrize("folded", [False, True])
+    @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # of torch.onnx
     def test_in_eval_mode(self, make, capture, folded):
         model = make().eval()
         model = ewa.fold_(model) if folded else model

@@ -188,10 +188,11 @@ class WeightsOfExperts(Tensor):
         if is_attribute or func.__name__ in of_shape:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        raise RuntimeError(  # not a TypeError, after which an operator would try the other operand
-            f"{getattr(args[0], 'where', 'a weight')} has experts in its place: load a state dict, or call "
-            "ewa_kernels.fold_(model) before"
-        )
+        raise RuntimeError(_in_its_place(getattr(args[0], "where", "a weight")))  # a TypeError tries the other operand
+
+
+def _in_its_place(where: str) -> str:
+    return f"{where} has experts in its place: load a state dict, or fold the model before"
 
 
 class DenseProjection(nn.Module):
@@ -200,8 +201,8 @@ class DenseProjection(nn.Module):
     Paths of the keys of a state dict are walked, attribute by attribute, by torch.distributed.checkpoint too.
     """
 
-    def __init__(self, layer: CarriesDense, path: str, tensors: Mapping[str, Tensor]):
-        """`tensors`: of the dense module, by their names below `path`."""
+    def __init__(self, layer: CarriesDense | None, path: str, tensors: Mapping[str, Tensor]):
+        """`tensors`: of the dense module, by their names below `path`; without a layer they cannot be set."""
         super().__init__()
         self.__dict__["_of"] = layer, path, tensors
 
@@ -215,6 +216,8 @@ class DenseProjection(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor):
             layer, path, _ = self.__dict__["_of"]
+            if layer is None:
+                raise RuntimeError(_in_its_place(f"{path}.{name}"))
             layer.set_dense(f"{path}.{name}", value.detach())
         else:
             super().__setattr__(name, value)

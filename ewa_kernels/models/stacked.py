@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import ewa_kernels.functional as functional
 import ewa_kernels.train.shards as shards
+from ewa_kernels.models.carries import DenseProjection
 from ewa_kernels.models.layout import FFNLayout, copy_with_parameters, rate_in
 from ewa_kernels.modules import FFN, Experts, StackedExperts, forward_mean
 
@@ -212,8 +213,10 @@ def _adopt_(module: ExpertStack | MeanExpert, origin: Origin, tensors: Mapping[s
         linear, which = name.split(".")
         module.get_submodule(linear).register_parameter(which, tensors.get(name))
     # torch.distributed.checkpoint follows each key from attribute to attribute.
-    theirs = origin.module._modules | origin.module._parameters
-    vars(module).update({name: value for name, value in theirs.items() if not hasattr(module, name)})
+    theirs = DenseProjection(None, type(module).__name__, dict(origin.module.named_parameters()))
+    for name in {path.partition(".")[0] for path in origin.names}:
+        if not hasattr(module, name):
+            vars(module)[name] = getattr(theirs, name)
     module.register_state_dict_post_hook(_save)
     module.register_load_state_dict_pre_hook(_load)
 

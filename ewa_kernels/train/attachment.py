@@ -24,8 +24,8 @@ from ewa_kernels.train.undone import Undone
 from ewa_kernels.train.watch import Watch
 
 # In the first parameter group of an optimizer, so that it is saved and resumed by whatever saves the optimizer: also if
-# that flattens the groups, or asks a wrapped optimizer, whose hooks are others. Several averagers, of different experts,
-# have one each, in the order in which they were attached.
+# that flattens the groups, or asks a wrapped optimizer, whose hooks are others. Several averagers, of different
+# experts, have one each, in the order in which they were attached.
 STEPS = "averaging_steps"
 
 # Of an optimizer: what is attached to it.
