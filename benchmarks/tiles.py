@@ -81,8 +81,8 @@ class Operands:
 
     def _layer(self, deal: Deal, backend: str = "triton", **kept: Any) -> Layer:
         gated = self.shape.gated
-        options = Options("silu" if gated else "gelu", gated, 0.0, backend, False)
-        problem = replace(Problem.of(self._inputs, False, options, save=True), kept=kept)
+        options = Options("silu" if gated else "gelu", gated, 0.0, backend, "full")
+        problem = replace(Problem.of(self._inputs, False, options, saved="full"), kept=kept)
         return Layer(problem, self._inputs, deal)
 
     def shipped(self, kernel: str) -> Tile | None:

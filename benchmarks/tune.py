@@ -55,8 +55,8 @@ class Operands:
         self.dense = made.as_dense()
 
     def problem(self, form: str) -> Problem:
-        options = Options(self.case.activation, self.case.gated, 0.0, backend_of(form), False)
-        return Problem.of(self.inputs, False, options, save=True)
+        options = Options(self.case.activation, self.case.gated, 0.0, backend_of(form), "full")
+        return Problem.of(self.inputs, False, options, saved="full")
 
     def layer(self, form: str) -> Layer:
         return Layer(self.problem(form), self.inputs, Deal(SEED))
@@ -170,14 +170,14 @@ def passes(operands: Operands, copy_rate: float, watch: Stopwatch, rounds: int =
     grouped_x, _ = cublas.gather(dealing)
     dealt = Layer(problem, operands.inputs, Deal(SEED, dealing.tensors["permutation"]))
     product = x.new_empty(len(grouped_x), problem.num_up).normal_()
-    hidden, y = cublas.activate(dealt, product), torch.empty_like(x)
+    hidden, y = cublas.activate(dealt, product, None), torch.empty_like(x)
     grad_hidden = torch.zeros_like(hidden)
     partial_up, partial_down = cublas.sums(dealt, up_bias), cublas.sums(dealt, down_bias)
     size = x.element_size() * problem.num_rows
     row, wide, up = (size * width for width in (problem.d_model, problem.d_ff, problem.num_up))
     calls: dict[str, tuple[float, Callable[[], object]]] = {
         "gather": (2 * row, lambda: cublas.gather(dealing)),
-        "activate": (up + wide, lambda: cublas.activate(dealt, product)),
+        "activate": (up + wide, lambda: cublas.activate(dealt, product, None)),
         "scatter": (2 * row, lambda: cublas.scatter(dealt, grouped_x, y, down_bias)),
         "gather, backward": (4 * row, lambda: cublas.gather(dealt, True, grad_y, partial_down)),
         "activate, backward": (

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "hopper/bindings.h"
+#include "layer/codec.h"
 #include "layer/merge.h"
 #include "layer/moe_ffn.h"
 #include "layer/permutation.h"
@@ -32,6 +33,18 @@ ewa::Inputs inputs(uintptr_t x, uintptr_t up_weight, uintptr_t up_bias, uintptr_
     return {pointer<void>(x),         pointer<void>(up_weight), pointer<void>(up_bias),
             pointer<void>(down_weight), pointer<void>(down_bias), pointer<const float>(routing_weights),
             seed,                      pointer<int32_t>(permutation), pointer<void>(pre_activation)};
+}
+
+// (first_scale, num_fixed, levels, edges)
+using CodebookRow = std::tuple<int64_t, int64_t, std::array<float, 16>, std::array<float, 15>>;
+
+ewa::Codebook codebook(const CodebookRow& row) {
+    const auto& [first_scale, num_fixed, levels, edges] = row;
+    return {first_scale, num_fixed, levels, edges};
+}
+
+ewa::Kept kept(const ewa::Format& format, uintptr_t codes, uintptr_t scales) {
+    return {{nullptr, ewa::Type::float32}, &format, pointer<uint8_t>(codes), pointer<uint8_t>(scales)};
 }
 
 // From rows of numbers: see ewa_kernels/kernels/parameter_pass.py. A row is a tensor: of each field which of the
@@ -118,6 +131,25 @@ PYBIND11_MODULE(_C, m) {
         },
         unlocked);
 
+    py::class_<ewa::Format, std::shared_ptr<ewa::Format>>(m, "Format")
+        .def(py::init([](int64_t bits, const std::vector<float>& scales, const CodebookRow& symmetric,
+                         const std::vector<CodebookRow>& parts) {
+            ewa::Format format{bits, scales, codebook(symmetric), {}};
+            for (const CodebookRow& row : parts) format.parts.push_back(codebook(row));
+            return std::make_shared<ewa::Format>(std::move(format));
+        }));
+    m.def(
+        "encode_rows",
+        [](const ewa::Format& format, Matrix in, int64_t n, int64_t columns, uintptr_t codes, uintptr_t scales) {
+            ewa::encode_rows(matrix(in), n, columns, kept(format, codes, scales));
+        },
+        unlocked);
+    m.def(
+        "decode_rows",
+        [](const ewa::Format& format, uintptr_t codes, uintptr_t scales, int64_t n, int64_t columns, Matrix out) {
+            ewa::decode_rows(kept(format, codes, scales), n, columns, matrix(out));
+        },
+        unlocked);
     m.def(
         "merge_experts",
         [](uintptr_t experts, int64_t num_experts, int64_t numel, int32_t type, uintptr_t out) {
@@ -158,11 +190,11 @@ PYBIND11_MODULE(_C, m) {
     py::class_<ewa::Layer>(m, "Layer")
         .def(py::init([](int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t d_model, int64_t d_ff,
                          ewa::Activation activation, bool gated, double dropout_p, bool bfloat16, int32_t tokens,
-                         const std::array<int32_t, 4>& types) {
+                         const std::array<int32_t, 4>& types, std::shared_ptr<ewa::Format> format) {
             const auto type = [](int32_t number) { return static_cast<ewa::Type>(number); };
             return ewa::Layer{num_tokens, top_k,     num_experts,    d_model,        d_ff,
                               activation, gated,     dropout_p,      type(tokens),   bfloat16,
-                              type(types[0]), type(types[1]), type(types[2]), type(types[3])};
+                              type(types[0]), type(types[1]), type(types[2]), type(types[3]), std::move(format)};
         }));
     py::class_<ewa::LayerPass>(m, "LayerPass")
         .def(py::init([](const ewa::Layer& layer, uintptr_t expert_offsets, int64_t block_rows, bool backward) {

@@ -37,6 +37,18 @@ def activate_backward(
     hidden: Matrix,
     grad_factor: int,
 ) -> None: ...
+
+class Format:
+    def __init__(
+        self,
+        bits: int,
+        scales: Sequence[float],
+        symmetric: tuple[int, int, Sequence[float], Sequence[float]],
+        parts: Sequence[tuple[int, int, Sequence[float], Sequence[float]]],
+    ) -> None: ...
+
+def encode_rows(format: Format, rows: tuple[int, int], n: int, columns: int, codes: int, scales: int) -> None: ...
+def decode_rows(format: Format, codes: int, scales: int, n: int, columns: int, rows: tuple[int, int]) -> None: ...
 def merge_experts(experts: int, num_experts: int, numel: int, type: int, out: int) -> None: ...
 def have_products(type: int) -> bool: ...
 
@@ -85,6 +97,7 @@ class Layer:
         bfloat16: bool,
         tokens: int,
         types: Sequence[int],
+        format: Format | None,
     ) -> None: ...
 
 class LayerPass:

@@ -314,10 +314,10 @@ def _launch(case: Case) -> None:
     kernel, _, form = case.kernel.partition(" ")
     backend = "triton-onchip" if kernel == "onchip" else "triton-split" if form else "triton-single"
     backend = "cublas" if case.kernel in PASSES else backend
-    options = Options("silu" if case.gated else "gelu", case.gated, 0.1 if case.dropout else 0.0, backend, False)
+    options = Options("silu" if case.gated else "gelu", case.gated, 0.1 if case.dropout else 0.0, backend, "full")
     tiles = dict.fromkeys(MULTIPLIES, (case.tile,))
     kept = {"table": tiles, "num_programs": 132}
-    problem = replace(Problem.of(inputs, case.routed, options, save=True), kept=kept)
+    problem = replace(Problem.of(inputs, case.routed, options, saved="full"), kept=kept)
     if kernel == "groups":
         groups.tabulate(given[1], num_tokens, num_tokens // 128, 128)
     elif kernel == "permutation":

@@ -17,9 +17,9 @@ import ewa_kernels.ops as ops
 import ewa_kernels.private_torch as private_torch
 import ewa_kernels.reference as reference
 from ewa_kernels.backends import resolve
-from ewa_kernels.kernels import forms, graphs
+from ewa_kernels.kernels import codec, forms, graphs
 from ewa_kernels.kernels import moe_ffn as kernels
-from ewa_kernels.problem import Deal, Inputs, Options, Problem, keep
+from ewa_kernels.problem import SAVED, Deal, Inputs, Options, Problem, keep
 
 # What layers are given as a rule; anything else may be a tensor that knows of its structure, or no tensor at all.
 PLAIN = {Tensor, nn.Parameter}
@@ -72,8 +72,10 @@ class MoeFFN(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, deal: Deal, *inputs: Any) -> Tensor:
         x = inputs[0]
         y, (rows, *others), pre_activation, permutation = _forward(problem, deal, Inputs(*inputs))
-        # What was made of x is kept only if it cost something.
-        kept = x if x.dtype == problem.dtype else rows
+        if problem.x_format is not None:
+            kept = codec.encode(rows, problem.x_format, problem.backend)
+        else:  # what was made of x is kept only if it cost something
+            kept = x if x.dtype == problem.dtype else rows
         order = permutation if problem.save or problem.is_given else None
         # A seed on a GPU is saved too: autograd notices if it changes before backward.
         seed = deal.seed if isinstance(deal.seed, Tensor) else None
@@ -89,13 +91,17 @@ class MoeFFN(torch.autograd.Function):
         problem, needed = ctx.problem, ctx.needs_input_grad[2:]
         x, *others, permutation, expert_offsets, pre_activation, seed = ctx.saved_tensors
         deal = Deal(ctx.seed if seed is None else seed, permutation, expert_offsets)
-        of_backend = kernels.of(problem)
-        inputs = of_backend.prepared(problem, Inputs(_rows(x, problem), *others))
         grad_rows = grad_y if grad_y.ndim == 2 else grad_y.reshape(-1, problem.d_model)
         if torch.is_grad_enabled() or private_torch.is_watched((grad_y,), profiler=False):
             # The operation says that it has no second derivative, or is seen.
-            grads = ops.backward_by_operation(problem, grad_rows, inputs, deal, pre_activation, needed)
+            x = x if problem.x_format is not None else _rows(x, problem)
+            grads = ops.backward_by_operation(problem, grad_rows, Inputs(x, *others), deal, pre_activation, needed)
         else:
+            of_backend = kernels.of(problem)
+            if problem.x_format is not None:
+                shape = problem.num_tokens, problem.d_model
+                x = codec.decode(x, shape, problem.x_format, problem.dtype, problem.backend)
+            inputs = of_backend.prepared(problem, Inputs(_rows(x, problem), *others))
             grads = of_backend.backward(problem, grad_rows, inputs, deal, pre_activation, needed)
         grad_x, *of_others = grads
         if grad_x is not None and grad_x.ndim != len(ctx.shape):
@@ -126,8 +132,8 @@ def problem_of(inputs: Inputs, deal: Deal, is_given: bool, options: Options, nee
         backend, dtype = _resolved(inputs, options)
         if backend == "auto":
             backend = forms.backend_for(inputs, is_given, dtype)
-        save = needs_grad and not options.recompute
-        problem = Problem.of(inputs, is_given, options._replace(backend=backend), save, dtype)
+        saved = options.saved if needs_grad else "recompute"
+        problem = Problem.of(inputs, is_given, options._replace(backend=backend), saved, dtype)
         keep(_problems, key, problem)
     return problem
 
@@ -150,7 +156,7 @@ def _key(inputs: Inputs, is_given: bool, options: Options, needs_grad: bool) -> 
 def _check(inputs: Inputs, deal: Deal, is_given: bool, options: Options) -> None:
     checks.ffn(inputs.x, *inputs.parameters, options.activation, options.gated, options.dropout_p)
     checks.num_tokens(inputs.x)
-    checks.boolean("recompute", options.recompute)
+    checks.choice("saved", options.saved, SAVED)
     if is_given:
         num_experts = inputs.up_weight.shape[0]
         checks.partition(deal.permutation, deal.expert_offsets, inputs.routing_weights, inputs.x, num_experts)
@@ -177,7 +183,7 @@ def check_ffn(
     if private_torch.is_watched((x, *parameters)):
         checks.ffn(x, *parameters, activation, gated, dropout_p)
     else:
-        options = Options(activation, gated, dropout_p, "reference", False)
+        options = Options(activation, gated, dropout_p, "reference", "full")
         problem_of(Inputs(x, *parameters, None), Deal(None), False, options, needs_grad=False)
 
 
@@ -238,15 +244,16 @@ def _watched_ffn(inputs: Inputs, deal: Deal, is_given: bool, options: Options) -
             permutation = ops.checked_permutation(permutation, expert_offsets, inputs.routing_weights)
         return _by_reference(inputs, Deal(seed, permutation, expert_offsets), options)
     refuse_transforms("moe_ffn", inputs)
-    save = _needs_grad(inputs) and not options.recompute
+    saved = options.saved if _needs_grad(inputs) else "recompute"
     of_call = (seed, permutation, expert_offsets, options.activation, options.gated, float(options.dropout_p))
-    y, _, _ = ops.moe_ffn(x.to(dtype).reshape(-1, x.shape[-1]), *inputs[1:], *of_call, save, backend)
+    y, *_ = ops.moe_ffn(x.to(dtype).reshape(-1, x.shape[-1]), *inputs[1:], *of_call, saved, backend)
     return y.reshape(x.shape)
 
 
 def _by_reference(inputs: Inputs, deal: Deal, options: Options) -> Tensor:
     operands = (inputs.x, *inputs.parameters)
     given: dict[str, Any] = {"activation": options.activation, "gated": options.gated, "dropout_p": options.dropout_p}
+    given["saved"] = options.saved
     if deal.seed is not None:
         given["seed"] = deal.seed
     if deal.permutation is None or deal.expert_offsets is None:

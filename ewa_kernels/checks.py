@@ -73,6 +73,21 @@ def choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def saved(value: Any, recompute: Any) -> Any:
+    """What is to be kept for backward, which `recompute` says too.
+
+    Raises:
+        TypeError: `recompute` is no bool.
+        ValueError: it is True, and `saved` says something else. Whether that is a word that is known is not checked.
+    """
+    boolean("recompute", recompute)
+    if not recompute:
+        return value
+    if value not in ("full", "recompute"):
+        raise ValueError(f"saved must be 'recompute', or not given, with recompute=True, got {value!r}")
+    return "recompute"
+
+
 def probability(name: str, value: Any) -> None:
     """Raises TypeError unless `value` is a number, ValueError unless it is in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):

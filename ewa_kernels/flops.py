@@ -72,6 +72,7 @@ def moe_ffn_backward(
 ) -> int:
     """Of `ewa_kernels.ops.moe_ffn_backward`, which may compute the up projection again."""
     need_x, need_up_weight, need_up_bias, need_down_weight, _need_down_bias, need_routing = output_mask
+    x = (grad_y[0], up_weight[2])  # which may be encoded
     up, down = _products(x, up_weight, down_weight, routing_weights)
     need_pre = need_x or need_up_weight or need_up_bias or need_routing
     # The gradient of routing weights has grad_y times the down biases of all experts.

@@ -90,6 +90,7 @@ def moe_ffn(
     gated: bool = False,
     dropout_p: float = 0.0,
     backend: str = "auto",
+    saved: str = "full",
     recompute: bool = False,
 ) -> Tensor:
     """y[t] = down_weight[e] @ act(up_weight[e] @ x[t] + up_bias[e]) + down_bias[e], e the expert of token t.
@@ -109,7 +110,11 @@ def moe_ffn(
         gated: see above.
         dropout_p: probability in [0, 1] with which an element of hidden is dropped; drawn from `seed` too.
         backend: auto, reference, or one that `python -m ewa_kernels` lists.
-        recompute: keep x alone for backward, which computes `pre` again.
+        saved: what is kept for backward, besides parameters and permutation: "full": x and `pre`; "8bit": both in 8
+            bits; "4bit": x in 8 bits and `pre` in 4; "recompute": x alone, from which `pre` is computed again;
+            "recompute-8bit": x alone, in 8 bits. The output is the same, gradients are of what was kept:
+            `ewa_kernels.codec` says how far that is off.
+        recompute: True means saved="recompute".
 
     Returns:
         y, `[..., D]`, of x's dtype; under autocast of autocast's.
@@ -122,7 +127,8 @@ def moe_ffn(
             the seed is on the CPU while a CUDA graph is captured.
     """
     inputs = Inputs(x, up_weight, up_bias, down_weight, down_bias, None)
-    return calls.ffn(inputs, Deal(seed), False, Options(activation, gated, dropout_p, backend, recompute))
+    saved = checks.saved(saved, recompute)
+    return calls.ffn(inputs, Deal(seed), False, Options(activation, gated, dropout_p, backend, saved))
 
 
 def grouped_ffn(
@@ -140,6 +146,7 @@ def grouped_ffn(
     gated: bool = False,
     dropout_p: float = 0.0,
     backend: str = "auto",
+    saved: str = "full",
     recompute: bool = False,
 ) -> Tensor:
     """y[t] = Σ_j routing_weights[t, j] · FFN_e(x[t]), j = 0…k−1, e the expert of choice t·k + j.
@@ -163,7 +170,8 @@ def grouped_ffn(
     """
     inputs = Inputs(x, up_weight, up_bias, down_weight, down_bias, routing_weights)
     deal = Deal(seed, permutation, expert_offsets)
-    return calls.ffn(inputs, deal, True, Options(activation, gated, dropout_p, backend, recompute))
+    saved = checks.saved(saved, recompute)
+    return calls.ffn(inputs, deal, True, Options(activation, gated, dropout_p, backend, saved))
 
 
 def expert_linear(

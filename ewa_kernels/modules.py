@@ -16,6 +16,7 @@ import ewa_kernels.checks as checks
 import ewa_kernels.functional as functional
 import ewa_kernels.train.shards as shards
 from ewa_kernels.activations import ACTIVATIONS, activate
+from ewa_kernels.problem import SAVED
 
 # Living ones, by which a function that is given a parameter alone can tell that it holds experts.
 _expert_linears: weakref.WeakSet[ExpertLinear] = weakref.WeakSet()
@@ -195,14 +196,15 @@ class StackedExperts(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        saved: str = "full",
         recompute: bool = False,
     ):
         super().__init__()
         _check_options(activation, gated, dropout, d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         checks.choice("backend", backend, backends.BACKENDS)
-        checks.boolean("recompute", recompute)
+        checks.choice("saved", saved := checks.saved(saved, recompute), SAVED)
         self.activation, self.gated = activation, gated
-        self.backend, self.recompute = backend, recompute
+        self.backend, self.saved = backend, saved
         self.seed_offset = 0
         num_up = 2 * d_ff if gated else d_ff
         self.up = ExpertLinear(num_experts, d_model, num_up, bias, device, dtype)
@@ -219,6 +221,15 @@ class StackedExperts(nn.Module):
     def dropout(self, rate: float) -> None:
         checks.probability("dropout", rate)
         self.drop = nn.Dropout(rate)
+
+    @property
+    def recompute(self) -> bool:
+        """Whether x alone is kept for backward, as it is."""
+        return self.saved == "recompute"
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        self.saved = checks.saved("full", value)
 
     @property
     def num_experts(self) -> int:
@@ -281,7 +292,7 @@ class StackedExperts(nn.Module):
         return (
             f"d_model={self.d_model}, d_ff={self.d_ff}, num_experts={self.num_experts}, "
             f"activation={self.activation}, gated={self.gated}, dropout={self.dropout}, "
-            f"backend={self.backend}, recompute={self.recompute}"
+            f"backend={self.backend}, saved={self.saved}"
         )
 
 
@@ -303,7 +314,7 @@ class RandomPartitionMoE(StackedExperts):
         bias: whether both projections have one.
         dropout: probability in [0, 1] with which an element of hidden is dropped in training.
         device, dtype: of the parameters.
-        backend, recompute: see `ewa_kernels.functional.moe_ffn`.
+        backend, saved, recompute: see `ewa_kernels.functional.moe_ffn`.
 
     Attributes:
         up.weight, up.bias: `[E, F, D]`, `[E, F]` (2F if gated). Each expert starts as `nn.Linear` does.
@@ -344,7 +355,7 @@ class RandomPartitionMoE(StackedExperts):
             gated=self.gated,
             dropout_p=self.dropout,
             backend=self.backend,
-            recompute=self.recompute,
+            saved=self.saved,
         )
 
     def fuse(self) -> nn.Module:

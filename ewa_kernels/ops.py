@@ -22,10 +22,10 @@ import ewa_kernels.flops as flops
 import ewa_kernels.private_torch as private_torch
 import ewa_kernels.reference as reference
 import ewa_kernels.seeds as seeds
-from ewa_kernels.kernels import forms, parameter_pass, permutation
+from ewa_kernels.kernels import codec, forms, parameter_pass, permutation
 from ewa_kernels.kernels import moe_ffn as kernels
 from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.problem import Deal, Inputs, Options, Problem, num_kept
+from ewa_kernels.problem import SAVED, Deal, Inputs, Options, Problem, format_of_pre, format_of_x, num_kept
 
 # PyTorch takes an operation once. A package that is imported anew, as in notebooks, goes on with those that are there.
 _OPERATIONS: Any = torch.ops.ewa_kernels
@@ -139,42 +139,61 @@ checked_permutation = define(
 )
 
 
-def _problem(inputs: Inputs, is_given: bool, options: Options, save: bool, *parameter_dtype: torch.dtype) -> Problem:
+def _problem(inputs: Inputs, is_given: bool, options: Options, *parameter_dtype: torch.dtype) -> Problem:
     """Of a call by an operation, which knows the sizes on which "auto" depends."""
     if options.backend == "auto":
         options = options._replace(backend=forms.backend_for(inputs, is_given, inputs.x.dtype))
-    return Problem.of(inputs, is_given, options, save, None, *parameter_dtype)
+    return Problem.of(inputs, is_given, options, options.saved, None, *parameter_dtype)
 
 
-def _moe_ffn(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _moe_ffn(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (seed, *partition) = Inputs(*arguments[:6]), arguments[6:9]
     deal = Deal(seeds.on_host(seed), *partition)
-    activation, gated, dropout_p, save, backend = arguments[9:]
+    activation, gated, dropout_p, saved, backend = arguments[9:]
     is_given = False
     if deal.permutation is not None and deal.expert_offsets is not None:
         is_given = True
         # Not in `functional`: a compiled graph knows the values here only.
         if inputs.x.device.type == "cpu":
             checks.partition_values(deal.permutation, deal.expert_offsets, inputs.routing_weights)
-    problem = _problem(inputs, is_given, Options(activation, gated, dropout_p, backend, not save), save)
+    problem = _problem(inputs, is_given, Options(activation, gated, dropout_p, backend, saved))
     of_backend = kernels.of(problem)
     y, pre_activation, permutation = of_backend.forward(problem, of_backend.prepared(problem, inputs), deal)
-    if save and problem.num_kept > problem.num_rows and problem.backend.startswith("triton"):
-        pre_activation[problem.num_rows :].zero_()  # which Triton's forms do not use
+    if problem.save and problem.num_kept > problem.num_rows and problem.backend.startswith("triton"):
+        _clear_unused_rows(problem, pre_activation)
     # What is not kept is [0].
     pre_activation = inputs.x.new_empty(0) if pre_activation is None else pre_activation
-    return y, pre_activation, permutation if save and not is_given else permutation.new_empty(0)
+    kept_x = inputs.x.new_empty(0, dtype=torch.uint8)
+    if problem.x_format is not None:
+        kept_x = codec.encode(inputs.x, problem.x_format, problem.backend)
+    return y, pre_activation, kept_x, permutation if problem.save and not is_given else permutation.new_empty(0)
 
 
-def _moe_ffn_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, deal, save = Inputs(*arguments[:6]), Deal(*arguments[6:9]), arguments[12]
-    x, num_tokens = inputs.x, inputs.x.shape[0]
+def _clear_unused_rows(problem: Problem, pre_activation: Tensor) -> None:
+    """Of what Triton's forms keep, who have a row for each grouped row only."""
+    form, parts = problem.pre_format, [pre_activation]
+    if form is not None:
+        parts = list(pre_activation.split(form.num_bytes(problem.num_kept, problem.num_up)))
+    for part in parts:
+        part.view(problem.num_kept, -1)[problem.num_rows :].zero_()
+
+
+def _moe_ffn_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, deal, (activation, gated, _, saved, backend) = Inputs(*arguments[:6]), Deal(*arguments[6:9]), arguments[9:]
+    x, (num_experts, num_up, d_model) = inputs.x, inputs.up_weight.shape
+    num_tokens, is_dealt = x.shape[0], deal.permutation is None
     num_rows = num_tokens if deal.permutation is None else deal.permutation.shape[0]
-    kept = num_kept(arguments[13], deal.permutation is not None, num_rows, inputs.up_weight.shape[0])
+    kept, save = num_kept(backend, not is_dealt, num_rows, num_experts), SAVED[saved][1] is not None
+    x_format, pre_format = format_of_x(saved), format_of_pre(saved, activation, gated)
+    pre_activation = x.new_empty((kept, num_up) if save else 0)
+    if pre_format is not None:
+        pre_activation = x.new_empty(sum(pre_format.num_bytes(kept, num_up)), dtype=torch.uint8)
+    num_bytes = 0 if x_format is None else sum(x_format.num_bytes(num_tokens, d_model))
     return (
-        x.new_empty(num_tokens, inputs.down_weight.shape[1]),
-        x.new_empty((kept, inputs.up_weight.shape[1]) if save else 0),
-        x.new_empty(num_tokens if save and deal.permutation is None else 0, dtype=torch.int32),
+        x.new_empty(num_tokens, d_model),
+        pre_activation,
+        x.new_empty(num_bytes, dtype=torch.uint8),
+        x.new_empty(num_tokens if save and is_dealt else 0, dtype=torch.int32),
     )
 
 
@@ -182,8 +201,8 @@ def _moe_ffn_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 moe_ffn = define(
     "moe_ffn(Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, "
     "Tensor? routing_weights, Tensor? seed, Tensor? permutation, Tensor? expert_offsets, str activation, bool gated, "
-    "float dropout_p, bool save, str backend) "
-    "-> (Tensor y, Tensor pre_activation, Tensor drawn_permutation)",
+    "float dropout_p, str saved, str backend) "
+    "-> (Tensor y, Tensor pre_activation, Tensor kept_x, Tensor drawn_permutation)",
     _moe_ffn,
     _moe_ffn_fake,
 )
@@ -191,18 +210,19 @@ moe_ffn = define(
 
 def _moe_ffn_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, (seed, permutation, expert_offsets, pre_activation) = Inputs(*arguments[:6]), arguments[6:10]
-    activation, gated, dropout_p, output_mask, backend, *parameter_dtype = arguments[10:]
-    is_given, save = expert_offsets is not None, pre_activation.shape[0] > 0
-    problem = _problem(
-        inputs, is_given, Options(activation, gated, dropout_p, backend, not save), save, *parameter_dtype
-    )
+    activation, gated, dropout_p, output_mask, saved, backend, *parameter_dtype = arguments[10:]
+    is_given, x_format = expert_offsets is not None, format_of_x(saved)
+    if x_format is not None:
+        shape = grad_y.shape[0], inputs.up_weight.shape[2]
+        inputs = inputs._replace(x=codec.decode(inputs.x, shape, x_format, grad_y.dtype, backend))
+    problem = _problem(inputs, is_given, Options(activation, gated, dropout_p, backend, saved), *parameter_dtype)
     of_backend = kernels.of(problem)
     grads = of_backend.backward(
         problem,
         grad_y,
         of_backend.prepared(problem, inputs),
         Deal(seeds.on_host(seed), permutation if is_given or permutation.shape[0] > 0 else None, expert_offsets),
-        pre_activation if save else None,
+        pre_activation if problem.save else None,
         output_mask,
     )
     return tuple(
@@ -213,7 +233,8 @@ def _moe_ffn_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _moe_ffn_backward_fake(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, output_mask = Inputs(*arguments[:6]), arguments[13]
-    parameter_dtype = arguments[15] if len(arguments) > 15 else None  # what is left out is not there
+    inputs = inputs._replace(x=torch.empty_like(grad_y))  # it may be encoded
+    parameter_dtype = arguments[16] if len(arguments) > 16 else None  # what is left out is not there
     dtypes = (None, *[parameter_dtype] * 4, None)
     return tuple(
         inputs.x.new_empty(0) if t is None else t.new_empty(t.shape if needed else 0, dtype=dtype or t.dtype)
@@ -221,11 +242,11 @@ def _moe_ffn_backward_fake(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...
     )
 
 
-# parameter_dtype: of the gradients of parameters, if not theirs: they may have been cast already.
+# x: as it is kept. parameter_dtype: of the gradients of parameters, if not theirs: they may have been cast already.
 moe_ffn_backward = define(
     "moe_ffn_backward(Tensor grad_y, Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
     "Tensor? down_bias, Tensor? routing_weights, Tensor? seed, Tensor permutation, Tensor? expert_offsets, "
-    "Tensor pre_activation, str activation, bool gated, float dropout_p, bool[] output_mask, str backend, "
+    "Tensor pre_activation, str activation, bool gated, float dropout_p, bool[] output_mask, str saved, str backend, "
     "ScalarType? parameter_dtype=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _moe_ffn_backward,
@@ -236,33 +257,34 @@ moe_ffn_backward = define(
 def backward_by_operation(
     problem: Problem, grad_y: Tensor, inputs: Inputs, deal: Deal, pre_activation: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """A backend's `backward`, seen by whoever watches."""
+    """A backend's `backward`, seen by whoever watches; x as it is kept."""
     seed = None if deal.seed is None else seeds.tensor(deal.seed, inputs.x.device)
     permutation = inputs.x.new_empty(0, dtype=torch.int32) if deal.permutation is None else deal.permutation
     pre_activation = inputs.x.new_empty(0) if pre_activation is None else pre_activation
     kept = (seed, permutation, deal.expert_offsets, pre_activation)
     parameter_dtype = functools.reduce(torch.promote_types, [dtype for dtype in problem.input_dtypes[1:5] if dtype])
-    options = (problem.activation, problem.gated, problem.dropout_p, list(needed), problem.backend, parameter_dtype)
-    grads = moe_ffn_backward(grad_y, *inputs, *kept, *options)
+    options = (problem.activation, problem.gated, problem.dropout_p, list(needed))
+    grads = moe_ffn_backward(grad_y, *inputs, *kept, *options, problem.saved, problem.backend, parameter_dtype)
     return problem.gradients(grad if need else None for grad, need in zip(grads, needed, strict=True))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *operands, seed, permutation, expert_offsets, activation, gated, dropout_p, _, backend = inputs
-    _, pre_activation, drawn = output
-    ctx.mark_non_differentiable(pre_activation, drawn)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, *operands, seed, permutation, expert_offsets, activation, gated, dropout_p, saved, backend = inputs
+    _, pre_activation, kept_x, drawn = output
+    ctx.mark_non_differentiable(pre_activation, kept_x, drawn)
     ctx.set_materialize_grads(False)
     permutation = drawn if permutation is None else permutation
-    ctx.save_for_backward(*operands, seed, permutation, expert_offsets, pre_activation)
+    kept_x = x if format_of_x(saved) is None else kept_x
+    ctx.save_for_backward(kept_x, *operands, seed, permutation, expert_offsets, pre_activation)
     ctx.options = (activation, gated, dropout_p)
-    ctx.backend = backend
+    ctx.how = (saved, backend)
 
 
 def _gradients(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
         return (None,) * 14
     needed = list(ctx.needs_input_grad[:6])
-    grads = moe_ffn_backward(grad_y, *ctx.saved_tensors, *ctx.options, needed, ctx.backend)
+    grads = moe_ffn_backward(grad_y, *ctx.saved_tensors, *ctx.options, needed, *ctx.how)
     return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *itertools.repeat(None, 8))
 
 

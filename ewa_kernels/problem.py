@@ -6,12 +6,24 @@ find out again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+import ewa_kernels.codec as codec
+
+# What is kept for backward; bits of x and of pre_activation, None where there is none of the latter.
+SAVED: dict[str, tuple[int | None, int | None]] = {
+    "full": (16, 16),
+    "8bit": (8, 8),
+    "4bit": (8, 4),
+    "recompute": (16, None),
+    "recompute-8bit": (8, None),
+}
 
 # More kinds of calls than a model has. Of inputs that never have the same length twice, the oldest are forgotten.
 MAX_KEPT = 4096
@@ -74,7 +86,7 @@ class Options(NamedTuple):
     gated: bool
     dropout_p: float
     backend: str
-    recompute: bool
+    saved: str
 
 
 @dataclass(eq=False)
@@ -90,7 +102,7 @@ class Problem:
         input_dtypes: of x, the parameters and the routing weights, as autograd knows them; None for what there is none
             of. Gradients are of these.
         operand_dtypes: of the same as they come; others, where they have been cast before.
-        save: whether pre_activation and the permutation are kept for backward, which computes them again else.
+        saved: what is kept for backward, see `SAVED`; "recompute" where there is none.
         backend: that was found, or asked for.
         kept: the backend's own.
     """
@@ -108,7 +120,7 @@ class Problem:
     device: torch.device
     input_dtypes: tuple[torch.dtype | None, ...]
     operand_dtypes: tuple[torch.dtype | None, ...]
-    save: bool
+    saved: str
     backend: str
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -116,6 +128,30 @@ class Problem:
     def num_rows(self) -> int:
         """R = T·k, grouped rows."""
         return self.num_tokens * self.top_k
+
+    @property
+    def save(self) -> bool:
+        """Whether pre_activation and the permutation are kept, in whatever form; backward computes them again else."""
+        return SAVED[self.saved][1] is not None
+
+    @functools.cached_property
+    def x_format(self) -> codec.Format | None:
+        """That of x; None if it is kept as it is, or not at all."""
+        return format_of_x(self.saved)
+
+    @functools.cached_property
+    def pre_format(self) -> codec.Format | None:
+        """That of pre_activation, likewise."""
+        return format_of_pre(self.saved, self.activation, self.gated)
+
+    def new_pre_activation(self) -> Tensor | None:
+        """Memory for what is kept of it: `[num_kept, F or 2F]`, or uint8 in its format; None for nothing."""
+        if not self.save:
+            return None
+        shape, form = (self.num_kept, self.num_up), self.pre_format
+        if form is None:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(sum(form.num_bytes(*shape)), dtype=torch.uint8, device=self.device)
 
     @property
     def num_kept(self) -> int:
@@ -151,7 +187,7 @@ class Problem:
         inputs: Inputs,
         is_given: bool,
         options: Options,
-        save: bool,
+        saved: str,
         dtype: torch.dtype | None = None,
         parameter_dtype: torch.dtype | None = None,
     ) -> Problem:
@@ -159,7 +195,7 @@ class Problem:
 
         Args:
             inputs: x may be `[..., D]`.
-            options: with the backend that was found; `recompute` is not looked at.
+            options: with the backend that was found; its `saved` is not looked at.
             dtype: what is computed in, if not in x's.
             parameter_dtype: the parameters' as autograd knows them, if not their own.
         """
@@ -174,7 +210,7 @@ class Problem:
             *(x.numel() // d_model, top_k, num_experts, d_model, d_ff),
             *(options.activation, options.gated, float(options.dropout_p), is_given),
             *(x.dtype if dtype is None else dtype, x.device),
-            *(input_dtypes, operand_dtypes, save, options.backend),
+            *(input_dtypes, operand_dtypes, saved, options.backend),
         )
         return _made.get(key) or keep(_made, key, cls(*key))
 
@@ -195,7 +231,7 @@ class Problem:
         num_experts, d_out, d_in = weight.shape
         key = (
             *(num_rows, 1, num_experts, d_in, d_out, "identity", False, 0.0, True),
-            *(dtype, weight.device, input_dtypes, input_dtypes, False, backend),
+            *(dtype, weight.device, input_dtypes, input_dtypes, "recompute", backend),
         )
         return _made.get(key) or keep(_made, key, cls(*key))
 
@@ -209,6 +245,15 @@ def keep(among: dict[Any, Problem], key: Any, problem: Problem) -> Problem:
         among.pop(next(iter(among)), None)
     among[key] = problem
     return problem
+
+
+def format_of_x(saved: str) -> codec.Format | None:
+    return codec.ROWS_8BIT if SAVED[saved][0] == 8 else None
+
+
+def format_of_pre(saved: str, activation: str, gated: bool) -> codec.Format | None:
+    bits = SAVED[saved][1]
+    return None if bits in (None, 16) else codec.format_of(bits, activation, gated)
 
 
 def num_kept(backend: str, is_given: bool, num_rows: int, num_experts: int) -> int:

@@ -1,7 +1,7 @@
 """The specification: every operation in plain PyTorch, differentiable by autograd, on any device.
 
-This file is the ground truth of every parity test. It is written to be read, not to be fast, and imports
-only torch. Arguments are those of `ewa_kernels.functional`, which validates them; nothing is validated here.
+This file is the ground truth of every parity test, with `codec.py`. It is written to be read, not to be fast, and
+imports only torch. Arguments are those of `ewa_kernels.functional`, which validates them; nothing is validated here.
 
 Notation: `num_tokens` T, `d_model` D, `d_ff` F, `num_experts` E, share rate β.
 Source: "Experts Weights Averaging", arXiv 2308.06093.
@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import ewa_kernels.codec as codec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -168,6 +171,24 @@ def activate(pre_activation: Tensor, activation: str, gated: bool) -> Tensor:
     return act(gate) * value
 
 
+class _WithValue(torch.autograd.Function):
+    """A value, in place of that which the gradient is of."""
+
+    @staticmethod
+    def forward(ctx: Any, of: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _kept(rows: Tensor, form: codec.Format) -> Tensor:
+    """Rows that were encoded and decoded."""
+    decoded = codec.decode(codec.encode(rows, form), len(rows), rows.shape[1], form)
+    return decoded.clamp(-65504, 65504).half() if rows.dtype == torch.float16 else decoded.to(rows.dtype)
+
+
 def moe_ffn(
     x: Tensor,
     up_weight: Tensor,
@@ -180,6 +201,7 @@ def moe_ffn(
     gated: bool = False,
     dropout_p: float = 0.0,
     backend: str = "reference",
+    saved: str = "full",
 ) -> Tensor:
     """y[t] = down_weight[e] @ act(up_weight[e] @ x[t] + up_bias[e]) + down_bias[e], e the expert of token t.
 
@@ -200,6 +222,7 @@ def moe_ffn(
         activation=activation,
         gated=gated,
         dropout_p=dropout_p,
+        saved=saved,
     )
 
 
@@ -218,6 +241,7 @@ def grouped_ffn(
     gated: bool = False,
     dropout_p: float = 0.0,
     backend: str = "reference",
+    saved: str = "full",
 ) -> Tensor:
     """`moe_ffn` with a partition that is given. Args and Returns: see `ewa_kernels.functional.grouped_ffn`."""
     tokens = x.reshape(-1, x.shape[-1])
@@ -225,20 +249,42 @@ def grouped_ffn(
     top_k = 1 if routing_weights is None else routing_weights.shape[1]
     seed = _seed_tensor(seed, x.device)
     offsets = expert_offsets.tolist()
-    grouped = tokens[permutation // top_k]
-    outputs = []
-    for e in range(num_experts):
-        rows = slice(offsets[e], offsets[e + 1])
-        pre_activation = F.linear(grouped[rows], up_weight[e], None if up_bias is None else up_bias[e])
-        hidden = activate(pre_activation, activation, gated)
-        if dropout_p > 0:
-            row = torch.arange(rows.start, rows.stop, device=x.device)
-            hidden = hidden * dropout_scale(row, d_ff, seed, dropout_p, hidden.dtype)
-        outputs.append(F.linear(hidden, down_weight[e], None if down_bias is None else down_bias[e]))
-    y = torch.cat(outputs)[torch.argsort(permutation)]
-    if routing_weights is not None:
-        y = (y.view(-1, top_k, y.shape[-1]) * routing_weights[..., None].to(y.dtype)).sum(1)
-    return y.reshape(x.shape)
+
+    def by_expert(tokens: Tensor, kept: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs and pre-activations; if they were kept, of these."""
+        grouped, pre_activations, outputs = tokens[permutation // top_k], [], []
+        for e in range(num_experts):
+            rows = slice(offsets[e], offsets[e + 1])
+            pre_activation = F.linear(grouped[rows], up_weight[e], None if up_bias is None else up_bias[e])
+            if kept is not None:
+                pre_activation = _WithValue.apply(pre_activation, kept[e])
+            pre_activations.append(pre_activation)
+            hidden = activate(pre_activation, activation, gated)
+            if dropout_p > 0:
+                row = torch.arange(rows.start, rows.stop, device=x.device)
+                hidden = hidden * dropout_scale(row, d_ff, seed, dropout_p, hidden.dtype)
+            outputs.append(F.linear(hidden, down_weight[e], None if down_bias is None else down_bias[e]))
+        return outputs, pre_activations
+
+    def combined(outputs: list[Tensor]) -> Tensor:
+        y = torch.cat(outputs)[torch.argsort(permutation)]
+        if routing_weights is not None:
+            y = (y.view(-1, top_k, y.shape[-1]) * routing_weights[..., None].to(y.dtype)).sum(1)
+        return y
+
+    if saved in ("full", "recompute"):
+        outputs, _ = by_expert(tokens)
+        return combined(outputs).reshape(x.shape)
+    # The output is that of x, gradients are of what is kept of it.
+    with torch.no_grad():
+        exact, pre_activations = by_expert(tokens)
+        kept = None
+        if saved != "recompute-8bit":
+            form = codec.format_of(int(saved[0]), activation, gated)
+            kept = [_kept(pre_activation, form) for pre_activation in pre_activations]
+        y = combined(exact)
+    of_kept, _ = by_expert(_WithValue.apply(tokens, _kept(tokens.detach(), codec.ROWS_8BIT)), kept)
+    return _WithValue.apply(combined(of_kept), y).reshape(x.shape)
 
 
 def expert_linear(

@@ -36,7 +36,7 @@ class RoutedMoE(StackedExperts):
         loss = criterion(y) + 0.01 * layer.load_balance_loss + 0.001 * layer.z_loss
 
     Args:
-        d_model, d_ff, num_experts, activation, gated, bias, dropout, device, dtype, backend, recompute:
+        d_model, d_ff, num_experts, activation, gated, bias, dropout, device, dtype, backend, saved, recompute:
             see `RandomPartitionMoE`; bias is the experts', the router has none.
         top_k: k, 1 ≤ k ≤ E.
         renormalize: divide the k weights of a token by their sum. With k = 1 each is 1 then, and the router learns
@@ -74,6 +74,7 @@ class RoutedMoE(StackedExperts):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        saved: str = "full",
         recompute: bool = False,
     ):
         super().__init__(
@@ -87,6 +88,7 @@ class RoutedMoE(StackedExperts):
             device=device,
             dtype=dtype,
             backend=backend,
+            saved=saved,
             recompute=recompute,
         )
         checks.integer("top_k", top_k, minimum=1, below=num_experts + 1)
@@ -140,7 +142,7 @@ class RoutedMoE(StackedExperts):
             gated=self.gated,
             dropout_p=dropout_p,
             backend=self.backend,
-            recompute=self.recompute,
+            saved=self.saved,
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -40,7 +40,9 @@ class LastRows(Layer):
 def layer(x, permutation):
     dtypes = (torch.float16,) * 5 + (None,)
     kind = (torch.float16, torch.device("cpu"), dtypes, dtypes)
-    problem = Problem(len(x), 1, 1, WIDTH, WIDTH, "silu", False, 0.0, True, *kind, save=True, backend="triton-single")
+    problem = Problem(
+        len(x), 1, 1, WIDTH, WIDTH, "silu", False, 0.0, True, *kind, saved="full", backend="triton-single"
+    )
     problem.kept["num_programs"] = 1  # so that no sum is split
     return LastRows(problem, Inputs(x, *OPERANDS, None), Deal(None, permutation, torch.zeros(2, dtype=torch.int32)))
 
@@ -68,7 +70,7 @@ def run(first_row, last_rows):
     results.append(y[first_row:].clone())
     # The passes between a library's products, the product being what pre_activation holds.
     results += [t[first_row:].clone() for t in cublas.gather(layer(x, permutation), True, grad_y)]
-    results.append(cublas.activate(layer(x, permutation), pre_activation)[first_row:].clone())
+    results.append(cublas.activate(layer(x, permutation), pre_activation, None)[first_row:].clone())
     cublas.activate_backward(layer(x, permutation), grad_x, pre_activation, hidden, None, None)
     cublas.scatter(layer(x, permutation), hidden, y, bias)
     results += [t[first_row:].clone() for t in (grad_x, hidden, y)]

@@ -63,8 +63,8 @@ def check(backend, num_launches, seeds, dropout_p=0.0):
         routing_weights, choices = ewa.functional.route(torch.randn(50, 2), 2)
         given = ewa.functional.partition_by_expert(choices, 2)
     inputs = Inputs(x, *weights, routing_weights)
-    how = Options("gelu", False, dropout_p, backend.removesuffix(" routed"), False)
-    problem = Problem.of(inputs, given[0] is not None, how, save=True)
+    how = Options("gelu", False, dropout_p, backend.removesuffix(" routed"), "full")
+    problem = Problem.of(inputs, given[0] is not None, how, saved="full")
     for seed in seeds:
         _, pre_activation, permutation = moe_ffn.forward(problem, inputs, Deal(seed, *given))
         deal = Deal(seed, permutation, given[1])

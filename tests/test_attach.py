@@ -1,5 +1,6 @@
 """`ExpertAverager.attach`: averaging after each step of any optimizer."""
 
+import copy
 import functools
 import gc
 from collections import OrderedDict
@@ -128,6 +129,21 @@ class TestAttach:
                 backward(model)
                 optimizer.step()
                 assert averager.num_steps == step + 1
+
+    def test_the_steps_are_in_a_wrappers_state_dict(self):
+        """timm's gives and loads what the optimizer inside it has, and no hook of the wrapper runs."""
+        saved = None
+        for expected in (3, 6):
+            model = make_model()
+            optimizer, averager = Lookahead(torch.optim.AdamW(model.parameters())), ewa.ExpertAverager(model, 0.3)
+            averager.attach(optimizer)
+            if saved is not None:
+                optimizer.load_state_dict(saved)
+            for _ in range(3):
+                backward(model)
+                optimizer.step()
+            assert averager.num_steps == expected
+            saved = copy.deepcopy(optimizer.state_dict())
 
     def test_an_optimizer_that_is_driven_by_other_methods(self):
         """SAM: attached to the optimizer which it steps."""

@@ -205,7 +205,7 @@ def test_permutation_is_the_specified_one(num_tokens, seed):
 @pytest.mark.parametrize("form", FORMS)
 def test_permutation_saved_by_the_forward(form):
     x, weights = tokens(77, 16, dtype=dtype_for(form)), parameters(2, 16, 16, dtype=dtype_for(form))
-    *_, drawn = ops.moe_ffn(x, *weights, None, torch.tensor(9), None, None, "gelu", False, 0.0, True, form)
+    *_, drawn = ops.moe_ffn(x, *weights, None, torch.tensor(9), None, None, "gelu", False, 0.0, "full", form)
     assert torch.equal(drawn.cpu(), ewa.reference.random_permutation(77, 9))
 
 

@@ -127,7 +127,7 @@ def test_launches_overlap_only_where_no_multiprocessor_is_left_free(margin, call
     monkeypatch.setattr(on_host, "hopper_gather", lambda layer, of_call, *args: seen.append(of_call[-3::2]))
     problem = Problem.of(
         Inputs(tokens(5, 8), *random_ffn(2, 8, 8, dtype=torch.bfloat16), None), False,
-        Options("gelu", False, 0.0, "hopper", False), False,
+        Options("gelu", False, 0.0, "hopper", "full"), False,
     )  # fmt: skip
     ewa.set_sm_margin(margin)
     try:

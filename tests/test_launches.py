@@ -85,7 +85,7 @@ class TestBadPartition:
         given = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
         routing_weights, options = walled(70, 1), ("silu", False, 0.0)
         inputs, deal = Inputs(x, *weights, routing_weights), Deal(None, permutation, given)
-        problem = Problem.of(inputs, True, Options(*options, form, False), save=True)
+        problem = Problem.of(inputs, True, Options(*options, form, "full"), saved="full")
         y, pre, _ = moe_ffn.forward(problem, inputs, deal)
         grads = moe_ffn.backward(problem, grad_y, inputs, deal, pre, [True] * 6)
         assert pre.isfinite().all()
@@ -102,7 +102,7 @@ class TestBadPartition:
         x, weights = tokens(4, 16), parameters(2, 16, 24)
         permutation, offsets = torch.tensor([0, 1, 2, 4]).int(), torch.tensor([0, 2, 4]).int()
         inputs = Inputs(x, *weights, None)
-        problem = Problem.of(inputs, True, Options("gelu", False, 0.0, "triton-single", False), save=False)
+        problem = Problem.of(inputs, True, Options("gelu", False, 0.0, "triton-single", "full"), saved="recompute")
         with pytest.raises(Exception, match="permutation must hold"):
             moe_ffn.forward(problem, inputs, Deal(None, permutation, offsets))
 

@@ -31,23 +31,26 @@ def opcheck(operation, arguments):
 
 
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
-@pytest.mark.parametrize("save", [True, False], ids=["save", "recompute"])
+@pytest.mark.parametrize("saved", ["full", "4bit", "recompute"])
 @pytest.mark.parametrize("options", [{}, {"gated": True}, {"bias": False}, {"dropout_p": 0.5}], ids=str)
-def test_opcheck_moe_ffn(options, save, backend):
-    opcheck(ops.moe_ffn, (*ffn_arguments(**options), save, backend))
-    opcheck(ops.moe_ffn, (*ffn_arguments(requires_grad=False, **options), save, backend))
+def test_opcheck_moe_ffn(options, saved, backend):
+    opcheck(ops.moe_ffn, (*ffn_arguments(**options), saved, backend))
+    opcheck(ops.moe_ffn, (*ffn_arguments(requires_grad=False, **options), saved, backend))
 
 
 @pytest.mark.parametrize("backend", ["triton-single", "triton-onchip", "cublas", "auto"])
 def test_opcheck_moe_ffn_triton(backend):
     """Once each: the interpreter takes its time. 21 tokens and 4 experts: pre_activation has 24 rows."""
-    opcheck(ops.moe_ffn, (*ffn_arguments(gated=True, dropout_p=0.5), backend != "triton-onchip", backend))
+    opcheck(
+        ops.moe_ffn,
+        (*ffn_arguments(gated=True, dropout_p=0.5), "4bit" if backend == "triton-single" else "full", backend),
+    )
 
 
-@pytest.mark.parametrize("save", [True, False], ids=["save", "recompute"])
+@pytest.mark.parametrize("saved", ["full", "8bit", "recompute-8bit"])
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
-def test_opcheck_given_partition(save, backend):
-    opcheck(ops.moe_ffn, (*given_partition(), save, backend))
+def test_opcheck_given_partition(saved, backend):
+    opcheck(ops.moe_ffn, (*given_partition(), saved, backend))
 
 
 def given_partition(requires_grad=True):
@@ -58,31 +61,32 @@ def given_partition(requires_grad=True):
 
 
 @pytest.mark.parametrize("mask", [[True] * 6, [True] + [False] * 5, [False] * 4 + [True, False], [False] * 5 + [True]])
-@pytest.mark.parametrize("save", [True, False], ids=["save", "recompute"])
+@pytest.mark.parametrize("saved", ["full", "8bit", "recompute-8bit"])
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
-def test_opcheck_moe_ffn_backward(mask, save, backend):
-    check_backward(given_partition(requires_grad=False), mask, save, backend)
+def test_opcheck_moe_ffn_backward(mask, saved, backend):
+    check_backward(given_partition(requires_grad=False), mask, saved, backend)
     if not mask[-1]:
-        check_backward(ffn_arguments(requires_grad=False), mask, save, backend)
+        check_backward(ffn_arguments(requires_grad=False), mask, saved, backend)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cublas"])
 def test_opcheck_moe_ffn_backward_triton(backend):
-    check_backward(ffn_arguments(requires_grad=False), [True] * 5 + [False], True, backend)
+    check_backward(ffn_arguments(requires_grad=False), [True] * 5 + [False], "full", backend)
 
 
 def test_opcheck_moe_ffn_backward_triton_given():
-    check_backward(given_partition(requires_grad=False), [True] * 6, False, "triton")
+    check_backward(given_partition(requires_grad=False), [True] * 6, "4bit", "triton")
 
 
-def check_backward(arguments, mask, save, backend):
-    y, pre_activation, permutation = ops.moe_ffn(*arguments, save, backend)
-    *operands, seed, given, offsets, activation, gated, dropout_p = arguments
+def check_backward(arguments, mask, saved, backend):
+    y, pre_activation, kept_x, permutation = ops.moe_ffn(*arguments, saved, backend)
+    x, *operands, seed, given, offsets, activation, gated, dropout_p = arguments
     permutation = permutation if given is None else given
-    saved = (*operands, seed, permutation, offsets, pre_activation)
+    kept_x = x if kept_x.numel() == 0 else kept_x
+    kept = (kept_x, *operands, seed, permutation, offsets, pre_activation)
     for dtype in (None, torch.float32):
-        options = (activation, gated, dropout_p, mask, backend, dtype)
-        opcheck(ops.moe_ffn_backward, (torch.randn_like(y), *saved, *options))
+        options = (activation, gated, dropout_p, mask, saved, backend, dtype)
+        opcheck(ops.moe_ffn_backward, (torch.randn_like(y), *kept, *options))
 
 
 def test_opcheck_the_others():
@@ -131,12 +135,12 @@ def test_gradcheck(activation, gated, dropout_p):
 
 @pytest.mark.parametrize("backend", ["cpp", "torch", "triton-single"])
 def test_recomputed_pre_activation_gives_the_same_gradients(backend):
-    def grads(save):
+    def grads(saved):
         arguments = ffn_arguments(gated=True, dropout_p=0.3)
-        ops.moe_ffn(*arguments, save, backend)[0].square().sum().backward()
+        ops.moe_ffn(*arguments, saved, backend)[0].square().sum().backward()
         return [t.grad for t in arguments[:5]]
 
-    for saved, recomputed in zip(grads(True), grads(False), strict=True):
+    for saved, recomputed in zip(grads("full"), grads("recompute"), strict=True):
         torch.testing.assert_close(saved, recomputed, rtol=1e-6, atol=1e-6)
 
 
@@ -154,7 +158,7 @@ def test_what_is_saved_for_backward():
 
 def test_nothing_is_saved_without_grad():
     with torch.no_grad():
-        assert ops.moe_ffn(*ffn_arguments(), False, "torch")[1].numel() == 0
+        assert ops.moe_ffn(*ffn_arguments(), "recompute", "torch")[1].numel() == 0
 
 
 def test_second_derivative_raises():

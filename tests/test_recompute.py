@@ -49,10 +49,10 @@ def test_a_seed_that_changes_before_backward():
     """As one on a GPU may: it would be another deal there, and another dropout."""
     x, seed = torch.randn(20, 8, requires_grad=True), torch.tensor(3)
     layer = ewa.RandomPartitionMoE(8, 12, 4, dropout=0.5)
-    inputs, options = Inputs(x, *layer.experts, None), Options("gelu", False, 0.5, "torch", True)
+    inputs, options = Inputs(x, *layer.experts, None), Options("gelu", False, 0.5, "torch", "recompute")
     results = []
     for given in (3, seed):
-        y = calls._apply(Problem.of(inputs, False, options, save=False), Deal(given), *inputs)
+        y = calls._apply(Problem.of(inputs, False, options, saved="recompute"), Deal(given), *inputs)
         results.append(torch.autograd.grad(y.sum(), x, retain_graph=True)[0])
     assert torch.equal(*results)
     seed.fill_(4)

@@ -9,7 +9,6 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import torch
 import torch.multiprocessing
-from timm.optim import Lookahead
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -205,19 +204,6 @@ class TestStepsInTheOptimizersState:
         set_optimizer_state_dict(*resumed[:2], saved, options=options)
         train(*resumed[:2], 1)
         assert resumed[2].num_steps == 6
-
-    def test_of_a_wrapper(self):
-        """timm's gives and loads what the optimizer inside it has, and no hook of the wrapper runs."""
-        saved = None
-        for expected in (3, 6):
-            model = make()[0]
-            optimizer, averager = Lookahead(torch.optim.AdamW(model.parameters())), ewa.ExpertAverager(model, SCHEDULE)
-            averager.attach(optimizer)
-            if saved is not None:
-                optimizer.load_state_dict(saved)
-            train(model, optimizer, 3)
-            assert averager.num_steps == expected
-            saved = saved_and_loaded(optimizer.state_dict())
 
     def test_two_averagers(self):
         first, (_, experts, down) = make_model(), make_model(seed=1)

@@ -109,6 +109,17 @@ Outer LayerPass::outer(const RowBlock& block, int64_t m, int64_t n, Tokens left,
     return {Groups(block.counts), m, n, left, right, layer_.bfloat16, threads_};
 }
 
+Kept LayerPass::kept(const RowBlock& block, const Inputs& inputs) const {
+    Kept all{tokens(inputs.pre_activation)};
+    if (layer_.format != nullptr && inputs.pre_activation != nullptr) {
+        all.format = layer_.format.get();
+        all.codes = static_cast<uint8_t*>(inputs.pre_activation);
+        all.scales = all.from(layer_.num_rows(), layer_.num_up()).codes;
+        all.matrix.at = nullptr;
+    }
+    return all.from(block.saved, layer_.num_up());
+}
+
 void LayerPass::forward(const Inputs& inputs, bool deal, void* y, char* start) const {
     const Memory memory(*this, start);
     if (deal) random_permutation(layer_.num_tokens, inputs.seed, inputs.permutation);
@@ -118,12 +129,10 @@ void LayerPass::forward(const Inputs& inputs, bool deal, void* y, char* start) c
     for (const RowBlock& block : blocks_) {
         memory.look_up(*this, block, inputs);
         const Matrix hidden = scratch(memory.hidden);
-        Matrix pre = tokens(nullptr);
-        if (inputs.pre_activation != nullptr)
-            pre.at = const_cast<char*>(tokens(inputs.pre_activation).element(block.saved * num_up));
+        const Kept pre = kept(block, inputs);
         multiply(times(block, d_model, num_up, {tokens(inputs.x), memory.tokens, nullptr},
                        {inputs.up_weight, layer_.up_weight}, true),
-                 memory.workspace, pre.type == Type::float32 ? static_cast<float*>(pre.at) : nullptr,
+                 memory.workspace, pre.matrix.type == Type::float32 ? static_cast<float*>(pre.matrix.at) : nullptr,
                  activate_rows(layer_.activation, rows_of(block, inputs, memory), up_bias, pre, hidden));
         multiply(times(block, d_ff, d_model, {hidden, nullptr, nullptr},
                        {inputs.down_weight, layer_.down_weight}, true),
@@ -149,13 +158,11 @@ void LayerPass::backward(const Inputs& inputs, const void* grad_y, const Gradien
         const Tokens x{tokens(inputs.x), memory.tokens, nullptr};
         const Block rows = rows_of(block, inputs, memory);
         if (need_pre || need_down_weight) {
-            Matrix pre = scratch(memory.pre);
-            if (inputs.pre_activation != nullptr) {
-                pre = tokens(inputs.pre_activation);
-                pre.at = const_cast<char*>(pre.element(block.saved * num_up));
-            } else {
+            Kept pre = kept(block, inputs);
+            if (!pre.is_there()) {
+                pre = {scratch(memory.pre)};
                 multiply(times(block, d_model, num_up, x, up_weight, true), memory.workspace,
-                         pre.type == Type::float32 ? static_cast<float*>(pre.at) : nullptr,
+                         pre.matrix.type == Type::float32 ? static_cast<float*>(pre.matrix.at) : nullptr,
                          activate_rows(layer_.activation, rows, up_bias, pre, {nullptr, Type::float32}));
             }
             if (need_pre) {
@@ -168,7 +175,12 @@ void LayerPass::backward(const Inputs& inputs, const void* grad_y, const Gradien
                     gradients.routing_weights[memory.choices[i]] =
                         grad_factor[i] + (of_bias == nullptr ? 0 : of_bias[memory.rows[i]]);
             } else {
-                activate(layer_.activation, rows, nullptr, pre, {nullptr, Type::float32}, hidden);
+                if (pre.format != nullptr) {
+                    const Matrix decoded = scratch(memory.pre);
+                    decode_rows(pre, block.rows, num_up, decoded);
+                    pre = {decoded};
+                }
+                activate(layer_.activation, rows, nullptr, pre.matrix, {nullptr, Type::float32}, hidden);
             }
         }
         if (need_down_weight || gradients.down_bias != nullptr) {

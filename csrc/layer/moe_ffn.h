@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "products.h"
@@ -21,6 +22,7 @@ struct Layer {
     Type tokens;    // of x, y, what is kept, and their gradients
     bool bfloat16;  // what is multiplied is rounded to; else float32. Hidden and its gradient are kept so too
     Type up_weight, up_bias, down_weight, down_bias;
+    std::shared_ptr<const Format> format;  // of pre-activations that are kept; null: as they are
 
     int64_t num_rows() const { return num_tokens * top_k; }
     int64_t num_up() const { return gated ? 2 * d_ff : d_ff; }
@@ -38,7 +40,7 @@ struct Inputs {
     const float* routing_weights;  // [R], by choice
     uint64_t seed;
     int32_t* permutation;  // [R]
-    void* pre_activation;  // [R, up's columns], in the order of blocks
+    void* pre_activation;  // [R, up's columns], in the order of blocks; in a format all codes, and then all scales
 };
 
 // Where gradients go. Those of weights may have a type of 16 bits if there is a single block; biases' are float32.
@@ -86,6 +88,8 @@ private:
                        bool transposed) const;
     Outer outer(const RowBlock& block, int64_t m, int64_t n, Tokens left, Tokens right) const;
     Matrix scratch(void* at) const { return {at, layer_.bfloat16 ? Type::bfloat16 : Type::float32}; }
+    // pre_activation of a block: what is kept of it, or nothing.
+    Kept kept(const RowBlock& block, const Inputs& inputs) const;
     Matrix tokens(const void* at) const { return {const_cast<void*>(at), layer_.tokens}; }
 
     Layer layer_;

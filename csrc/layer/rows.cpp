@@ -41,6 +41,14 @@ EWA_CLONES void narrow_row(Type type, int64_t n, const float* __restrict__ from,
     }
 }
 
+EWA_CLONES void saturate_row(int64_t n, float* row) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+        const float nearest = std::min(std::max(row[j], -65504.0f), 65504.0f);
+        row[j] = std::fabs(row[j]) < INFINITY ? nearest : row[j];
+    }
+}
+
 namespace {
 
 // In an order that depends on the processor's vectors alone.
@@ -49,15 +57,6 @@ EWA_CLONES float dot_row(int64_t n, const float* a, const float* b) {
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; ++j) sum += a[j] * b[j];
     return sum;
-}
-
-// What is finite stays so in float16, which ends at 65,504.
-EWA_CLONES void saturate_row(int64_t n, float* row) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-        const float nearest = std::min(std::max(row[j], -65504.0f), 65504.0f);
-        row[j] = std::fabs(row[j]) < INFINITY ? nearest : row[j];
-    }
 }
 
 template <class T>
@@ -251,28 +250,33 @@ Rows rows_of(Activation activation, Type hidden) {
 
 }  // namespace
 
-RowFunction activate_rows(Activation activation, const Block& block, const float* bias, Matrix pre, Matrix hidden) {
+RowFunction activate_rows(Activation activation, const Block& block, const float* bias, Kept pre, Matrix hidden) {
     const auto forward = rows_of(activation, hidden.type).forward;
     const Dropout dropout(block);
     return [=](int64_t e, int64_t i, Matrix product, int64_t row) {
-        const bool in_place = pre.element(i * block.columns()) == product.element(row * block.columns());
+        const bool in_place = pre.matrix.at != nullptr &&
+                              pre.matrix.element(i * block.columns()) == product.element(row * block.columns());
         Chunk gate, value, scale, out;
         const float* of_expert = bias == nullptr ? nullptr : bias + e * block.columns();
         for (int64_t j = 0; j < block.d_ff; j += chunk_columns) {
             const int64_t n = std::min(chunk_columns, block.d_ff - j);
-            const auto pre_activation = [&](Chunk& chunk, int64_t column) {
+            const auto pre_activation = [&](Chunk& chunk, int64_t part) {
+                const int64_t column = part * block.d_ff + j;
                 const float* products = chunk.read(product, row * block.columns() + column, n);
-                if (of_expert == nullptr && (in_place || pre.at == nullptr)) return products;
+                if (of_expert == nullptr && (in_place || !pre.is_there())) return products;
                 const int64_t at = i * block.columns() + column;
-                float* to = chunk.room(pre, at);
+                float* to = chunk.room(pre.matrix, at);
                 affine_row(n, products, of_expert == nullptr ? nullptr : of_expert + column, 1.0f, to);
                 // Backward would find an infinity where forward had none.
-                if (pre.type == Type::float16) saturate_row(n, to);
-                chunk.write(pre, at, n);
+                if (pre.matrix.type == Type::float16) saturate_row(n, to);
+                if (pre.format != nullptr)
+                    encode(pre, i, block.columns(), part, j, n, to);
+                else
+                    chunk.write(pre.matrix, at, n);
                 return const_cast<const float*>(to);
             };
-            const float* gates = pre_activation(gate, j);
-            const float* values = block.gated ? pre_activation(value, block.d_ff + j) : nullptr;
+            const float* gates = pre_activation(gate, 0);
+            const float* values = block.gated ? pre_activation(value, 1) : nullptr;
             if (hidden.at == nullptr) continue;
             forward(n, gates, values, dropout.scale(i, j, n, scale), out.room(hidden, i * block.d_ff + j));
             out.write(hidden, i * block.d_ff + j, n);
@@ -281,12 +285,12 @@ RowFunction activate_rows(Activation activation, const Block& block, const float
 }
 
 void activate(Activation activation, const Block& block, const float* bias, Matrix product, Matrix pre, Matrix hidden) {
-    const RowFunction row = activate_rows(activation, block, bias, pre, hidden);
+    const RowFunction row = activate_rows(activation, block, bias, {pre}, hidden);
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < block.n; ++i) row(i / block.rows_per_expert, i, product, i);
 }
 
-RowFunction activate_backward_rows(Activation activation, const Block& block, Matrix pre, const float* factor,
+RowFunction activate_backward_rows(Activation activation, const Block& block, Kept pre, const float* factor,
                                    Matrix grad_pre, Matrix hidden, float* grad_factor) {
     const auto backward = rows_of(activation, hidden.type).backward;
     const Dropout dropout(block);
@@ -296,15 +300,21 @@ RowFunction activate_backward_rows(Activation activation, const Block& block, Ma
         for (int64_t j = 0; j < block.d_ff; j += chunk_columns) {
             const int64_t n = std::min(chunk_columns, block.d_ff - j), at = i * block.d_ff + j;
             const int64_t gate_at = i * block.columns() + j, value_at = gate_at + block.d_ff;
+            const auto pre_activation = [&](Chunk& chunk, int64_t part) {
+                if (pre.format == nullptr) return chunk.read(pre.matrix, gate_at + part * block.d_ff, n);
+                decode(pre, i, block.columns(), part, j, n, chunk.memory);
+                if (pre.matrix.type == Type::float16) saturate_row(n, chunk.memory);
+                return const_cast<const float*>(chunk.memory);
+            };
             BackwardRow of{};
             of.factor = factor == nullptr ? 1.0f : factor[i];
-            of.gate = gate.read(pre, gate_at, n);
+            of.gate = pre_activation(gate, 0);
             of.grad_hidden = upstream.read(grad_hidden, row * block.d_ff + j, n);
             of.scale = dropout.scale(i, j, n, scale);
             of.grad_gate = grad_gate.room(grad_pre, gate_at);
             of.hidden = out.room(hidden, at);
             if (block.gated) {
-                of.value = value.read(pre, value_at, n);
+                of.value = pre_activation(value, 1);
                 of.grad_value = grad_value.room(grad_pre, value_at);
             }
             backward(n, of);
@@ -319,7 +329,7 @@ RowFunction activate_backward_rows(Activation activation, const Block& block, Ma
 
 void activate_backward(Activation activation, const Block& block, Matrix pre, Matrix grad_hidden, const float* factor,
                        Matrix grad_pre, Matrix hidden, float* grad_factor) {
-    const RowFunction row = activate_backward_rows(activation, block, pre, factor, grad_pre, hidden, grad_factor);
+    const RowFunction row = activate_backward_rows(activation, block, {pre}, factor, grad_pre, hidden, grad_factor);
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < block.n; ++i) row(i / block.rows_per_expert, i, grad_hidden, i);
 }

@@ -7,27 +7,16 @@
 #include <cstdint>
 #include <functional>
 
-#include "elements.h"
+#include "codec.h"
+#include "matrix.h"
 
 namespace ewa {
 
 enum class Activation { gelu, gelu_tanh, quick_gelu, relu, relu2, silu, identity };
 
-// Rows of a type, which may be another one than that of the next matrix: not float64.
-struct Matrix {
-    void* at;
-    Type type;
-
-    int64_t element_size() const { return type == Type::float32 ? sizeof(float) : sizeof(uint16_t); }
-    const char* element(int64_t i) const { return static_cast<const char*>(at) + i * element_size(); }
-};
-
 // What is done to row `row` of a matrix, which is row i of a block, and expert e's. Called by several threads at a time.
 using RowFunction = std::function<void(int64_t e, int64_t i, Matrix matrix, int64_t row)>;
 
-// To float32 from 16 bits, and back.
-void widen_row(Type type, int64_t n, const uint16_t* from, float* to);
-void narrow_row(Type type, int64_t n, const float* from, uint16_t* to);
 // to = (from + bias) * factor; bias may be null, `to` may be `from`.
 void affine_row(int64_t n, const float* from, const float* bias, float factor, float* to);
 
@@ -60,13 +49,13 @@ struct Block {
 // pre = product + bias[expert]; hidden = dropout(act(pre)), or of act(gate) * value. bias [experts, columns] or null; pre
 // may be null, or product itself; hidden may be null.
 void activate(Activation activation, const Block& block, const float* bias, Matrix product, Matrix pre, Matrix hidden);
-RowFunction activate_rows(Activation activation, const Block& block, const float* bias, Matrix pre, Matrix hidden);
+RowFunction activate_rows(Activation activation, const Block& block, const float* bias, Kept pre, Matrix hidden);
 
 // From grad_hidden [n, d_ff], times factor [n] if that is not null: grad_pre, which with neither a factor nor a gate may
 // be grad_hidden itself, hidden once more, and if it is not null, grad_factor [n] = grad_hidden · hidden, row by row.
 void activate_backward(Activation activation, const Block& block, Matrix pre, Matrix grad_hidden, const float* factor,
                        Matrix grad_pre, Matrix hidden, float* grad_factor);
-RowFunction activate_backward_rows(Activation activation, const Block& block, Matrix pre, const float* factor,
+RowFunction activate_backward_rows(Activation activation, const Block& block, Kept pre, const float* factor,
                                    Matrix grad_pre, Matrix hidden, float* grad_factor);
 
 }  // namespace ewa

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
+from torch import Tensor
 
 from ewa_kernels.kernels import extension
 
 if extension.WHY_NOT is None:
     import ewa_kernels._C as _C
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """In which kernels are launched where the tensor is."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _NOTHING
 
 
 def too_old(device: torch.device) -> str | None:

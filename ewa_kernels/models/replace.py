@@ -20,6 +20,7 @@ from ewa_kernels.models.layout import copy_with_parameters, swap_modules_
 from ewa_kernels.models.pairs import Deal, PairedExperts
 from ewa_kernels.models.replaced import ReplacedFFN
 from ewa_kernels.modules import RandomPartitionMoE
+from ewa_kernels.problem import SAVED
 
 INITS = ("copy", "independent")
 
@@ -59,6 +60,7 @@ def replace_ffn_(
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     init: str = "copy",
     backend: str = "auto",
+    saved: str = "full",
 ) -> ReplacementReport:
     """Replaces FFNs of a model by random-partition experts, in place.
 
@@ -81,6 +83,7 @@ def replace_ffn_(
             "independent": expert 0 is the FFN, the others are drawn afresh by the module's `reset_parameters`
             if it has one, else by those of its nn.Linear modules.
         backend: see `ewa_kernels.functional.moe_ffn`; a pair takes "auto" where it does not have the backend.
+        saved: see there. What is between the two linear layers of a pair is kept by its block, as without experts.
 
     Returns:
         What was replaced, and what was not, and why. Warns if nothing was replaced.
@@ -92,6 +95,7 @@ def replace_ffn_(
     checks.size("num_experts", num_experts)
     checks.choice("init", init, INITS)
     checks.choice("backend", backend, backends.BACKENDS)
+    checks.choice("saved", saved, SAVED)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be a callable (name, module) -> bool, got {type(filter_fn).__name__}")
     sites = find_ffns(model)
@@ -102,6 +106,8 @@ def replace_ffn_(
         chosen = [] if replaced_in(model) else replaceable[1::2]
     for layer in stand_in_(model, [(site, num_experts) for site in chosen], init, backend):
         layer.release()
+        if isinstance(layer, ReplacedFFN):
+            layer.saved = saved
     report = ReplacementReport(
         replaced=tuple(site.name for site in chosen),
         kept=tuple(site.name for site in replaceable if site not in chosen),

@@ -21,6 +21,7 @@ from ewa_kernels.models.layout import FFNLayout, has_forward_of_its_own, swap_mo
 from ewa_kernels.models.replace import ReplacementReport
 from ewa_kernels.models.stacked import TENSORS, ExpertStack, MeanExpert, Origin
 from ewa_kernels.modules import StackedExperts
+from ewa_kernels.problem import SAVED
 
 _SHARDED = "model must not be sharded, whose other layers gather their parameters as they were"
 
@@ -35,7 +36,12 @@ class ExpertsReport(ReplacementReport):
 
 
 def replace_moe_(
-    model: nn.Module, to: str, *, filter_fn: Callable[[str, nn.Module], bool] | None = None, backend: str = "auto"
+    model: nn.Module,
+    to: str,
+    *,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    backend: str = "auto",
+    saved: str = "full",
 ) -> ExpertsReport:
     """Lets the experts of a model's MoE layers go through the kernels, in place.
 
@@ -61,7 +67,7 @@ def replace_moe_(
         model: any module; `ewa_kernels.find_experts` tells what is known in it.
         to: "random_partition" or "routed". A model may go from one to the other, by another call.
         filter_fn: which of the replaceable experts, by their name and module; by default all.
-        backend: see `ewa_kernels.functional.moe_ffn`.
+        backend, saved: see `ewa_kernels.functional.moe_ffn`.
 
     Returns:
         What was replaced, and what was not, and why. Warns if nothing was replaced.
@@ -72,6 +78,7 @@ def replace_moe_(
     """
     checks.choice("to", to, sorted(stacked.IMPLEMENTATIONS))
     checks.choice("backend", backend, backends.BACKENDS)
+    checks.choice("saved", saved, SAVED)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be a callable (name, module) -> bool, got {type(filter_fn).__name__}")
     prepared: dict[str, tuple[nn.Module, Callable[[], Callable[[], None]]]] = {}
@@ -79,7 +86,10 @@ def replace_moe_(
     verdicts: dict[Hashable, Verdict] = {}
     for site in find_experts(model):
         try:
-            prepared[site.name] = site.module, _replacement(model, site, to, backend, verdicts)
+            prepared[site.name] = (
+                site.module,
+                _replacement(model, site, to, {"backend": backend, "saved": saved}, verdicts),
+            )
         except NotExpertsError as error:
             skipped[site.name] = str(error)
     chosen = [name for name, (module, _) in prepared.items() if filter_fn is None or filter_fn(name, module)]
@@ -162,7 +172,7 @@ def restore_moe_(model: nn.Module) -> nn.Module:
 
 
 def _replacement(
-    model: nn.Module, site: ExpertsSite, to: str, backend: str, verdicts: dict[Hashable, Verdict]
+    model: nn.Module, site: ExpertsSite, to: str, how: dict[str, str], verdicts: dict[Hashable, Verdict]
 ) -> Callable[[], Callable[[], None]]:
     """What prepares the replacement, and gives what makes it and cannot fail.
 
@@ -174,13 +184,13 @@ def _replacement(
     if site.skip_reason is not None:
         raise NotExpertsError(site.skip_reason)
     if isinstance(module, ExpertStack):
-        return lambda: lambda: vars(module).update(routed=to == "routed", backend=backend)
+        return lambda: lambda: vars(module).update(routed=to == "routed", **how)
     if stacked.is_stacked(module):
         _check_forward(module)
         if (reason := stacked.formula_of(module).reason) is not None:
             raise NotExpertsError(reason)
         stacked.register_implementations()
-        return lambda: lambda: stacked.switch_(module, to, backend)
+        return lambda: lambda: stacked.switch_(module, to, how)
     if isinstance(module, StackedExperts) or (site.adapter is not None and site.adapter.stacked):
         raise NotExpertsError(f"is a {site.kind}, whose forward is its own")
     if site.adapter is None or site.adapter.router is None:
@@ -210,7 +220,7 @@ def _replacement(
         raise NotExpertsError("has experts, or projections side by side, of which a part is frozen")
 
     def prepare() -> Callable[[], None]:
-        stack = _stack(module, layout, flags, routed=to == "routed", backend=backend)
+        stack = _stack(module, layout, flags, routed=to == "routed", how=how)
         forward = BlockForward(block, formula)
 
         def change() -> None:
@@ -262,7 +272,7 @@ def _key(block: nn.Module) -> Hashable:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _stack(
-    members: nn.Module, layout: FFNLayout, trained: Mapping[str, Tensor], *, routed: bool, backend: str
+    members: nn.Module, layout: FFNLayout, trained: Mapping[str, Tensor], *, routed: bool, how: Mapping[str, str]
 ) -> ExpertStack:
     origin, named = Origin(members, layout), dict(members.named_parameters())
     tensors = {name: nn.Parameter(t, bool(trained[name].all())) for name, t in origin.gather(named).items()}
@@ -270,4 +280,4 @@ def _stack(
         grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
         for name, grad in origin.gather(grads).items():
             tensors[name].grad = grad if tensors[name].requires_grad else None
-    return ExpertStack(origin, tensors, routed=routed, backend=backend)
+    return ExpertStack(origin, tensors, routed=routed, how=how)

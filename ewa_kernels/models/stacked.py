@@ -136,8 +136,8 @@ def random_partition_forward(module: Any, x: Tensor, choices: Tensor, routing_we
 
 
 def _options(module: Any, formula: Formula) -> dict[str, Any]:
-    backend = module._ewa_switched.backend if hasattr(module, "_ewa_switched") else "auto"
-    return {"activation": formula.activation, "gated": formula.gated, "backend": backend}
+    how = module._ewa_switched.how if hasattr(module, "_ewa_switched") else {}
+    return {"activation": formula.activation, "gated": formula.gated, **how}
 
 
 def register_implementations() -> None:
@@ -150,18 +150,19 @@ def register_implementations() -> None:
 class Switched:
     """As an attribute of one module of experts: its own config, in place of which it has a copy with our setting."""
 
-    def __init__(self, config: Any, backend: str):
-        self.config, self.backend = config, backend
+    def __init__(self, config: Any, how: Mapping[str, str]):
+        """`how`: the options backend and saved of the functions."""
+        self.config, self.how = config, how
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # perhaps in another process
         register_implementations()
         vars(self).update(state)
 
 
-def switch_(module: Any, to: str, backend: str) -> None:
+def switch_(module: Any, to: str, how: Mapping[str, str]) -> None:
     """Gives one module of experts an implementation of ours: "routed" or "random_partition"."""
     restore_(module)
-    module._ewa_switched = Switched(module.config, backend)
+    module._ewa_switched = Switched(module.config, how)
     module.config = copy.copy(module.config)
     module.config._experts_implementation = {"": IMPLEMENTATIONS[to]}  # and no config inside of it
 
@@ -255,14 +256,14 @@ class ExpertStack(StackedExperts):
 
     _origin: Origin
 
-    def __init__(self, origin: Origin, experts: Mapping[str, nn.Parameter], *, routed: bool, backend: str):
+    def __init__(self, origin: Origin, experts: Mapping[str, nn.Parameter], *, routed: bool, how: Mapping[str, str]):
         """`experts`: up.weight, up.bias, down.weight, down.bias, stacked; absent where there are none."""
         layout, (num_experts, d_model, d_ff) = origin.layout, experts["down.weight"].shape
         assert isinstance(layout, FFNLayout)
         member = next(origin.module.children())
         options: dict[str, Any] = {"activation": layout.activation, "gated": layout.gated}
-        options["dropout"] = rate_in(member, layout.dropout)
-        super().__init__(d_model, d_ff, num_experts, **options, device="meta", backend=backend)
+        options |= {"dropout": rate_in(member, layout.dropout), **how}
+        super().__init__(d_model, d_ff, num_experts, **options, device="meta")
         self.routed = routed
         if (rate := rate_in(member, layout.output_dropout)) > 0:
             self.output_drop = nn.Dropout(rate)  # which loops over all nn.Dropout of a model set
@@ -277,7 +278,8 @@ class ExpertStack(StackedExperts):
         """`[T, D]` → `[T, D]`. choices and routing_weights, `[T, k]`, count only if `routed`."""
         if not (self.routed or self.training):
             return self.forward_mean(x)
-        options: dict[str, Any] = {"activation": self.activation, "gated": self.gated, "backend": self.backend}
+        options: dict[str, Any] = {"activation": self.activation, "gated": self.gated}
+        options |= {"backend": self.backend, "saved": self.saved}
         options["dropout_p"] = self.dropout if self.training else 0.0
         if not self.routed:
             y = functional.moe_ffn(x, *self.experts, seed=self.draw_seed(x), **options)

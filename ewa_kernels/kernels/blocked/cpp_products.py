@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import extension
+from ewa_kernels.kernels import codec, extension
 from ewa_kernels.kernels.blocked.cpp_rows import address, matrix
 from ewa_kernels.kernels.choices import grad_of_bias_factor
 from ewa_kernels.kernels.parameter_pass import DTYPES
@@ -42,6 +42,7 @@ def _pass(
         dtype == torch.bfloat16,
         DTYPES[problem.dtype],
         [0 if t is None else DTYPES[t.dtype] for t in inputs.parameters],
+        None if problem.pre_format is None else codec.of_cpp(problem.pre_format),
     )
     made = _C.LayerPass(layer, address(deal.expert_offsets), block_rows, backward)
     if deal.expert_offsets is None:
@@ -64,7 +65,7 @@ def forward(
     if permutation is None:
         permutation = x.new_empty(problem.num_tokens, dtype=torch.int32)
     y = x.new_empty(problem.num_rows, problem.d_model)
-    pre_activation = x.new_empty(problem.num_rows, problem.num_up) if problem.save else None
+    pre_activation = problem.new_pre_activation()
     work = _pass(problem, dtype, block_rows, inputs, deal, backward=False)
     scratch = Scratch(x.device, dtype)
     work.forward(

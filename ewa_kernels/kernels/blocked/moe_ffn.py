@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ewa_kernels.kernels import codec
 from ewa_kernels.kernels.blocked import cpp_products, cpp_rows
 from ewa_kernels.kernels.blocked.blocks import Block, blocks, rows_in_a_block
 from ewa_kernels.kernels.blocked.cpp_rows import have_products
@@ -81,14 +82,19 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
     weights = None if routing_weights is None else routing_weights.flatten()
     permutation, dropout = _permutation(problem, deal), _dropout(problem, deal)
     y = x.new_empty(problem.num_rows, problem.d_model)
-    pre_activation = x.new_empty(problem.num_rows, problem.num_up) if problem.save else None
+    pre_activation, form = problem.new_pre_activation(), problem.pre_format
     for block in _blocks(problem, permutation, deal.expert_offsets, rows):
         block_x = rows.look_up(block, x, "x")
-        pre = None if pre_activation is None else _saved(pre_activation, block)
+        pre = None
+        if pre_activation is not None:
+            pre = rows.new(block, "pre", problem.num_up) if form is not None else _saved(pre_activation, block)
         product = pre if pre is not None and pre.dtype == dtype else rows.new(block, "pre", problem.num_up)
         bias = rows.linear(block, block_x, up_weight, up_bias, product)
         hidden = rows.new(block, "hidden", problem.d_ff)
         rows.activate(product, bias, block.rows, dropout, pre, hidden)
+        if pre_activation is not None and pre is not None and form is not None:
+            first = block.saved.start
+            codec.encode_into(pre_activation, problem.num_rows, first, pre.flatten(0, 1), form, problem.backend)
         product = rows.new(block, "y", problem.d_model)
         bias = rows.linear(block, hidden, down_weight, down_bias, product)
         factor = None if weights is None else weights[block.choices].to(dtype)
@@ -151,10 +157,14 @@ def _backward_by_blocks(
         factor = None if weights is None else weights[block.choices].to(rows.dtype)
         if need_down_weight or need_pre:
             block_x = rows.look_up(block, x, "x")
-            if pre_activation is not None:
+            if pre_activation is not None and problem.pre_format is None:
                 pre = _saved(pre_activation, block)
             else:
                 pre = rows.new(block, "pre", problem.num_up)
+            if pre_activation is not None and problem.pre_format is not None:
+                first, flat = block.saved.start, pre.flatten(0, 1)
+                codec.decode_from(pre_activation, problem.num_rows, first, flat, problem.pre_format, problem.backend)
+            elif pre_activation is None:
                 bias = rows.linear(block, block_x, up_weight, up_bias, pre)
                 if bias is not None:
                     pre += bias.unsqueeze(1)

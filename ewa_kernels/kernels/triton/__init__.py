@@ -11,11 +11,17 @@ except ImportError:
     WHY_NOT: str | None = "Triton is not installed: pip install triton"
     INTERPRETED = False
 else:
-    from ewa_kernels.kernels.triton import averaging, cublas, merging, moe_ffn, permutation
+    from ewa_kernels.kernels.triton import averaging, codec, cublas, merging, moe_ffn, permutation
 
     WHY_NOT = None
     if torch.version.hip:
         WHY_NOT = "its programs hand results to one another in ways that were proven on NVIDIA's GPUs only"
     INTERPRETED = triton.knobs.runtime.interpret
 
-__all__ = ["INTERPRETED", "WHY_NOT", "averaging", "cublas", "merging", "moe_ffn", "permutation"]
+
+def runs(backend: str) -> bool:
+    """Whether Triton kernels do what is between a backend's products, or all of it."""
+    return backend in ("cublas", "hopper") or backend.startswith("triton")
+
+
+__all__ = ["INTERPRETED", "WHY_NOT", "averaging", "codec", "cublas", "merging", "moe_ffn", "permutation", "runs"]

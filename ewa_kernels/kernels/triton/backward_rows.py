@@ -23,9 +23,10 @@ from ewa_kernels.kernels.triton.tiles import (
 @triton.jit
 def store_pre(
     acc, row, end, choice, block, column_tile, pre_activation, routing_weights, grad_pre, hidden, partial_routing,
-    partial_up, key, threshold, scale, num_rows, d_ff,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+    partial_up, tables, num_kept, key, threshold, scale, num_rows, d_ff,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr,
+    FIXED: tl.constexpr, LARGEST: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """From a tile of grad_y @ down_weight: grad_pre and hidden, grad_pre's sum over rows, the routing weights' part."""
     factor = None
@@ -36,10 +37,14 @@ def store_pre(
         piece = partial_routing + column_tile.to(tl.int64) * num_rows + row
     first_column = column_tile * BLOCK_N
     stop = tl.minimum(first_column + BLOCK_N, d_ff)
-    gate, value = load_pre(pre_activation, row, end, first_column, stop, d_ff, GATED, BLOCK_N // PARTS)
+    gate, value = load_pre(
+        pre_activation, row, end, first_column, stop, tables, num_kept, d_ff, GATED, BITS, FIRST, FIXED, LARGEST,
+        BLOCK_M, BLOCK_N // PARTS,
+    )  # fmt: skip
     store_grad_pre(
         acc, gate, value, row, end, block, first_column, stop, pre_activation, grad_pre, hidden, partial_up, factor,
-        piece, key, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, AHEAD, True, BLOCK_M, BLOCK_N, PARTS,
+        piece, tables, num_kept, key, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, BITS, FIRST, FIXED, LARGEST,
+        AHEAD, True, BLOCK_M, BLOCK_N, PARTS,
     )  # fmt: skip
 
 
@@ -93,9 +98,14 @@ def pre_kernel(
     partial_routing,  # float32 [⌈F / BLOCK_N⌉, R], by grouped row, or None
     partial_up,  # float32 [row blocks, F or 2F], or None
     partial_down,  # float32 [row blocks, D], or None
-    seed, seed_low, seed_high, threshold, scale, num_rows, num_experts, num_blocks, end_pre, end_group, d_model, d_ff,
+    tables,  # of codec.py, or None
+    seed, seed_low, seed_high, threshold, scale, num_rows, num_kept, num_experts, num_blocks, end_pre, end_group,
+    d_model, d_ff,
     TOP_K: tl.constexpr,  # R = T · TOP_K
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+    BITS: tl.constexpr,  # of what is kept of pre_activation; 0: it is kept as it is
+    FIRST: tl.constexpr, FIXED: tl.constexpr,  # see `codec.store_encoded`
+    LARGEST: tl.constexpr,  # of x's type
     AHEAD: tl.constexpr,  # whether pre_activation is loaded before it is needed
     EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
     ALIGNED: tl.constexpr,  # 8 divides D and F
@@ -129,8 +139,8 @@ def pre_kernel(
                     )  # fmt: skip
                 store_pre(
                     acc, row, end, choice, block, column_tile, pre_activation, routing_weights, grad_pre, hidden,
-                    partial_routing, partial_up, key, threshold, scale, num_rows, d_ff, ACTIVATION, GATED, DROPOUT,
-                    AHEAD, BLOCK_M, BLOCK_N, PARTS,
+                    partial_routing, partial_up, tables, num_kept, key, threshold, scale, num_rows, d_ff, ACTIVATION,
+                    GATED, DROPOUT, BITS, FIRST, FIXED, LARGEST, AHEAD, BLOCK_M, BLOCK_N, PARTS,
                 )  # fmt: skip
         else:
             group_tile(

@@ -29,9 +29,10 @@ def backward_kernel(
     grad_y, x, up_weight, down_weight, pre_activation, permutation, groups, routing_weights,
     grad_pre, hidden, grouped_grad_y, grouped_x, partial_routing, partial_up, partial_down, partial_weight,
     grad_x, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias,
-    counters, seed, seed_low, seed_high, threshold, scale, num_rows, num_experts, num_blocks, num_splits,
-    end_pre, end_group, end_biases, end_down, end_up, end_x, d_model, d_ff,
-    TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, AHEAD: tl.constexpr,
+    counters, tables, seed, seed_low, seed_high, threshold, scale, num_rows, num_kept, num_experts, num_blocks,
+    num_splits, end_pre, end_group, end_biases, end_down, end_up, end_x, d_model, d_ff,
+    TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, BITS: tl.constexpr,
+    FIRST: tl.constexpr, FIXED: tl.constexpr, LARGEST: tl.constexpr, AHEAD: tl.constexpr,
     EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     EARLY: tl.constexpr, BACKOFF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
@@ -70,8 +71,8 @@ def backward_kernel(
                 if is_pre:
                     store_pre(
                         acc, row, end, choice, block, column_tile, pre_activation, routing_weights, grad_pre, hidden,
-                        partial_routing, partial_up, key, threshold, scale, num_rows, d_ff, ACTIVATION, GATED, DROPOUT,
-                        AHEAD, BLOCK_M, BLOCK_N, PARTS,
+                        partial_routing, partial_up, tables, num_kept, key, threshold, scale, num_rows, d_ff,
+                        ACTIVATION, GATED, DROPOUT, BITS, FIRST, FIXED, LARGEST, AHEAD, BLOCK_M, BLOCK_N, PARTS,
                     )  # fmt: skip
                     signal(counters + FIRST_COUNTER + expert)
                 else:

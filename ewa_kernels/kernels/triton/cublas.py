@@ -1,7 +1,7 @@
 """The layer by a library's matrix products, on a GPU cuBLAS', and one pass over memory between any two of them.
 
 What is kept for backward is the up projection's product, without its bias, which is added wherever it is read: neither
-costs a pass. It lies in slots, see `rows.py`.
+costs a pass. What is encoded is pre_activation. It lies in slots, see `rows.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ewa_kernels.kernels.choices import grad_of_routing_weights, sum_of_choices
+from ewa_kernels.kernels.devices import on_device
 from ewa_kernels.kernels.triton import rows
 from ewa_kernels.kernels.triton.configs import ROWS, ROWS_TILES, UNALIGNED_ROWS_TILE, RowsTile, aligned, ceil_div
 from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer, check_sizes
-from ewa_kernels.kernels.triton.moe_ffn import on_device, prepared
+from ewa_kernels.kernels.triton.moe_ffn import prepared
 from ewa_kernels.problem import Deal, Inputs, Problem
 
 __all__ = ["backward", "forward", "prepared"]
@@ -32,14 +33,18 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
     layer.kept(_check)
     with on_device(x), _as_they_are(x):
         y = x.new_empty(problem.num_rows, problem.d_model)
-        product = x.new_empty(0, problem.num_up)
+        product, pre_activation = (
+            x.new_empty(0, problem.num_up),
+            None if problem.pre_format is None else problem.new_pre_activation(),
+        )
         if problem.num_rows > 0:
             grouped_x, _ = gather(layer)
             product = _times(layer, grouped_x, inputs.up_weight.mT)
             del grouped_x
-            product_y = _times(layer, activate(layer, product), inputs.down_weight.mT)
+            product_y = _times(layer, activate(layer, product, pre_activation), inputs.down_weight.mT)
             scatter(layer, product_y, y, inputs.down_bias, inputs.routing_weights)
-    return sum_of_choices(y, problem.top_k), product if problem.save else None, layer.tensors["permutation"]
+    kept = pre_activation if problem.pre_format is not None else product if problem.save else None
+    return sum_of_choices(y, problem.top_k), kept, layer.tensors["permutation"]
 
 
 def backward(
@@ -145,10 +150,17 @@ def gather(
     return grouped_x, grouped_grad_y
 
 
-def activate(layer: Layer, product: Tensor) -> Tensor:
-    """hidden `[slots, F]`."""
+def activate(layer: Layer, product: Tensor, pre_activation: Tensor | None) -> Tensor:
+    """hidden `[slots, F]`; fills pre_activation, which is encoded, unless it is None."""
     hidden = product.new_empty(len(product), layer.problem.d_ff)
-    _launch(layer, rows.activate_kernel, layer.problem.d_ff, product=product, hidden=hidden)
+    _launch(
+        layer,
+        rows.activate_kernel,
+        layer.problem.d_ff,
+        product=product,
+        hidden=hidden,
+        pre_activation=pre_activation,
+    )
     return hidden
 
 
@@ -161,7 +173,8 @@ def activate_backward(
     partial_routing: Tensor | None,
 ) -> Tensor:
     """grad_pre `[slots, F or 2F]`, which not gated is grad_hidden's memory; fills the others that are not None."""
-    grad_pre = torch.empty_like(product) if layer.problem.gated else grad_hidden
+    shape = len(grad_hidden), layer.problem.num_up
+    grad_pre = grad_hidden.new_empty(shape) if layer.problem.gated else grad_hidden
     _launch(
         layer,
         rows.activate_backward_kernel,

@@ -9,17 +9,19 @@ import triton
 import triton.language as tl
 
 from ewa_kernels.kernels.triton.activations import activate, activate_with_slope, dropout_scale
+from ewa_kernels.kernels.triton.codec import load_encoded, saturated, store_encoded
 from ewa_kernels.kernels.triton.tiles import halves, halves_of_row, pairs
 
 
 @triton.jit
 def store_up(
-    acc, bias, row, end, first_column, pre_activation, hidden, seed, threshold, scale, d_ff,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
+    acc, bias, row, end, first_column, pre_activation, hidden, tables, num_kept, seed, threshold, scale, d_ff,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr,
+    FIXED: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """pre_activation and hidden, those that are not None, of `acc` `[BLOCK_M, WIDTH]` + `bias` `[WIDTH]`, by parts.
 
+    pre_activation is encoded if BITS are not 0, see `codec.py`.
     Gated: even columns are gates, odd ones values, so that both of a hidden column are in one thread.
     """
     if PARTS > 1:
@@ -27,12 +29,12 @@ def store_up(
         left_bias, right_bias = halves_of_row(bias, WIDTH)
         step: tl.constexpr = WIDTH // 4 if GATED else WIDTH // 2
         store_up(
-            left, left_bias, row, end, first_column, pre_activation, hidden, seed, threshold, scale, d_ff,
-            ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2, PARTS // 2,
+            left, left_bias, row, end, first_column, pre_activation, hidden, tables, num_kept, seed, threshold, scale,
+            d_ff, ACTIVATION, GATED, DROPOUT, BITS, FIRST, FIXED, BLOCK_M, WIDTH // 2, PARTS // 2,
         )  # fmt: skip
         store_up(
-            right, right_bias, row, end, first_column + step, pre_activation, hidden, seed, threshold, scale, d_ff,
-            ACTIVATION, GATED, DROPOUT, BLOCK_M, WIDTH // 2, PARTS // 2,
+            right, right_bias, row, end, first_column + step, pre_activation, hidden, tables, num_kept, seed,
+            threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, BITS, FIRST, FIXED, BLOCK_M, WIDTH // 2, PARTS // 2,
         )  # fmt: skip
     else:
         columns: tl.constexpr = WIDTH // 2 if GATED else WIDTH
@@ -44,12 +46,28 @@ def store_up(
         if GATED:
             gate, value = pairs(acc, BLOCK_M, WIDTH)
             if pre_activation is not None:
-                tl.store(pre_activation + pre_row, gate, mask=inside)
-                tl.store(pre_activation + pre_row + d_ff, value, mask=inside)
+                if BITS > 0:
+                    store_encoded(
+                        pre_activation, gate, row, row < end, first_column, tables, num_kept, d_ff, 0, GATED, BITS,
+                        FIRST, FIXED, BLOCK_M, columns,
+                    )  # fmt: skip
+                    store_encoded(
+                        pre_activation, value, row, row < end, first_column, tables, num_kept, d_ff, 1, GATED, BITS,
+                        FIRST, FIXED, BLOCK_M, columns,
+                    )  # fmt: skip
+                else:
+                    tl.store(pre_activation + pre_row, gate, mask=inside)
+                    tl.store(pre_activation + pre_row + d_ff, value, mask=inside)
             result = activate(gate, ACTIVATION) * value
         else:
             if pre_activation is not None:
-                tl.store(pre_activation + pre_row, acc, mask=inside)
+                if BITS > 0:
+                    store_encoded(
+                        pre_activation, acc, row, row < end, first_column, tables, num_kept, d_ff, 0, GATED, BITS,
+                        FIRST, FIXED, BLOCK_M, columns,
+                    )  # fmt: skip
+                else:
+                    tl.store(pre_activation + pre_row, acc, mask=inside)
             result = activate(acc, ACTIVATION)
         if DROPOUT:
             result *= dropout_scale(row, column, seed, threshold, scale)
@@ -58,8 +76,24 @@ def store_up(
 
 
 @triton.jit
-def load_pre(pre_activation, row, end, first_column, stop, d_ff, GATED: tl.constexpr, WIDTH: tl.constexpr):
+def load_pre(
+    pre_activation, row, end, first_column, stop, tables, num_kept, d_ff, GATED: tl.constexpr, BITS: tl.constexpr,
+    FIRST: tl.constexpr, FIXED: tl.constexpr, LARGEST: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """pre_activation of `WIDTH` columns of hidden, those before `stop`, as it is stored; gated: gate and value."""
+    if BITS > 0:
+        exists = row < end
+        gate = load_encoded(
+            pre_activation, row, exists, first_column, tables, num_kept, d_ff, 0, GATED, BITS, FIRST, FIXED, BLOCK_M,
+            WIDTH,
+        )  # fmt: skip
+        value = gate
+        if GATED:
+            value = load_encoded(
+                pre_activation, row, exists, first_column, tables, num_kept, d_ff, 1, GATED, BITS, FIRST, FIXED,
+                BLOCK_M, WIDTH,
+            )  # fmt: skip
+        return saturated(gate, LARGEST), saturated(value, LARGEST)
     num_up = d_ff * 2 if GATED else d_ff
     column = first_column + tl.arange(0, WIDTH)
     inside = (row < end)[:, None] & (column < stop)[None, :]
@@ -72,8 +106,9 @@ def load_pre(pre_activation, row, end, first_column, stop, d_ff, GATED: tl.const
 @triton.jit
 def store_grad_pre(
     acc, gate, value, row, end, block, first_column, stop, pre_activation, grad_pre, hidden, partial_up, factor,
-    grad_factor, seed, threshold, scale, d_ff,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, AHEAD: tl.constexpr, FIRST: tl.constexpr,
+    grad_factor, tables, num_kept, seed, threshold, scale, d_ff,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr,
+    FIXED: tl.constexpr, LARGEST: tl.constexpr, AHEAD: tl.constexpr, IS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """From `acc`, grad_y @ down_weight: grad_pre, hidden once more, and grad_pre summed over the block's rows.
@@ -88,17 +123,20 @@ def store_grad_pre(
         left, right = halves(acc, BLOCK_M, WIDTH)
         gate, value = store_grad_pre(
             left, gate, value, row, end, block, first_column, stop, pre_activation, grad_pre, hidden, partial_up,
-            factor, grad_factor, seed, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, AHEAD, FIRST,
-            BLOCK_M, WIDTH // 2, PARTS // 2,
+            factor, grad_factor, tables, num_kept, seed, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, BITS,
+            FIRST, FIXED, LARGEST, AHEAD, IS_FIRST, BLOCK_M, WIDTH // 2, PARTS // 2,
         )  # fmt: skip
         return store_grad_pre(
             right, gate, value, row, end, block, first_column + WIDTH // 2, stop, pre_activation, grad_pre, hidden,
-            partial_up, factor, grad_factor, seed, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, AHEAD, False,
-            BLOCK_M, WIDTH // 2, PARTS // 2,
+            partial_up, factor, grad_factor, tables, num_kept, seed, threshold, scale, d_ff, ACTIVATION, GATED,
+            DROPOUT, BITS, FIRST, FIXED, LARGEST, AHEAD, False, BLOCK_M, WIDTH // 2, PARTS // 2,
         )  # fmt: skip
     else:
         wanted = first_column + WIDTH if AHEAD else first_column
-        next_gate, next_value = load_pre(pre_activation, row, end, wanted, stop, d_ff, GATED, WIDTH)
+        next_gate, next_value = load_pre(
+            pre_activation, row, end, wanted, stop, tables, num_kept, d_ff, GATED, BITS, FIRST, FIXED, LARGEST,
+            BLOCK_M, WIDTH,
+        )  # fmt: skip
         if not AHEAD:
             gate, value = next_gate, next_value
         column = first_column + tl.arange(0, WIDTH)
@@ -119,7 +157,7 @@ def store_grad_pre(
                 product = acc * act * value if GATED else acc * act
                 total = tl.sum(tl.where(inside, product, 0.0), 1)
                 # One thread adds up a row's parts, one after the other.
-                if FIRST:
+                if IS_FIRST:
                     tl.store(grad_factor, total, mask=row < end)
                 else:
                     tl.atomic_add(grad_factor, total, mask=row < end, sem="relaxed")

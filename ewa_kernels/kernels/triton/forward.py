@@ -30,15 +30,18 @@ def forward_kernel(
     groups,  # table of given groups, see groups.py, or None: equal groups
     routing_weights,  # [R], by choice, or None
     counters,
+    tables,  # of codec.py, or None
     seed,  # int64 [1] or None: the halves
     seed_low, seed_high, radix_a, radix_b, rounds,
     threshold,  # uint32 bits: dropped below it
-    scale, num_rows, num_experts, num_blocks,
+    scale, num_rows, num_kept, num_experts, num_blocks,
     group,  # row blocks whose down tiles follow the up tiles of the next as many
     num_counters, d_model, d_ff,
     DEAL: tl.constexpr,
     TOP_K: tl.constexpr,  # R = T · TOP_K
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+    BITS: tl.constexpr,  # of what is kept of pre_activation; 0: it is kept as it is
+    FIRST: tl.constexpr, FIXED: tl.constexpr,  # see `codec.store_encoded`
     EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
     ALIGNED: tl.constexpr,  # 8 divides D and F
     PRECISION: tl.constexpr,
@@ -116,8 +119,9 @@ def forward_kernel(
 
             if is_up:
                 store_up(
-                    acc, bias, row, end, column_tile * up_columns, pre_activation, hidden, key, threshold, scale,
-                    d_ff, ACTIVATION, GATED, DROPOUT, BLOCK_M, BLOCK_N, PARTS,
+                    acc, bias, row, end, column_tile * up_columns, pre_activation, hidden, tables,
+                    num_kept, key, threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, BITS, FIRST, FIXED, BLOCK_M,
+                    BLOCK_N, PARTS,
                 )  # fmt: skip
                 signal(counters + FIRST_COUNTER + block)
             else:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ewa_kernels.codec import BLOCK
 from ewa_kernels.kernels import multiprocessors
-from ewa_kernels.kernels.triton import configs
+from ewa_kernels.kernels.triton import codec, configs
 from ewa_kernels.kernels.triton.configs import Tile, aligned, ceil_div
 from ewa_kernels.kernels.triton.groups import tabulate
 from ewa_kernels.kernels.triton.launch import Launch
@@ -45,6 +47,8 @@ class Layer:
         seed, low, high = seed_arguments(deal.seed)
         self.tensors: dict[str, Any] = inputs._asdict()
         self.tensors.update(permutation=permutation, seed=seed, seed_low=low, seed_high=high)
+        form = problem.pre_format
+        self.tensors["tables"] = None if form is None else codec.tables(form, problem.device)
         # What a launch depends on beside the problem.
         self._kind = (self.is_dealt, seed is None, self._left_free, self._precision)
 
@@ -70,7 +74,13 @@ class Layer:
         widths: tuple[int, ...] = (problem.d_ff, problem.d_model)
         if kernel in configs.FORWARD_PHASES:
             widths = (problem.num_up if kernel == "forward up" else problem.d_model,)
-        return configs.choose(self._tiles_of(kernel), problem.num_rows, problem.num_experts, widths)
+        tile = configs.choose(self._tiles_of(kernel), problem.num_rows, problem.num_experts, widths)
+        if problem.pre_format is None or kernel not in ("forward", "forward up", "backward", "backward pre"):
+            return tile
+        # A part of a tile has whole blocks of columns.
+        least = BLOCK * 2 if problem.gated and kernel.startswith("forward") else BLOCK
+        block_n = max(tile.block_n, least)
+        return replace(tile, block_n=block_n, parts=min(tile.parts, block_n // least))
 
     def onchip_tile(self) -> Tile | None:
         """The tile for "onchip", or None if D is too large."""
@@ -128,6 +138,8 @@ class Layer:
         gelu = "gelu_16bit" if problem.dtype.itemsize == 2 else "gelu"
         radix_a, radix_b, rounds = radices(problem.num_rows)
         threshold, scale = problem.dropout
+        form = problem.pre_format
+        own = None if form is None else form.codebooks[0]
         return {
             "radix_a": radix_a,
             "radix_b": radix_b,
@@ -135,6 +147,7 @@ class Layer:
             "threshold": int32_bits(threshold),
             "scale": scale,
             "num_rows": problem.num_rows,
+            "num_kept": problem.num_kept,
             "num_experts": problem.num_experts,
             "num_blocks": self.num_blocks(rows),
             "d_model": problem.d_model,
@@ -147,6 +160,10 @@ class Layer:
             "ALIGNED": self.is_aligned,
             "PRECISION": self._precision,
             "ROWS": rows,
+            "BITS": 0 if form is None else form.bits,
+            "FIRST": 0 if own is None else own.first_scale,
+            "FIXED": 0 if own is None else own.num_fixed,
+            "LARGEST": codec.largest_of(problem.dtype),
         }
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.counters import give_back, zeroed_counters
+from ewa_kernels.kernels.devices import on_device
 from ewa_kernels.kernels.triton import rows
 from ewa_kernels.kernels.triton.backward import splits
 from ewa_kernels.kernels.triton.backward_weights import weights_kernel
@@ -24,7 +25,7 @@ from ewa_kernels.kernels.triton.cublas import rows_tile
 from ewa_kernels.kernels.triton.epilogues import store_rows
 from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer, check_sizes
-from ewa_kernels.kernels.triton.moe_ffn import on_device, warn_once_of_copies
+from ewa_kernels.kernels.triton.moe_ffn import warn_once_of_copies
 from ewa_kernels.kernels.triton.queue import FIRST_COUNTER
 from ewa_kernels.kernels.triton.tiles import (
     NUMBERS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 from ewa_kernels.kernels import forms
 from ewa_kernels.kernels.choices import grad_of_routing_weights, sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
+from ewa_kernels.kernels.devices import on_device
 from ewa_kernels.kernels.triton.backward import launch_backward
 from ewa_kernels.kernels.triton.configs import aligned
 from ewa_kernels.kernels.triton.forward import launch_forward
@@ -20,8 +20,6 @@ from ewa_kernels.kernels.triton.layer import Layer, check_sizes
 from ewa_kernels.kernels.triton.onchip import launch_onchip
 from ewa_kernels.kernels.triton.split import launch_down, launch_up
 from ewa_kernels.problem import Deal, Inputs, Problem
-
-_NOTHING = contextlib.nullcontext()
 
 
 def prepared(problem: Problem, inputs: Inputs) -> Inputs:
@@ -43,7 +41,7 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
     form = layer.kept(_form)
     with on_device(x):
         y = x.new_empty(num_rows, problem.d_model)
-        pre_activation = x.new_empty(problem.num_kept, problem.num_up) if problem.save else None
+        pre_activation = problem.new_pre_activation()
         if num_rows > 0:
             if form == "onchip":
                 launch_onchip(layer, y, pre_activation)
@@ -95,13 +93,6 @@ def backward(
         if grads[0] is not None:
             grads[0] = sum_of_choices(grads[0], problem.top_k)
     return problem.gradients((*grads, grad_routing))
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """In which kernels are launched where the tensor is."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return _NOTHING
 
 
 @functools.cache

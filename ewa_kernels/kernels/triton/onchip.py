@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ewa_kernels.kernels.triton.activations import activate, dropout_scale
+from ewa_kernels.kernels.triton.codec import store_encoded
 from ewa_kernels.kernels.triton.epilogues import store_rows
 from ewa_kernels.kernels.triton.launch import Launch
 from ewa_kernels.kernels.triton.layer import Layer
@@ -16,8 +17,9 @@ from ewa_kernels.kernels.triton.tiles import NUMBERS, load_choices, multiply, ro
 
 @triton.jit
 def _up(
-    x_tile, up_weight, up_bias, pre_activation, row, end, weight_row, column, first_row_of_expert, d, d_model, d_ff,
-    num_up, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    x_tile, up_weight, up_bias, pre_activation, row, end, weight_row, first_column, column, first_row_of_expert, d,
+    tables, num_kept, d_model, d_ff, num_up, PART: tl.constexpr, GATED: tl.constexpr, BITS: tl.constexpr,
+    FIRST: tl.constexpr, FIXED: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """pre = x @ up_weight[weight_row]ᵀ + bias, stored; `[BLOCK_M, BLOCK_F]`."""
     source = (first_row_of_expert + tl.minimum(weight_row, num_up - 1))[:, None] * d_model + d[None, :]
@@ -32,7 +34,13 @@ def _up(
         pre += bias.to(tl.float32)[None, :]
     if pre_activation is not None:
         inside = (row < end)[:, None] & (column < d_ff)[None, :]
-        tl.store(pre_activation + row.to(tl.int64)[:, None] * num_up + weight_row[None, :], pre, mask=inside)
+        if BITS > 0:
+            store_encoded(
+                pre_activation, pre, row, row < end, first_column, tables, num_kept, d_ff, PART, GATED, BITS, FIRST,
+                FIXED, pre.shape[0], pre.shape[1],
+            )  # fmt: skip
+        else:
+            tl.store(pre_activation + row.to(tl.int64)[:, None] * num_up + weight_row[None, :], pre, mask=inside)
     return pre
 
 
@@ -48,13 +56,16 @@ def onchip_kernel(
     permutation,  # int32 [R]; written if DEAL, else read
     groups,  # table of given groups, see groups.py, or None: equal groups
     routing_weights,  # [R], by choice, or None
+    tables,  # of codec.py, or None
     seed,  # int64 [1] or None: the halves
     seed_low, seed_high, radix_a, radix_b, rounds,
     threshold,  # uint32 bits: dropped below it
-    scale, num_rows, num_experts, num_blocks, d_model, d_ff,
+    scale, num_rows, num_kept, num_experts, num_blocks, d_model, d_ff,
     DEAL: tl.constexpr,
     TOP_K: tl.constexpr,  # R = T · TOP_K
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+    BITS: tl.constexpr,  # of what is kept of pre_activation; 0: it is kept as it is
+    FIRST: tl.constexpr, FIXED: tl.constexpr,  # see `codec.store_encoded`
     EVEN_D: tl.constexpr,  # BLOCK_K = D
     ALIGNED: tl.constexpr,  # 8 divides D and F
     EVEN_F: tl.constexpr,  # BLOCK_N divides F
@@ -92,14 +103,15 @@ def onchip_kernel(
             for first_column in range(0, d_ff, BLOCK_N):
                 column = first_column + tl.arange(0, BLOCK_N)
                 pre = _up(
-                    x_tile, up_weight, up_bias, pre_activation, row, end, column, column, up_row, d, d_model, d_ff,
-                    num_up, EVEN_D, PRECISION,
+                    x_tile, up_weight, up_bias, pre_activation, row, end, column, first_column, column, up_row, d,
+                    tables, num_kept, d_model, d_ff, num_up, 0, GATED, BITS, FIRST, FIXED, EVEN_D, PRECISION,
                 )  # fmt: skip
                 hidden = activate(pre, ACTIVATION)
                 if GATED:
                     hidden *= _up(
-                        x_tile, up_weight, up_bias, pre_activation, row, end, d_ff + column, column, up_row, d,
-                        d_model, d_ff, num_up, EVEN_D, PRECISION,
+                        x_tile, up_weight, up_bias, pre_activation, row, end, d_ff + column, first_column, column,
+                        up_row, d, tables, num_kept, d_model, d_ff, num_up, 1, GATED, BITS, FIRST, FIXED, EVEN_D,
+                        PRECISION,
                     )  # fmt: skip
                 if DROPOUT:
                     hidden *= dropout_scale(row, column, key, threshold, scale)

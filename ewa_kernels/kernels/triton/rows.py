@@ -12,6 +12,8 @@ import triton.language as tl
 
 from ewa_kernels.kernels.triton.activations import activate, activate_with_slope, dropout_scale
 from ewa_kernels.kernels.triton.backward_weights import bias_tile
+from ewa_kernels.kernels.triton.codec import store_encoded
+from ewa_kernels.kernels.triton.epilogues import load_pre
 from ewa_kernels.kernels.triton.permutation import load_seed, tokens_of_rows
 from ewa_kernels.kernels.triton.tiles import NUMBERS, load_choices, rows_of_block, rows_of_expert, widths
 
@@ -103,8 +105,12 @@ def activate_kernel(
     up_bias,  # [E, F or 2F] or None
     groups,  # table of given groups, see groups.py, or None: equal groups
     hidden,  # [slots, F]
-    seed, seed_low, seed_high, threshold, scale, num_rows, num_experts, num_blocks, d_model, d_ff,
+    pre_activation,  # [slots] rows in BITS, or None
+    tables,  # of codec.py, or None
+    seed, seed_low, seed_high, threshold, scale, num_rows, num_kept, num_experts, num_blocks, d_model, d_ff,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+    BITS: tl.constexpr,  # of what is kept of pre_activation; 0: it is kept as it is
+    FIRST: tl.constexpr, FIXED: tl.constexpr,  # see `codec.store_encoded`
     ALIGNED: tl.constexpr,  # 8 divides D and F
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +119,7 @@ def activate_kernel(
     Grid: row blocks × ⌈F / COLUMNS⌉.
     """
     d_model, d_ff, num_up = widths(d_model, d_ff, ALIGNED, GATED)
-    _, expert, first, _end, last, to_slot, _, column = _work(
+    _, expert, first, _end, last, to_slot, tile, column = _work(
         d_ff, groups, num_rows, num_experts, num_blocks, ROWS, COLUMNS
     )
     key = load_seed(seed, seed_low, seed_high) if DROPOUT else 0
@@ -123,6 +129,17 @@ def activate_kernel(
         slot = (row + to_slot).to(tl.int64)[:, None]
         inside = (row < last)[:, None] & (column < d_ff)[None, :]
         gate, value = _load_pre(product + slot * num_up + column[None, :], inside, gate_bias, value_bias, d_ff, GATED)
+        if pre_activation is not None:
+            first_column = tile * COLUMNS
+            store_encoded(
+                pre_activation, gate, row + to_slot, row < last, first_column, tables, num_kept, d_ff, 0, GATED, BITS,
+                FIRST, FIXED, STEP, COLUMNS,
+            )  # fmt: skip
+            if GATED:
+                store_encoded(
+                    pre_activation, value, row + to_slot, row < last, first_column, tables, num_kept, d_ff, 1, GATED,
+                    BITS, FIRST, FIXED, STEP, COLUMNS,
+                )  # fmt: skip
         result = activate(gate, ACTIVATION)
         if GATED:
             result *= value
@@ -158,7 +175,7 @@ def _load_pre(pointers, inside, gate_bias, value_bias, d_ff, GATED: tl.constexpr
 @triton.jit(do_not_specialize=NUMBERS)
 def activate_backward_kernel(
     grad_hidden,  # [slots, F]: grad_y @ down_weight
-    product,  # [slots, F or 2F]: pre_activation without its bias
+    product,  # [slots, F or 2F]: pre_activation without its bias; in BITS with it
     up_bias,  # [E, F or 2F] or None
     permutation,  # int32 [R]
     groups,  # table of given groups, see groups.py, or None: equal groups
@@ -167,8 +184,12 @@ def activate_backward_kernel(
     hidden,  # [slots, F], times the routing weight, or None
     partial_up,  # float32 [row blocks, F or 2F], or None
     partial_routing,  # float32 [⌈F / COLUMNS⌉, R], by grouped row, or None
-    seed, seed_low, seed_high, threshold, scale, num_rows, num_experts, num_blocks, d_model, d_ff,
+    tables,  # of codec.py, or None
+    seed, seed_low, seed_high, threshold, scale, num_rows, num_kept, num_experts, num_blocks, d_model, d_ff,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+    BITS: tl.constexpr,  # of what is kept of pre_activation; 0: it is kept as it is
+    FIRST: tl.constexpr, FIXED: tl.constexpr,  # see `codec.store_encoded`
+    LARGEST: tl.constexpr,  # of x's type
     ALIGNED: tl.constexpr,  # 8 divides D and F
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +210,14 @@ def activate_backward_kernel(
         slot = (row + to_slot).to(tl.int64)[:, None]
         exists = (row < end)[:, None] & (column < d_ff)[None, :]
         inside = (row < last)[:, None] & (column < d_ff)[None, :]
-        gate, value = _load_pre(product + slot * num_up + column[None, :], exists, gate_bias, value_bias, d_ff, GATED)
+        if BITS > 0:
+            gate, value = load_pre(
+                product, row + to_slot, end + to_slot, column_tile * COLUMNS, d_ff, tables, num_kept, d_ff, GATED,
+                BITS, FIRST, FIXED, LARGEST, STEP, COLUMNS,
+            )  # fmt: skip
+        else:
+            pointers = product + slot * num_up + column[None, :]
+            gate, value = _load_pre(pointers, exists, gate_bias, value_bias, d_ff, GATED)
         grad = tl.load(grad_hidden + slot * d_ff + column[None, :], mask=exists, other=0.0).to(tl.float32)
         act, slope = activate_with_slope(gate, ACTIVATION)
         result = act * value if GATED else act

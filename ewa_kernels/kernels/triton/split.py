@@ -31,16 +31,19 @@ def half_kernel(
     permutation,  # int32 [R]; written if DEAL, else read
     groups,  # table of given groups, see groups.py, or None: equal groups
     routing_weights,  # [R], by choice, or None
+    tables,  # up: of codec.py, or None
     seed,  # int64 [1] or None: the halves
     seed_low, seed_high, radix_a, radix_b, rounds,
     threshold,  # uint32 bits: dropped below it
-    scale, num_rows, num_experts, num_blocks,
+    scale, num_rows, num_kept, num_experts, num_blocks,
     group,  # row blocks that share the weights' columns
     d_model, d_ff,
     IS_UP: tl.constexpr,
     DEAL: tl.constexpr,
     TOP_K: tl.constexpr,  # R = T · TOP_K
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+    BITS: tl.constexpr,  # of what is kept of pre_activation; 0: it is kept as it is
+    FIRST: tl.constexpr, FIXED: tl.constexpr,  # see `codec.store_encoded`
     EVEN_K: tl.constexpr,  # BLOCK_K divides D and F
     ALIGNED: tl.constexpr,  # 8 divides D and F
     PRECISION: tl.constexpr,
@@ -91,8 +94,8 @@ def half_kernel(
             acc = multiply_rows(a, b, a_row, b_row, expert, end_k, size_k, size_n, True, EVEN_K, PRECISION, BLOCK_K)
         if IS_UP:
             store_up(
-                acc, of_columns, row, end, first_column, pre_activation, hidden, key, threshold, scale, d_ff,
-                ACTIVATION, GATED, DROPOUT, BLOCK_M, BLOCK_N, PARTS,
+                acc, of_columns, row, end, first_column, pre_activation, hidden, tables, num_kept, key,
+                threshold, scale, d_ff, ACTIVATION, GATED, DROPOUT, BITS, FIRST, FIXED, BLOCK_M, BLOCK_N, PARTS,
             )  # fmt: skip
         else:
             choice = load_choices(permutation, source, groups, num_rows)

@@ -8,7 +8,18 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Numbers that kernels are not specialised on: all but D and F, which say how well rows are aligned.
 NUMBERS = [
-    *("num_rows", "num_experts", "num_blocks", "num_counters", "num_splits", "group", "radix_a", "radix_b", "rounds"),
+    *(
+        "num_rows",
+        "num_kept",
+        "num_experts",
+        "num_blocks",
+        "num_counters",
+        "num_splits",
+        "group",
+        "radix_a",
+        "radix_b",
+        "rounds",
+    ),
     *("seed_low", "seed_high", "threshold", "scale"),
     *("end_pre", "end_group", "end_biases", "end_down", "end_up", "end_x"),
 ]

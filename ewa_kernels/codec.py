@@ -1,0 +1,236 @@
+"""How activations are kept in 8 and in 4 bits: the specification, in plain PyTorch, and its tables.
+
+A row of n columns is cut into ⌈n/32⌉ blocks of 32 columns; the last may have fewer, and is filled up with zeros. A
+block has a scale M, kept as one byte k, and a code for each column:
+
+- 8 bits: the code is ⌊v·127/M + 1/2⌋, between −127 and 127, but at least 1 for v > 0, and at most 0 for others: so the
+  sign that a ReLU asks for is kept. Its value is code·M/127. M is the smallest that is no less than the largest |v|.
+- 4 bits: the code is how many of 15 edges are less than v, its value one of 16 levels. Two codebooks have both. The
+  symmetric one, all of whose levels are multiples of M, is for blocks whose largest |v| is below the activation's
+  threshold. The activation's own, where it is known that the left side of a GELU is nearly flat, has some fixed levels;
+  the others are multiples of an M that is no less than the largest v. k says which codebook it is.
+
+Scales are 2^(j/8) for 2⁻⁹ ≤ M ≤ 2⁹, and outside of that four times as large from one to the next, from 2⁻¹⁰¹ to 2¹²⁷.
+k = 255: something in the block is infinite or not a number, and all of it is read as NaN. All is computed in float32,
+and reading makes one product of an element: its bits are the same everywhere.
+
+Levels and edges were found by `python -m benchmarks.codebooks`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 32
+NOT_A_NUMBER = 255
+_FINE = 72  # so many scales on either side of 1 are an eighth of a power of 2 apart
+_LOWEST = -118
+
+
+def _scale(j: int) -> float:
+    power = j / 8 if abs(j) <= _FINE else (9 + 2 * (abs(j) - _FINE)) * (1 if j > 0 else -1)
+    return float(torch.tensor(2.0 ** min(power, 127), dtype=torch.float64).to(torch.float32))
+
+
+SCALES = tuple(_scale(j) for j in range(_LOWEST, 132))  # of k = 0, 1, …
+
+
+class Codebook(NamedTuple):
+    """Levels and edges, rising. The first `num_fixed` of either are values, the others multiples of M.
+
+    Attributes:
+        first_scale: the least k of blocks that have this codebook; those of less have the symmetric one.
+    """
+
+    first_scale: int
+    num_fixed: int
+    levels: tuple[float, ...]
+    edges: tuple[float, ...]
+
+
+NEVER = 256
+HALF = -8 - _LOWEST + 1  # of blocks whose largest |v| is more than 1/2
+
+# fmt: off
+CODEBOOKS: dict[str, Codebook] = {
+    "symmetric": Codebook(
+        NEVER, 0,
+        (
+            -0.9483, -0.7883, -0.6488, -0.5176, -0.3886, -0.2629, -0.1501, -0.0461,
+            0.0461, 0.1501, 0.2629, 0.3886, 0.5176, 0.6488, 0.7883, 0.9483,
+        ),
+        (
+            -0.8686, -0.7186, -0.5846, -0.4534, -0.3254, -0.2051, -0.0990, 0.0000,
+            0.0990, 0.2051, 0.3254, 0.4534, 0.5846, 0.7186, 0.8686,
+        ),
+    ),
+    "gelu": Codebook(
+        HALF, 5,
+        (
+            -2.6679, -1.1115, -0.6818, -0.3846, -0.1507, 0.0273, 0.1108, 0.2053,
+            0.3041, 0.4017, 0.5038, 0.6004, 0.7095, 0.8172, 0.9279, 0.9742,
+        ),
+        (
+            -2.0100, -0.8561, -0.5247, -0.2598, -0.0424, 0.0671, 0.1584, 0.2530,
+            0.3517, 0.4517, 0.5539, 0.6534, 0.7640, 0.8717, 0.9512,
+        ),
+    ),
+    "silu": Codebook(
+        HALF, 5,
+        (
+            -2.6188, -1.2520, -0.7585, -0.4320, -0.1715, 0.0269, 0.1149, 0.2088,
+            0.3088, 0.4107, 0.5080, 0.6071, 0.7113, 0.8172, 0.9279, 0.9742,
+        ),
+        (
+            -1.6328, -0.9721, -0.5890, -0.2965, -0.0557, 0.0694, 0.1626, 0.2591,
+            0.3613, 0.4604, 0.5573, 0.6595, 0.7640, 0.8734, 0.9512,
+        ),
+    ),
+    "quick_gelu": Codebook(
+        HALF, 5,
+        (
+            -2.7816, -1.1115, -0.6604, -0.3796, -0.1466, 0.0253, 0.1055, 0.2008,
+            0.3041, 0.4017, 0.5017, 0.6071, 0.7113, 0.8172, 0.9279, 0.9742,
+        ),
+        (
+            -2.0111, -0.8105, -0.5030, -0.2570, -0.0435, 0.0629, 0.1504, 0.2530,
+            0.3517, 0.4520, 0.5528, 0.6595, 0.7640, 0.8717, 0.9512,
+        ),
+    ),
+    "relu": Codebook(
+        0, 1,
+        (
+            0.0000, 0.0298, 0.0924, 0.1575, 0.2223, 0.2906, 0.3567, 0.4249,
+            0.4920, 0.5599, 0.6270, 0.6958, 0.7676, 0.8447, 0.9316, 0.9758,
+        ),
+        (
+            0.0000, 0.0608, 0.1251, 0.1907, 0.2556, 0.3233, 0.3902, 0.4578,
+            0.5253, 0.5932, 0.6617, 0.7315, 0.8059, 0.8883, 0.9538,
+        ),
+    ),
+    "relu2": Codebook(
+        0, 1,
+        (
+            0.0000, 0.0298, 0.0924, 0.1580, 0.2251, 0.2926, 0.3603, 0.4284,
+            0.4953, 0.5638, 0.6332, 0.7046, 0.7767, 0.8526, 0.9332, 0.9759,
+        ),
+        (
+            0.0000, 0.0615, 0.1257, 0.1917, 0.2593, 0.3270, 0.3951, 0.4625,
+            0.5302, 0.5992, 0.6694, 0.7412, 0.8152, 0.8935, 0.9550,
+        ),
+    ),
+}
+# fmt: on
+
+
+class Format(NamedTuple):
+    """Of rows that consist of one part, or of two of as many columns: a gate, and what it multiplies.
+
+    Attributes:
+        bits: 8 or 4.
+        codebooks: of each part; with 8 bits it does not matter which.
+    """
+
+    bits: int
+    codebooks: tuple[Codebook, ...]
+
+    def num_bytes(self, num_rows: int, num_columns: int) -> tuple[int, int]:
+        """Of all codes, which come first, and of the scales behind them."""
+        num_blocks = num_rows * len(self.codebooks) * -(-num_columns // (len(self.codebooks) * BLOCK))
+        return num_blocks * BLOCK * self.bits // 8, num_blocks
+
+
+# Of x: what it is made of is not known.
+ROWS_8BIT = Format(8, (CODEBOOKS["symmetric"],))
+
+
+@functools.cache
+def format_of(bits: int, activation: str, gated: bool) -> Format:
+    """Of pre-activations. A gate's codebook is its activation's, that of what it multiplies the symmetric one."""
+    symmetric = CODEBOOKS["symmetric"]
+    if activation == "identity":
+        return Format(bits, (symmetric,) * (1 + gated))
+    own = CODEBOOKS["gelu" if activation == "gelu_tanh" else activation]
+    return Format(bits, (own, symmetric) if gated else (own,))
+
+
+def encode(values: Tensor, form: Format) -> Tensor:
+    """values `[R, n]`, floating → uint8, flat: codes `[R, parts, blocks, 32 or 16]` and scales `[R, parts, blocks]`.
+
+    With 4 bits columns j and j + 16 of a block share a byte, whose lower half is j's.
+    """
+    parts = len(form.codebooks)
+    blocks = values.to(torch.float32).unflatten(1, (parts, -1))
+    blocks = torch.nn.functional.pad(blocks, (0, -blocks.shape[2] % BLOCK)).unflatten(2, (-1, BLOCK))
+    finite = blocks.isfinite().all(-1)
+    blocks = blocks.masked_fill(~finite[..., None], 0)
+    scale = _number(blocks.abs().amax(-1))
+    if form.bits == 8:
+        factor = 127 / _scales(blocks.device)
+        codes = (blocks * factor[scale][..., None] + 0.5).floor()
+        codes = torch.where(blocks > 0, codes.clamp(1, 127), codes.clamp(-127, 0)).to(torch.int8).view(torch.uint8)
+    else:
+        columns = []
+        for part, codebook in enumerate(form.codebooks):
+            is_own = scale[:, part] >= codebook.first_scale
+            own_scale = _number(blocks[:, part].amax(-1).clamp(min=0)).clamp(min=codebook.first_scale)
+            scale[:, part] = torch.where(is_own, own_scale, scale[:, part])
+            columns.append(_count_edges(blocks[:, part], _scales(blocks.device)[scale[:, part]], is_own, codebook))
+        codes = torch.stack(columns, 1).masked_fill(~finite[..., None], 0)
+        low, high = codes.unflatten(-1, (2, -1)).unbind(-2)
+        codes = low | high << 4
+    scale = torch.where(finite, scale, NOT_A_NUMBER).to(torch.uint8)
+    return torch.cat((codes.flatten(), scale.flatten()))
+
+
+def decode(encoded: Tensor, num_rows: int, num_columns: int, form: Format) -> Tensor:
+    """float32 `[R, n]`."""
+    parts, per_byte = len(form.codebooks), 8 // form.bits
+    num_codes, _ = form.num_bytes(num_rows, num_columns)
+    scale = encoded[num_codes:].view(num_rows, parts, -1).to(torch.int64)
+    codes = encoded[:num_codes].view(*scale.shape, BLOCK // per_byte)
+    largest = _scales(encoded.device)[scale.clamp(max=len(SCALES) - 1)][..., None]
+    if form.bits == 8:
+        values = codes.view(torch.int8).to(torch.float32) * (largest / 127)
+    else:
+        codes = torch.cat((codes & 15, codes >> 4), -1).to(torch.int64)
+        values = torch.stack(
+            [
+                _levels(codes[:, part], largest[:, part], scale[:, part] >= codebook.first_scale, codebook)
+                for part, codebook in enumerate(form.codebooks)
+            ],
+            1,
+        )
+    values = values.masked_fill((scale == NOT_A_NUMBER)[..., None], torch.nan)
+    return values.flatten(2)[:, :, : num_columns // parts].flatten(1)
+
+
+@functools.cache
+def _scales(device: torch.device) -> Tensor:
+    return torch.tensor(SCALES, dtype=torch.float32, device=device)
+
+
+def _number(largest: Tensor) -> Tensor:
+    """k of the smallest scale that is no less, or the highest."""
+    return torch.searchsorted(_scales(largest.device), largest).clamp(max=len(SCALES) - 1)
+
+
+def _count_edges(blocks: Tensor, scale: Tensor, is_own: Tensor, codebook: Codebook) -> Tensor:
+    """blocks `[R, blocks, 32]`; scale and is_own `[R, blocks]`."""
+    codes = torch.zeros_like(blocks, dtype=torch.uint8)
+    for c, (edge, symmetric) in enumerate(zip(codebook.edges, CODEBOOKS["symmetric"].edges, strict=True)):
+        own = torch.full_like(scale, edge) if c < codebook.num_fixed else scale * edge
+        codes += blocks > torch.where(is_own, own, scale * symmetric)[..., None]
+    return codes
+
+
+def _levels(codes: Tensor, scale: Tensor, is_own: Tensor, codebook: Codebook) -> Tensor:
+    symmetric, own = (
+        torch.tensor(book.levels, device=codes.device)[codes] for book in (CODEBOOKS["symmetric"], codebook)
+    )
+    own = torch.where(codes < codebook.num_fixed, own, own * scale)
+    return torch.where(is_own[..., None], own, symmetric * scale)
