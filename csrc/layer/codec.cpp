@@ -4,11 +4,27 @@
 #include <cmath>
 #include <cstring>
 
+#include "platform.h"
+
+#ifdef EWA_AVX512
+#if defined(__GNUC__) && !defined(__clang__)
+// Of GCC's own header.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
 namespace ewa {
 namespace {
 
 constexpr uint8_t not_a_number = 255;
 constexpr uint32_t infinity = 0x7f800000;
+
+// Scales are an eighth of a power of 2 apart from 2^−9 to 2^9; that of 1 has this number.
+constexpr int32_t fine_powers = 9, scale_of_1 = 118;
+// Bits of 2^(i/8) in float32, i = 0 … 7, without the exponent.
+constexpr int32_t eighths_of_2[] = {0, 0x0b95c2, 0x1837f0, 0x25fed7, 0x3504f3, 0x45672a, 0x5744fd, 0x6ac0c7};
 
 // Bits of the largest |v|, and of the largest v that is no less than 0; of what is no number, more than `infinity`.
 struct Largest {
@@ -29,16 +45,17 @@ EWA_CLONES Largest largest(const float* v) {
     return {of_all, of_positive};
 }
 
-float as_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-// Of the smallest scale that is no less, or the highest.
-int64_t number(const Format& format, float largest) {
-    const auto found = std::lower_bound(format.scales.begin(), format.scales.end(), largest);
-    return std::min<int64_t>(found - format.scales.begin(), format.scales.size() - 1);
+// k of the smallest scale that is no less than a finite number ≥ 0 of these bits, or the highest: a search in the table,
+// by the exponent, that takes no branch.
+EWA_INLINE int32_t number_of(uint32_t bits, int32_t last) {
+    const int32_t exponent = static_cast<int32_t>(bits >> 23) - 127, rest = bits & 0x7fffff;
+    const int32_t power = exponent + (rest > 0);  // of 2 that is no less
+    int32_t eighths = 0;
+    for (const int32_t bound : eighths_of_2) eighths += rest > bound;
+    int32_t j = exponent * 8 + eighths;
+    j = power > fine_powers ? 8 * fine_powers + (power - fine_powers + 1) / 2 : j;
+    j = power < 1 - fine_powers ? -8 * fine_powers - std::max(-fine_powers - power, 0) / 2 : j;
+    return std::min(std::max(j + scale_of_1, 0), last);
 }
 
 EWA_CLONES void to_8_bits(const float* v, float factor, uint8_t* codes) {
@@ -50,10 +67,11 @@ EWA_CLONES void to_8_bits(const float* v, float factor, uint8_t* codes) {
     }
 }
 
-EWA_CLONES void to_4_bits(const float* v, const float* edges, uint8_t* codes) {
+// What codes stand for and what parts them, of a codebook at a scale: what is not fixed is a multiple of it.
+EWA_CLONES void to_4_bits(const float* v, const Codebook& book, float scale, uint8_t* codes) {
     int32_t counts[scale_columns] = {};
     for (int64_t c = 0; c < 15; ++c) {
-        const float edge = edges[c];
+        const float edge = c < book.num_fixed ? book.edges[c] : book.edges[c] * scale;
 #pragma omp simd
         for (int64_t j = 0; j < scale_columns; ++j) counts[j] += v[j] > edge ? 1 : 0;
     }
@@ -67,7 +85,9 @@ EWA_CLONES void from_8_bits(const uint8_t* codes, float step, float* to) {
     for (int64_t j = 0; j < scale_columns; ++j) to[j] = static_cast<float>(static_cast<int8_t>(codes[j])) * step;
 }
 
-EWA_CLONES void from_4_bits(const uint8_t* codes, const float* levels, float* to) {
+EWA_CLONES void from_4_bits(const uint8_t* codes, const Codebook& book, float scale, float* to) {
+    float levels[16];
+    for (int64_t c = 0; c < 16; ++c) levels[c] = c < book.num_fixed ? book.levels[c] : book.levels[c] * scale;
 #pragma omp simd
     for (int64_t j = 0; j < scale_columns / 2; ++j) {
         to[j] = levels[codes[j] & 15];
@@ -75,24 +95,104 @@ EWA_CLONES void from_4_bits(const uint8_t* codes, const float* levels, float* to
     }
 }
 
-uint8_t encode_block(const Format& format, const Codebook& codebook, const float* v, uint8_t* codes) {
-    const Largest found = largest(v);
-    if (found.of_all >= infinity) {
-        std::memset(codes, 0, scale_columns * format.bits / 8);
-        return not_a_number;
+#ifdef EWA_AVX512
+// The same with the block, and a codebook, in registers.
+EWA_AVX512 EWA_INLINE __m512 scaled(const float* numbers, __mmask16 there, const Codebook& book, float scale) {
+    const __m512 all = _mm512_maskz_loadu_ps(there, numbers);
+    const __mmask16 is_multiple = static_cast<__mmask16>(0xffff << book.num_fixed);
+    return _mm512_mask_mul_ps(all, is_multiple, all, _mm512_set1_ps(scale));
+}
+
+EWA_AVX512 EWA_INLINE __m512i codes_of(const float* v, __m512 edges) {
+    const __m512 values = _mm512_loadu_ps(v);
+    __m512i codes = _mm512_setzero_si512();
+    for (const int32_t step : {8, 4, 2, 1}) {
+        const __m512 edge = _mm512_permutexvar_ps(_mm512_add_epi32(codes, _mm512_set1_epi32(step - 1)), edges);
+        const __mmask16 above = _mm512_cmp_ps_mask(values, edge, _CMP_GT_OQ);
+        codes = _mm512_mask_add_epi32(codes, above, codes, _mm512_set1_epi32(step));
     }
-    int64_t scale = number(format, as_float(found.of_all));
-    if (format.bits == 8) {
-        to_8_bits(v, 127.0f / format.scales[scale], codes);
-        return static_cast<uint8_t>(scale);
+    return codes;
+}
+
+EWA_AVX512 Largest largest_at_once(const float* v) {
+    const __m512i low = _mm512_loadu_si512(v), high = _mm512_loadu_si512(v + scale_columns / 2);
+    const __m512i all = _mm512_set1_epi32(0x7fffffff);
+    const __m512i of_all = _mm512_max_epu32(_mm512_and_si512(low, all), _mm512_and_si512(high, all));
+    const __m512i of_positive = _mm512_max_epi32(_mm512_max_epi32(low, high), _mm512_setzero_si512());
+    return {_mm512_reduce_max_epu32(of_all), _mm512_reduce_max_epi32(of_positive)};
+}
+
+EWA_AVX512 void to_8_bits_at_once(const float* v, float factor, uint8_t* codes) {
+    for (int64_t j = 0; j < scale_columns; j += 16) {
+        const __m512 values = _mm512_loadu_ps(v + j), zero = _mm512_setzero_ps();
+        const __m512 scaled = _mm512_add_ps(_mm512_mul_ps(values, _mm512_set1_ps(factor)), _mm512_set1_ps(0.5f));
+        const __m512 code = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        const __mmask16 is_positive = _mm512_cmp_ps_mask(values, zero, _CMP_GT_OQ);
+        const __m512 most = _mm512_mask_blend_ps(is_positive, zero, _mm512_set1_ps(127));
+        const __m512 least = _mm512_mask_blend_ps(is_positive, _mm512_set1_ps(-127), _mm512_set1_ps(1));
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(code, least), most));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + j), _mm512_cvtepi32_epi8(whole));
     }
-    const bool is_own = scale >= codebook.first_scale;
-    if (is_own) scale = std::max(number(format, as_float(found.of_positive)), codebook.first_scale);
-    const Codebook& book = is_own ? codebook : format.symmetric;
-    float edges[15];
-    for (int64_t c = 0; c < 15; ++c) edges[c] = book.edges[c] * (c < book.num_fixed ? 1.0f : format.scales[scale]);
-    to_4_bits(v, edges, codes);
-    return static_cast<uint8_t>(scale);
+}
+
+EWA_AVX512 void to_4_bits_at_once(const float* v, const Codebook& book, float scale, uint8_t* codes) {
+    const __m512 edges = scaled(book.edges.data(), 0x7fff, book, scale);
+    const __m512i low = codes_of(v, edges), high = codes_of(v + scale_columns / 2, edges);
+    const __m512i both = _mm512_or_si512(low, _mm512_slli_epi32(high, 4));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(both));
+}
+
+EWA_AVX512 void from_4_bits_at_once(const uint8_t* codes, const Codebook& book, float scale, float* to) {
+    const __m512 levels = scaled(book.levels.data(), 0xffff, book, scale);
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    _mm512_storeu_ps(to, _mm512_permutexvar_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)), levels));
+    _mm512_storeu_ps(to + scale_columns / 2, _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), levels));
+}
+
+const bool have_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+const auto find_largest = have_avx512 ? largest_at_once : largest;
+const auto encode_8_bits = have_avx512 ? to_8_bits_at_once : to_8_bits;
+const auto encode_4_bits = have_avx512 ? to_4_bits_at_once : to_4_bits;
+const auto decode_4_bits = have_avx512 ? from_4_bits_at_once : from_4_bits;
+#else
+const auto find_largest = largest;
+const auto encode_8_bits = to_8_bits;
+const auto encode_4_bits = to_4_bits;
+const auto decode_4_bits = from_4_bits;
+#endif
+
+// Blocks of a row that are encoded together: what one waits for, the others fill.
+constexpr int64_t together = 16;
+
+// Up to `together` blocks.
+void encode_blocks(const Format& format, const Codebook& codebook, int64_t count, const float* v, uint8_t* codes,
+                   uint8_t* scales) {
+    Largest found[together];
+    int32_t number[together], of_positive[together];
+    for (int64_t b = 0; b < count; ++b) found[b] = find_largest(v + b * scale_columns);
+    const int32_t last = static_cast<int32_t>(format.scales.size()) - 1;
+    for (int64_t b = 0; b < count; ++b) number[b] = number_of(found[b].of_all, last);
+    if (format.bits == 4)
+        for (int64_t b = 0; b < count; ++b) of_positive[b] = number_of(found[b].of_positive, last);
+    const int64_t bytes = scale_columns * format.bits / 8;
+    for (int64_t b = 0; b < count; ++b) {
+        const float* const from = v + b * scale_columns;
+        uint8_t* const to = codes + b * bytes;
+        if (found[b].of_all >= infinity) {
+            std::memset(to, 0, bytes);
+            scales[b] = not_a_number;
+            continue;
+        }
+        const bool is_own = number[b] >= codebook.first_scale;
+        const int64_t own = std::max<int64_t>(of_positive[b], codebook.first_scale);
+        const int64_t scale = format.bits == 4 && is_own ? own : number[b];
+        if (format.bits == 8)
+            encode_8_bits(from, 127.0f / format.scales[scale], to);
+        else
+            encode_4_bits(from, is_own ? codebook : format.symmetric, format.scales[scale], to);
+        scales[b] = static_cast<uint8_t>(scale);
+    }
 }
 
 void decode_block(const Format& format, const Codebook& codebook, uint8_t scale, const uint8_t* codes, float* to) {
@@ -101,10 +201,7 @@ void decode_block(const Format& format, const Codebook& codebook, uint8_t scale,
     } else if (format.bits == 8) {
         from_8_bits(codes, format.scales[scale] / 127.0f, to);
     } else {
-        const Codebook& book = scale >= codebook.first_scale ? codebook : format.symmetric;
-        float levels[16];
-        for (int64_t c = 0; c < 16; ++c) levels[c] = book.levels[c] * (c < book.num_fixed ? 1.0f : format.scales[scale]);
-        from_4_bits(codes, levels, to);
+        decode_4_bits(codes, scale >= codebook.first_scale ? codebook : format.symmetric, format.scales[scale], to);
     }
 }
 
@@ -115,12 +212,10 @@ int64_t blocks_of_row(const Format& format, int64_t columns) {
     return parts * blocks(columns / parts);
 }
 
-// Calls work(block number, first of up to 32 columns, how many).
-template <class Work>
-void by_block(const Kept& kept, int64_t row, int64_t columns, int64_t part, int64_t column, int64_t n, Work work) {
+// Of a column of a part of a row, which block it is.
+int64_t block_of(const Kept& kept, int64_t row, int64_t columns, int64_t part, int64_t column) {
     const int64_t of_part = blocks(columns / static_cast<int64_t>(kept.format->parts.size()));
-    int64_t block = row * blocks_of_row(*kept.format, columns) + part * of_part + column / scale_columns;
-    for (int64_t j = 0; j < n; j += scale_columns, ++block) work(block, j, std::min(scale_columns, n - j));
+    return row * blocks_of_row(*kept.format, columns) + part * of_part + column / scale_columns;
 }
 
 }  // namespace
@@ -139,24 +234,33 @@ Kept Kept::from(int64_t row, int64_t columns) const {
 
 void encode(const Kept& kept, int64_t row, int64_t columns, int64_t part, int64_t column, int64_t n, const float* from) {
     const Format& format = *kept.format;
-    by_block(kept, row, columns, part, column, n, [&](int64_t block, int64_t first, int64_t count) {
-        uint8_t* const codes = kept.codes + block * scale_columns * format.bits / 8;
-        const float* v = from + first;
+    const Codebook& codebook = format.parts[part];
+    const int64_t block = block_of(kept, row, columns, part, column), bytes = scale_columns * format.bits / 8;
+    uint8_t *codes = kept.codes + block * bytes, *scales = kept.scales + block;
+    const int64_t whole = n / scale_columns;
+    for (int64_t b = 0; b < whole; b += together)
+        encode_blocks(format, codebook, std::min(together, whole - b), from + b * scale_columns, codes + b * bytes,
+                      scales + b);
+    if (whole * scale_columns < n) {
         float filled[scale_columns] = {};
-        if (count < scale_columns) v = static_cast<float*>(std::memcpy(filled, v, count * sizeof(float)));
-        kept.scales[block] = encode_block(format, format.parts[part], v, codes);
-    });
+        std::memcpy(filled, from + whole * scale_columns, (n - whole * scale_columns) * sizeof(float));
+        encode_blocks(format, codebook, 1, filled, codes + whole * bytes, scales + whole);
+    }
 }
 
 void decode(const Kept& kept, int64_t row, int64_t columns, int64_t part, int64_t column, int64_t n, float* to) {
     const Format& format = *kept.format;
-    by_block(kept, row, columns, part, column, n, [&](int64_t block, int64_t first, int64_t count) {
-        const uint8_t* const codes = kept.codes + block * scale_columns * format.bits / 8;
-        if (count == scale_columns) return decode_block(format, format.parts[part], kept.scales[block], codes, to + first);
-        float filled[scale_columns];
-        decode_block(format, format.parts[part], kept.scales[block], codes, filled);
-        std::memcpy(to + first, filled, count * sizeof(float));
-    });
+    const int64_t block = block_of(kept, row, columns, part, column), bytes = scale_columns * format.bits / 8;
+    const uint8_t *codes = kept.codes + block * bytes, *scales = kept.scales + block;
+    for (int64_t j = 0; j < n; j += scale_columns, codes += bytes, ++scales) {
+        if (j + scale_columns <= n) {
+            decode_block(format, format.parts[part], *scales, codes, to + j);
+        } else {
+            float filled[scale_columns];
+            decode_block(format, format.parts[part], *scales, codes, filled);
+            std::memcpy(to + j, filled, (n - j) * sizeof(float));
+        }
+    }
 }
 
 void encode_rows(Matrix in, int64_t n, int64_t columns, const Kept& kept) {
