@@ -24,6 +24,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent.resolve()
 CXX_SOURCES = (
     "bindings",
+    "exchange/exchange",
     "layer/codec",
     "layer/merge",
     "layer/moe_ffn",
@@ -160,7 +161,7 @@ class NinjaBuild(build_ext):
         cxx_sources = (*CXX_SOURCES, "hopper/bindings") if parts == "hopper" else CXX_SOURCES
         for name in cxx_sources:
             # The same bits on every processor: no multiply and add in one rounding where there is such an instruction.
-            exact = " -ffp-contract=off" if name.startswith(("parameter_pass", "layer/codec")) else ""
+            exact = " -ffp-contract=off" if name.startswith(("parameter_pass", "layer/codec", "exchange")) else ""
             text.append(f"build {name}.o: compile {escape(ROOT / 'csrc' / name)}.cpp\n  flags = {flags}{exact}\n")
         for name, of_source in flags_of.items():
             rule = "compile_hopper" if name in HOPPER_SOURCES else "compile_cuda"

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "exchange/exchange.h"
 #include "hopper/bindings.h"
 #include "layer/codec.h"
 #include "layer/merge.h"
@@ -148,6 +149,26 @@ PYBIND11_MODULE(_C, m) {
         "decode_rows",
         [](const ewa::Format& format, uintptr_t codes, uintptr_t scales, int64_t n, int64_t columns, Matrix out) {
             ewa::decode_rows(kept(format, codes, scales), n, columns, matrix(out));
+        },
+        unlocked);
+    m.def(
+        "encode_gradient",
+        [](Matrix from, int64_t n, uintptr_t codes, uintptr_t scales, uintptr_t residual) {
+            ewa::encode_gradient(matrix(from), n, pointer<int8_t>(codes), pointer<uint16_t>(scales),
+                                 pointer<float>(residual));
+        },
+        unlocked);
+    m.def(
+        "decode_gradient",
+        [](uintptr_t codes, uintptr_t scales, int64_t n, Matrix to) {
+            ewa::decode_gradient(pointer<const int8_t>(codes), pointer<const uint16_t>(scales), n, matrix(to));
+        },
+        unlocked);
+    m.def(
+        "sum_gradients",
+        [](uintptr_t codes, uintptr_t scales, int64_t count, int64_t stride, int64_t n, float factor, uintptr_t to) {
+            ewa::sum_gradients(pointer<const int8_t>(codes), pointer<const uint16_t>(scales), count, stride, n, factor,
+                               pointer<float>(to));
         },
         unlocked);
     m.def(

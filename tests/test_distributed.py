@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import same_training, state_on_ranks, training_on_ranks
+from distributed import exchange_on_ranks, same_training, state_on_ranks, training_on_ranks
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
@@ -24,7 +24,7 @@ from ewa_kernels.integrations.callbacks import AveragingCallback
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
-CHECKS = [*training_on_ranks.CHECKS, *state_on_ranks.CHECKS]
+CHECKS = [*training_on_ranks.CHECKS, *state_on_ranks.CHECKS, *exchange_on_ranks.CHECKS]
 
 
 def torchrun(num_processes, script, *arguments):

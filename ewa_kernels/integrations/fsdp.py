@@ -8,10 +8,13 @@ averager = ewa.ExpertAverager(model, share_rate=0.3)
 averager.attach(optimizer)
 ...
 state_dict = folded_state_dict(model)  # on every rank
+
+Gradients in 8 bits, instead of reduce-scatter in their own type: `quantize_gradients(model)` after `fully_shard`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,15 +24,24 @@ from torch import Tensor, nn
 if not dist.is_available():
     raise ImportError("ewa_kernels.integrations.fsdp needs torch.distributed: pip install a PyTorch built with it")
 
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard
 
 import ewa_kernels.checks as checks
+import ewa_kernels.integrations.payload as payload
 import ewa_kernels.train.shards as shards
+from ewa_kernels.kernels.exchange import BLOCK
 from ewa_kernels.models.pairs import PairedExperts
 from ewa_kernels.models.replace import folded_state_dict as _folded_state_dict
 from ewa_kernels.modules import StackedExperts, holds_experts
 
-__all__ = ["expert_shard_placement", "fold_rank_into_seed_", "folded_state_dict"]
+__all__ = [
+    "QuantizedReduceScatter",
+    "expert_shard_placement",
+    "fold_rank_into_seed_",
+    "folded_state_dict",
+    "quantize_gradients",
+]
 
 
 def expert_shard_placement(param: nn.Parameter, *, num_shards: int | None = None) -> Shard | None:
@@ -118,3 +130,106 @@ def fold_rank_into_seed_(model: nn.Module, rank: int | None = None) -> None:
         raise ValueError("model must have RandomPartitionMoE layers: call replace_ffn_(model) first")
     for layer in layers:
         layer.seed_offset = shards.seed_of(0, rank)
+
+
+class QuantizedReduceScatter:
+    """Sums gradients over ranks in 8 bits: what `FSDPModule.set_custom_reduce_scatter` takes.
+
+    Each rank gets from all others its shard in 8 bits, and sums it up in float32; nothing is rounded after. With
+    hybrid sharding the second reduction, between replicas, is FSDP2's own. FSDP2 must be asked for sums:
+    `set_force_sum_reduction_for_comms(True)`. `quantize_gradients` does both for all of a model.
+
+    Args:
+        module: the FSDPModule, by whose parameters it is known which gradients are sent as they are (those of one
+            dimension, and of biases of experts), and where each begins, which no block of 128 elements crosses. None:
+            all is coded, as one tensor.
+        min_bytes: of all gradients that are exchanged at once; fewer are reduced as they are.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, or out of range.
+    """
+
+    def __init__(self, module: FSDPModule | None = None, *, min_bytes: int = payload.MIN_BYTES):
+        if module is not None and not isinstance(module, FSDPModule):
+            raise TypeError(f"module must be an FSDPModule, got {type(module).__name__}: call fully_shard before")
+        checks.integer("min_bytes", min_bytes, minimum=0)
+        self._module: Any = module
+        of_module: list[Any] = [] if module is None else payload.parameters_of(self._module)
+        self._shards = [_of_shard(p) for p in of_module]
+        self.min_bytes = min_bytes
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for FSDP2."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        """
+        Raises:
+            ValueError: `op` is neither a sum nor a mean.
+        """
+        world_size = group.size()
+        if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+            raise ValueError(f"op must be SUM, got {op}: call set_force_sum_reduction_for_comms(True) on the module")
+        if not payload.can_be_coded(input_tensor, self.min_bytes, group):
+            payload.reduce_scatter(output_tensor, input_tensor, op, group)
+            return
+        sizes, exact = self._parts(len(output_tensor))
+        layout = payload.layout(sizes, exact, input_tensor.dtype.itemsize, 1)  # of one rank's shard
+        sent = payload.new_payloads(world_size, layout.num_bytes, input_tensor)
+        for rank, shard in enumerate(input_tensor.view(world_size, -1)):
+            layout.encode(shard.split(sizes), sent[rank : rank + 1], None)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        factor = 1 / world_size if op == dist.ReduceOp.AVG else 1.0
+        total, of_exact = layout.total(received, input_tensor.dtype, factor)
+        outputs = output_tensor.split(sizes)
+        for i, _, size, _, block in layout.pieces:
+            start = block * BLOCK
+            outputs[i].copy_(total[start : start + size])
+        for i, value in zip(layout.exact, of_exact.split([sizes[i] for i in layout.exact]), strict=True):
+            outputs[i].copy_(value)
+
+    def _parts(self, num_elements: int) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """Elements of each parameter in a shard, and whether they are sent as they are. One part, coded, where that is
+        not known: some parameters may have had no gradient."""
+        if self._module is not None:
+            parameters = payload.parameters_of(self._module)
+            trained = [(n, p) for n, p in zip(self._shards, parameters, strict=True) if p.requires_grad]
+            if sum(n for n, _ in trained) == num_elements:
+                return tuple(n for n, _ in trained), tuple(payload.is_exact(p) for _, p in trained)
+        return (num_elements,), (False,)
+
+
+def _of_shard(parameter: Any) -> int:
+    """Elements of each rank's part, of which FSDP2 makes all as large as the first; `parameter` is sharded."""
+    shape = parameter.shape
+    for count, place in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
+        if place.is_shard() and place.dim > 0:
+            return int(parameter.numel() // count)
+        if place.is_shard():
+            return int(-(-shape[0] // count) * (parameter.numel() // max(shape[0], 1)))
+    return int(parameter.numel())
+
+
+def quantize_gradients(model: nn.Module, *, min_bytes: int = payload.MIN_BYTES) -> None:
+    """Exchanges the gradients of all FSDP2 modules of a model in 8 bits: `QuantizedReduceScatter` for each.
+
+    Args:
+        model: after `fully_shard`.
+        min_bytes: see `QuantizedReduceScatter`.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+        ValueError: it has no FSDPModule.
+    """
+    checks.module("model", model)
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not sharded:
+        raise ValueError("model must have FSDP2 modules: call fully_shard on it first")
+    for module in sharded:
+        comm: Any = QuantizedReduceScatter(module, min_bytes=min_bytes)
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_custom_reduce_scatter(comm)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
 import torch.distributed as dist
-from distributed import state_on_ranks, training_on_ranks
+from distributed import exchange_on_ranks, state_on_ranks, training_on_ranks
 
 
 def main():
@@ -20,7 +20,7 @@ def main():
     # A rank that fails leaves the others waiting.
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
     results = {}
-    for check in (*training_on_ranks.CHECKS, *state_on_ranks.CHECKS):
+    for check in (*training_on_ranks.CHECKS, *state_on_ranks.CHECKS, *exchange_on_ranks.CHECKS):
         error, start = None, time.perf_counter()
         try:
             check(*[folder] if inspect.signature(check).parameters else [])

@@ -11,7 +11,7 @@ except ImportError:
     WHY_NOT: str | None = "Triton is not installed: pip install triton"
     INTERPRETED = False
 else:
-    from ewa_kernels.kernels.triton import averaging, codec, cublas, merging, moe_ffn, permutation
+    from ewa_kernels.kernels.triton import averaging, codec, cublas, exchange, merging, moe_ffn, permutation
 
     WHY_NOT = None
     if torch.version.hip:
@@ -24,4 +24,15 @@ def runs(backend: str) -> bool:
     return backend in ("cublas", "hopper") or backend.startswith("triton")
 
 
-__all__ = ["INTERPRETED", "WHY_NOT", "averaging", "codec", "cublas", "merging", "moe_ffn", "permutation", "runs"]
+__all__ = [
+    "INTERPRETED",
+    "WHY_NOT",
+    "averaging",
+    "codec",
+    "cublas",
+    "exchange",
+    "merging",
+    "moe_ffn",
+    "permutation",
+    "runs",
+]
