@@ -298,7 +298,7 @@ class TestGatheredByFSDP2:
     def test_callbacks_begin_after_a_validation(self):
         """Lightning's, which comes before training, gathers the root's parameters."""
         model = self.make(by_block=False)
-        averaging = AveragingCallback(None, 0.3, fold_at_end=False)
+        averaging = AveragingCallback(None, 0.3, False, False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with torch.no_grad():
             model(same_training.micro_batch(0, 0)[0])
@@ -308,7 +308,7 @@ class TestGatheredByFSDP2:
 
     def test_callbacks_say_at_the_start_that_they_cannot_fold(self):
         model = self.make(by_block=True)
-        averaging = AveragingCallback(None, 0.3, fold_at_end=True)
+        averaging = AveragingCallback(None, 0.3, True, False)
         with pytest.raises(ValueError, match=r"fold_at_end must be False for a sharded model.*folded_state_dict"):
             averaging._begin(model)
 

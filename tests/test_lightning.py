@@ -211,7 +211,7 @@ class TestFrozenAtFirst:
             model, others = self.Task().model, [nn.Parameter(torch.ones(2)) for _ in range(num_optimizers)]
             experts = [p.requires_grad_(False) for _, p in ewa.expert_tensors(model)]
             optimizers = [torch.optim.SGD([p], lr=1e-12) for p in others]
-            callback = AveragingCallback(None, 0.3, fold_at_end=False)
+            callback = AveragingCallback(None, 0.3, False, False)
             callback._begin(model)
             callback._attach(optimizers)
             assert (callback.averager.attached_to is None) == (num_optimizers == 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -29,13 +31,17 @@ class AveragingCallback:
     Arguments, and what they raise: see `lightning.EWACallback` and `transformers.EWACallback`.
     """
 
-    def __init__(self, averager: ExpertAverager | None, share_rate: object, fold_at_end: bool):
+    def __init__(
+        self, averager: ExpertAverager | None, share_rate: object, fold_at_end: bool, quantized_gradients: bool
+    ):
         if (averager is None) == (share_rate is None):
             got = "neither" if averager is None else "both"
             raise ValueError(f"averager or share_rate must be given, got {got}")
         if averager is not None and not isinstance(averager, ExpertAverager):
             raise TypeError(f"averager must be an ExpertAverager, got {type(averager).__name__}")
         checks.boolean("fold_at_end", fold_at_end)
+        checks.boolean("quantized_gradients", quantized_gradients)
+        self._quantized_gradients = quantized_gradients
         self._share_rate = None if share_rate is None else as_schedule(share_rate)
         self._fold_at_end = fold_at_end
         self._averager = averager
@@ -70,6 +76,11 @@ class AveragingCallback:
             )
         if self._share_rate is not None:
             self._averager = _Averager(model, self._share_rate)
+
+    def _quantize(self, wrapped: nn.Module) -> None:
+        """If asked for, and there are several processes: exchanges gradients in 8 bits. `wrapped`: by DDP, say."""
+        if self._quantized_gradients and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            importlib.import_module("ewa_kernels.integrations.ddp").quantize_gradients(wrapped)
 
     def _attach(self, optimizers: Sequence[object]) -> None:
         """To the optimizer that has the experts; if the averager is attached already it stays where it is.

@@ -24,8 +24,12 @@ if not dist.is_available():
     raise ImportError("ewa_kernels.integrations.ddp needs torch.distributed: pip install a PyTorch built with it")
 
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["QuantizedAllReduce", "quantized_all_reduce"]
+import ewa_kernels.integrations.fsdp as fsdp
+
+__all__ = ["QuantizedAllReduce", "quantize_gradients", "quantized_all_reduce"]
 
 
 class QuantizedAllReduce:
@@ -129,3 +133,38 @@ def quantized_all_reduce(state: QuantizedAllReduce, bucket: GradBucket) -> torch
 
 def _first(future: Any) -> Tensor:
     return future.value()[0]
+
+
+def quantize_gradients(
+    model: nn.Module, *, error_feedback: bool = False, min_bytes: int = payload.MIN_BYTES
+) -> QuantizedAllReduce | None:
+    """Exchanges the gradients of a model in 8 bits, whether DDP or FSDP2 shares it among ranks.
+
+    For loops that wrap the model themselves: of Accelerate what `prepare` returns, of Lightning's strategy its `model`.
+
+    Args:
+        model: or a module that holds it.
+        error_feedback, min_bytes: see `QuantizedAllReduce`; FSDP2 has no error feedback.
+
+    Returns:
+        The state of the hook that DDP got; None for FSDP2.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+        ValueError: nobody shares it, or FSDP2 does, with error feedback.
+        RuntimeError: DDP has a hook already.
+    """
+    checks.module("model", model)
+    wrapped = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    state = QuantizedAllReduce(error_feedback, min_bytes=min_bytes)
+    for parallel in wrapped:
+        state.process_group = parallel.process_group
+        parallel.register_comm_hook(state, quantized_all_reduce)
+    if wrapped:
+        return state
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError("model must be wrapped by DDP or sharded by FSDP2: call it with what is trained")
+    if error_feedback:
+        raise ValueError("error_feedback must be False for FSDP2, got True: it would be as large as the whole model")
+    fsdp.quantize_gradients(model, min_bytes=min_bytes)
+    return None

@@ -53,6 +53,7 @@ class EWACallback(AveragingCallback, _callback_class()):  # type: ignore[misc]
         share_rate: β, a float or a schedule, of an averager that is made each time training begins: it starts anew.
         fold_at_end: whether to fold the model at the end of a `fit` that made any step; not after `fast_dev_run`. Must
             be False for a sharded model, of which `ewa_kernels.integrations.fsdp` gets the dense weights.
+        quantized_gradients: whether several processes exchange gradients in 8 bits, see `ewa_kernels.integrations.ddp`.
 
     Raises:
         TypeError, ValueError: not exactly one of `averager` and `share_rate`, or out of range.
@@ -64,8 +65,9 @@ class EWACallback(AveragingCallback, _callback_class()):  # type: ignore[misc]
         *,
         share_rate: float | Callable[[int], float] | None = None,
         fold_at_end: bool = True,
+        quantized_gradients: bool = False,
     ):
-        super().__init__(averager, share_rate, fold_at_end)
+        super().__init__(averager, share_rate, fold_at_end, quantized_gradients)
         self._loaded: dict[str, Any] | None = None
         self._restorable = False
         self._inside_epoch = False
@@ -85,6 +87,7 @@ class EWACallback(AveragingCallback, _callback_class()):  # type: ignore[misc]
         self._inside_epoch = False
         self._logged_step = trainer.global_step
         self._attach(trainer.optimizers)
+        self._quantize(trainer.strategy.model)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._restore_generators()

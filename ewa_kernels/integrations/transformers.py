@@ -53,6 +53,8 @@ class EWACallback(AveragingCallback, TrainerCallback):
         share_rate: β, a float or a schedule, of an averager that is made each time training begins: it starts anew.
         fold_at_end: whether to fold the model at the end of training, if any step was made. Must be False for a sharded
             model, of which `ewa_kernels.integrations.fsdp` gets the dense weights.
+        quantized_gradients: whether several processes exchange gradients in 8 bits, see
+            `ewa_kernels.integrations.ddp`. Needs `add_to`: only the trainer knows what its model is wrapped in.
         resume_from_checkpoint: needed only to resume from a checkpoint that is not in the trainer's `output_dir`.
 
     Raises:
@@ -65,9 +67,11 @@ class EWACallback(AveragingCallback, TrainerCallback):
         *,
         share_rate: float | Callable[[int], float] | None = None,
         fold_at_end: bool = True,
+        quantized_gradients: bool = False,
         resume_from_checkpoint: str | os.PathLike[str] | None = None,
     ):
-        super().__init__(averager, share_rate, fold_at_end)
+        super().__init__(averager, share_rate, fold_at_end, quantized_gradients)
+        self._trainer: Trainer | None = None
         if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, (str, os.PathLike)):
             kind = type(resume_from_checkpoint).__name__
             raise TypeError(f"resume_from_checkpoint must be the checkpoint's folder or None, got {kind}")
@@ -79,12 +83,15 @@ class EWACallback(AveragingCallback, TrainerCallback):
 
         Given in `Trainer(callbacks=…)` it comes after them: then the two are in `trainer.state.log_history` alone.
         """
+        self._trainer = trainer
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
+        if self._quantized_gradients and self._trainer is None:
+            raise ValueError("quantized_gradients needs the trainer: call add_to(trainer) on the callback")
         self._begin(model)
         if state.global_step > 0:
             self._resume(args, state, model)
@@ -92,6 +99,8 @@ class EWACallback(AveragingCallback, TrainerCallback):
         self._run = uuid.uuid4().hex
         state.stateful_callbacks[_RECORD] = {"run": self._run}
         self._attach([kwargs["optimizer"]])
+        if self._trainer is not None:
+            self._quantize(self._trainer.model_wrapped)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:

@@ -262,7 +262,82 @@ def what_is_wrong_is_said():
     assert payload.MIN_BYTES == 2**23
 
 
+def of_loops_that_wrap_the_model():
+    from accelerate import Accelerator
+
+    exact = exact_gradients()
+    model = make_model()
+    parallel = Accelerator(cpu=True).prepare(model)
+    assert isinstance(ddp.quantize_gradients(parallel, min_bytes=0), ddp.QuantizedAllReduce)
+    backward(parallel)
+    assert_close({name: p.grad for name, p in model.named_parameters()}, exact, is_exact)
+    sharded = make_model()
+    fully_shard(sharded)
+    with pytest.raises(ValueError, match="error_feedback must be False for FSDP2, got True"):
+        ddp.quantize_gradients(sharded, error_feedback=True)
+    assert ddp.quantize_gradients(sharded, min_bytes=0) is None
+    backward(sharded)
+    assert_close({name: p.grad.full_tensor() for name, p in sharded.named_parameters()}, exact, is_exact)
+    with pytest.raises(ValueError, match="model must be wrapped by DDP or sharded by FSDP2"):
+        ddp.quantize_gradients(make_model())
+
+
+def of_trainers(folder):
+    """Of transformers and of Lightning: one argument of the callback. Gradients are larger than the least bucket."""
+    import vision  # noqa: F401
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch import Trainer as LightningTrainer
+    from transformers import Trainer, TrainingArguments
+
+    from ewa_kernels.integrations.lightning import EWACallback as LightningCallback
+    from ewa_kernels.integrations.transformers import EWACallback
+
+    class Model(LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.experts, self.out = ewa.RandomPartitionMoE(256, 2560, 4), nn.Linear(256, 1)
+
+        def forward(self, x, labels=None):
+            return {"loss": self.out(self.experts(x)).square().mean()}
+
+        def training_step(self, batch, index):
+            return self(**batch)["loss"]
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    data = [{"x": torch.randn(5, 256), "labels": torch.zeros(1)} for _ in range(8)]
+    for kind in ("transformers", "lightning"):
+        model = Model()
+        with counted("all_to_all_single") as sent:
+            if kind == "transformers":
+                options = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "ddp_backend": "gloo"}
+                arguments = TrainingArguments(
+                    str(folder / "trainer"), max_steps=2, per_device_train_batch_size=1, **options
+                )
+                trainer = Trainer(model, arguments, train_dataset=data)
+                EWACallback(share_rate=0.1, fold_at_end=False, quantized_gradients=True).add_to(trainer)
+                trainer.train()
+            else:
+                callback = LightningCallback(share_rate=0.1, fold_at_end=False, quantized_gradients=True)
+                options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+                trainer = LightningTrainer(
+                    max_steps=2,
+                    accelerator="cpu",
+                    strategy="ddp",
+                    devices=dist.get_world_size(),
+                    callbacks=[callback],
+                    **options,
+                )
+                trainer.fit(model, torch.utils.data.DataLoader(data))
+        assert len(sent) >= 2, kind
+        assert_equal_on_all_ranks(p.detach() for p in model.parameters())
+
+
 CHECKS = [
+    of_loops_that_wrap_the_model,
+    of_trainers,
     ddp_is_close_and_equal_on_all_ranks,
     ddp_by_many_buckets_and_small_ones_as_they_are,
     ddp_brings_what_is_no_number,
