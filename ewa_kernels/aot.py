@@ -90,6 +90,7 @@ class Case:
     dropout: bool = False
     again: bool = False  # "forward up", for a backward that has no pre_activation: hidden is not wanted
     routed: bool = False  # with a partition that is given, and two weighted choices a token
+    saved: str = "full"  # what is kept for backward
     stochastic: bool = False  # rounding, of "average"
     odd_address: bool = False  # of what "average" averages in place; no other kernel sees one
     d_model: int = 768  # for "onchip", as many as fit
@@ -123,7 +124,8 @@ class Case:
         kind = "biases" if "linear" in self.kernel else "gated silu" if self.gated else "gelu, biases"
         words = [str(self.tile), kind]
         sizes = [f"D={self.d_model} F={self.d_ff}"] if (self.d_model, self.d_ff) != (768, 3072) else []
-        words += ["again"] * self.again + ["dropout"] * self.dropout + ["routed"] * self.routed + sizes
+        words += ["again"] * self.again + ["dropout"] * self.dropout + ["routed"] * self.routed
+        words += [self.saved] * (self.saved != "full") + sizes
         return ", ".join(words)
 
 
@@ -314,10 +316,10 @@ def _launch(case: Case) -> None:
     kernel, _, form = case.kernel.partition(" ")
     backend = "triton-onchip" if kernel == "onchip" else "triton-split" if form else "triton-single"
     backend = "cublas" if case.kernel in PASSES else backend
-    options = Options("silu" if case.gated else "gelu", case.gated, 0.1 if case.dropout else 0.0, backend, "full")
+    options = Options("silu" if case.gated else "gelu", case.gated, 0.1 if case.dropout else 0.0, backend, case.saved)
     tiles = dict.fromkeys(MULTIPLIES, (case.tile,))
     kept = {"table": tiles, "num_programs": 132}
-    problem = replace(Problem.of(inputs, case.routed, options, saved="full"), kept=kept)
+    problem = replace(Problem.of(inputs, case.routed, options, saved=case.saved), kept=kept)
     if kernel == "groups":
         groups.tabulate(given[1], num_tokens, num_tokens // 128, 128)
     elif kernel == "permutation":
@@ -336,7 +338,7 @@ def _launch(case: Case) -> None:
     elif case.kernel in PASSES:
         if case.kernel.endswith("backward"):
             is_again = "dealt" in case.kernel
-            product = None if is_again else new(problem.num_kept, num_up)
+            product = None if is_again else problem.new_pre_activation()
             again = deal if is_again else deal._replace(permutation=given[0])
             cublas.backward(problem, inputs.x, inputs, again, product, [t is not None for t in inputs])
         else:
@@ -348,7 +350,7 @@ def _launch(case: Case) -> None:
         seed = torch.empty(1, dtype=torch.int64, device=experts.device) if case.stochastic else None
         averaging.average([experts], share_rate, None, seed)
     elif kernel == "backward" or case.again:
-        pre_activation = new(num_tokens * top_k, num_up) if kernel == "backward" else None
+        pre_activation = problem.new_pre_activation() if kernel == "backward" else None
         moe_ffn.backward(problem, inputs.x, inputs, deal, pre_activation, [t is not None for t in inputs])
     else:
         moe_ffn.forward(problem, inputs, deal)

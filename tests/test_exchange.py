@@ -11,12 +11,18 @@ from ewa_kernels.kernels import exchange
 from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.kernels.exchange import BLOCK, num_blocks
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def encoded(values, by, residual=None):
-    codes = torch.full((num_blocks(len(values)) * BLOCK,), 77, dtype=torch.int8)
-    scales = torch.empty(num_blocks(len(values)), dtype=torch.bfloat16)
-    by.encode(values, codes, scales, residual)
-    return codes, scales
+    device = DEVICE if by is triton_kernels.exchange else "cpu"
+    codes = torch.full((num_blocks(len(values)) * BLOCK,), 77, dtype=torch.int8, device=device)
+    scales = torch.empty(num_blocks(len(values)), dtype=torch.bfloat16, device=device)
+    rest = None if residual is None else residual.to(device)
+    by.encode(values.to(device), codes, scales, rest)
+    if residual is not None:
+        residual.copy_(rest)
+    return codes.cpu(), scales.cpu()
 
 
 @pytest.fixture(params=["cpp", "triton"])
@@ -59,10 +65,13 @@ def test_same_bits_everywhere(by, in_torch, dtype, n):
         if feedback:
             assert torch.equal(ours, theirs)
             assert ours.isfinite().all()
-    if by is not exchange and dtype == torch.bfloat16:
+    if by is not exchange and dtype == torch.bfloat16 and DEVICE == "cpu":
         dtype = torch.float32  # Triton's interpreter rounds bfloat16 towards zero
     out, expected = torch.empty(n, dtype=dtype), torch.empty(n, dtype=dtype)
-    by.decode(codes, scales, out)
+    device = DEVICE if by is triton_kernels.exchange else "cpu"
+    result = out.to(device)
+    by.decode(codes.to(device), scales.to(device), result)
+    out.copy_(result)
     in_torch.decode(codes, scales, expected)
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.nan_to_num(1), expected.nan_to_num(1))
@@ -81,7 +90,10 @@ def test_totals_have_the_same_bits(by, in_torch):
     if by is exchange:
         total = by.total(codes, scales, 0.1)
     else:
-        by.total(codes, scales, 0.1, total)
+        on_device = received.to(DEVICE)
+        result = total.to(DEVICE)
+        by.total(layout.codes(on_device), layout.scales(on_device), 0.1, result)
+        total.copy_(result)
     assert torch.equal(total, expected)
     assert total.any()
 

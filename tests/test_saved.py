@@ -18,9 +18,12 @@ from ewa_kernels.codec import CODEBOOKS, ROWS_8BIT, SCALES, format_of
 from ewa_kernels.kernels import codec as kernels
 from ewa_kernels.problem import SAVED
 
-BACKENDS = ["torch", "cpp", "triton"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["torch", "cpp", "triton"] if DEVICE == "cpu" else ["torch", "triton"]
 FORMATS = [format_of(bits, *how) for bits in (8, 4) for how in (("gelu", False), ("silu", True), ("relu", False))]
-FORMS = ["triton-single", "triton-split", "triton-onchip", "cublas"]
+# On a GPU the last two are for 16 bits.
+FORMS = ["triton-single", "triton-split", *(["triton-onchip", "cublas"] if DEVICE == "cpu" else [])]
+LAYERS = [*BACKENDS[:-1], *FORMS]
 CODED = ["8bit", "4bit", "recompute-8bit"]
 
 
@@ -34,7 +37,7 @@ def wild(rows=37, columns=72):
     x = torch.randn(rows, columns, generator=generator) * torch.logspace(-44, 37, rows)[:, None]
     x[3, 5], x[4, 6], x[5, 70], x[6], x[7, :40], x[8] = torch.nan, torch.inf, -torch.inf, 0, 1e-42, -3.0
     x[9, ::2], x[10] = 65504, torch.tensor(SCALES[1 : 1 + columns]) * 1.0000001
-    return x
+    return x.to(DEVICE)
 
 
 class TestCodec:
@@ -61,7 +64,7 @@ class TestCodec:
             half = kernels.decode(encoded, x.shape, form, torch.float16, backend)
             assert torch.equal(half.isnan(), values.isnan())
             assert not half.isinf().any()
-            some = torch.empty(4, 72)
+            some = torch.empty(4, 72, device=DEVICE)
             kernels.decode_from(encoded, 37, 9, some, form, backend)
             assert torch.equal(some, values[9:13])
 
@@ -159,19 +162,20 @@ def exact_ffn(num_tokens, d_model, d_ff, num_experts=3, gated=False, dtype=torch
     x = random(num_tokens, d_model, low=-2, high=3, step=0.5)
     up = random(num_experts, num_up, d_model) * (torch.rand(num_up, d_model, generator=generator) < 8 / d_model)
     down = (torch.randn(num_experts, d_model, d_ff, generator=generator) * d_ff**-0.5).to(dtype)
-    return x, (up.to(dtype), random(num_experts, num_up), down, random(num_experts, d_model))
+    parameters = (up.to(dtype), random(num_experts, num_up), down, random(num_experts, d_model))
+    return x.to(DEVICE), tuple(t.to(DEVICE) for t in parameters)
 
 
 class TestLayer:
     @pytest.mark.parametrize("saved", CODED)
     @pytest.mark.parametrize("gated", [False, True])
-    @pytest.mark.parametrize("backend", ["torch", "cpp", *FORMS])
+    @pytest.mark.parametrize("backend", LAYERS)
     def test_parity(self, saved, gated, backend):
         x, parameters = exact_ffn(61, 40, 72, gated=gated)
         check_ffn(x, parameters, backend=backend, saved=saved, seed=5, gated=gated)
 
     @pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "identity"])
-    @pytest.mark.parametrize("backend", ["torch", "cpp", "triton-split"])
+    @pytest.mark.parametrize("backend", [*BACKENDS[:-1], "triton-split"])
     def test_every_activation(self, activation, backend):
         x, parameters = exact_ffn(30, 16, 40)
         check_ffn(x, parameters, backend=backend, saved="4bit", seed=5, activation=activation, dropout_p=0.25)
@@ -184,13 +188,14 @@ class TestLayer:
         x, parameters = exact_ffn(40, 64, 96, dtype=dtype, gated=True)
         check_ffn(x, parameters, saved=saved, seed=5, gated=True, slack=1.5)
 
-    @pytest.mark.parametrize("backend", ["torch", "cpp", *FORMS])
+    @pytest.mark.parametrize("backend", LAYERS)
     def test_given_groups_and_routing_weights(self, backend):
         x, parameters = exact_ffn(30, 16, 40)
-        routing_weights = torch.rand(30, 2, generator=torch.Generator().manual_seed(1))
-        permutation, offsets = ewa.functional.partition_by_expert(torch.arange(60).view(30, 2) % 7 % 3, 3)
+        routing_weights = torch.rand(30, 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        choices = torch.arange(60, device=DEVICE).view(30, 2) % 7 % 3
+        permutation, offsets = ewa.functional.partition_by_expert(choices, 3)
         options = {"permutation": permutation, "expert_offsets": offsets, "saved": "4bit"}
-        check_grouped((x, *parameters, routing_weights), torch.randn(30, 16), backend=backend, **options)
+        check_grouped((x, *parameters, routing_weights), torch.randn(30, 16, device=DEVICE), backend=backend, **options)
 
     @pytest.mark.parametrize(("saved", "limits"), [("8bit", 0.01), ("4bit", 0.075), ("recompute-8bit", 0.01)])
     def test_errors_of_gradients(self, saved, limits):
@@ -203,7 +208,7 @@ class TestLayer:
         for dtype, how in ((torch.float64, "full"), (torch.float32, saved)):
             leaves = [t.to(dtype).requires_grad_() for t in operands]
             y = ewa.functional.moe_ffn(*leaves, seed=1, saved=how)
-            grads[how] = [y, *torch.autograd.grad(y, leaves, grad_y.to(dtype))]
+            grads[how] = [y, *torch.autograd.grad(y, leaves, grad_y.to(DEVICE, dtype))]
         y, *errors = ((a - b).norm() / b.norm() for a, b in zip(grads[saved], grads["full"], strict=True))
         assert y < 1e-5
         assert max(errors) <= limits
@@ -222,7 +227,7 @@ class TestLayer:
         assert most - 70 < sum(sizes) / 64 <= most
 
     @pytest.mark.parametrize("saved", CODED)
-    @pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
+    @pytest.mark.parametrize("backend", BACKENDS)
     def test_a_nan_reaches_the_gradients(self, saved, backend):
         """Those of its own expert and of its own row, no others."""
         x, parameters = exact_ffn(20, 32, 32, num_experts=2)

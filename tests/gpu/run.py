@@ -49,7 +49,10 @@ def sections(output: Path) -> list[Group]:
             "tests": (
                 [
                     *PYTEST,
-                    *(f"tests/test_{n}.py" for n in ("fused", "launches", "routed", "expert_linear")),
+                    *(
+                        f"tests/test_{n}.py"
+                        for n in ("fused", "launches", "routed", "expert_linear", "saved", "exchange")
+                    ),
                     "tests/gpu",
                 ],
                 200,

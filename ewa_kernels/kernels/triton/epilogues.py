@@ -81,25 +81,27 @@ def load_pre(
     FIRST: tl.constexpr, FIXED: tl.constexpr, LARGEST: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """pre_activation of `WIDTH` columns of hidden, those before `stop`, as it is stored; gated: gate and value."""
+    num_up = d_ff * 2 if GATED else d_ff
     if BITS > 0:
         exists = row < end
         gate = load_encoded(
             pre_activation, row, exists, first_column, tables, num_kept, d_ff, 0, GATED, BITS, FIRST, FIXED, BLOCK_M,
             WIDTH,
         )  # fmt: skip
+        gate = saturated(gate, LARGEST)
         value = gate
         if GATED:
             value = load_encoded(
                 pre_activation, row, exists, first_column, tables, num_kept, d_ff, 1, GATED, BITS, FIRST, FIXED,
                 BLOCK_M, WIDTH,
             )  # fmt: skip
-        return saturated(gate, LARGEST), saturated(value, LARGEST)
-    num_up = d_ff * 2 if GATED else d_ff
-    column = first_column + tl.arange(0, WIDTH)
-    inside = (row < end)[:, None] & (column < stop)[None, :]
-    index = row.to(tl.int64)[:, None] * num_up + column[None, :]
-    gate = tl.load(pre_activation + index, mask=inside, other=0.0)
-    value = tl.load(pre_activation + index + d_ff, mask=inside, other=0.0) if GATED else gate
+            value = saturated(value, LARGEST)
+    else:
+        column = first_column + tl.arange(0, WIDTH)
+        inside = (row < end)[:, None] & (column < stop)[None, :]
+        index = row.to(tl.int64)[:, None] * num_up + column[None, :]
+        gate = tl.load(pre_activation + index, mask=inside, other=0.0)
+        value = tl.load(pre_activation + index + d_ff, mask=inside, other=0.0) if GATED else gate
     return gate, value
 
 

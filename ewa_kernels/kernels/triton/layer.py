@@ -80,7 +80,7 @@ class Layer:
         # A part of a tile has whole blocks of columns.
         least = BLOCK * 2 if problem.gated and kernel.startswith("forward") else BLOCK
         block_n = max(tile.block_n, least)
-        return replace(tile, block_n=block_n, parts=min(tile.parts, block_n // least))
+        return replace(tile, block_n=block_n, parts=block_n // least)
 
     def onchip_tile(self) -> Tile | None:
         """The tile for "onchip", or None if D is too large."""
