@@ -176,6 +176,8 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
                 case = replace(of_forward, kernel=kernel, **variant)
                 is_tight, phase = case.dropout or case.routed, LINEAR.get(kernel, kernel)
                 of_variant = configs.tiles_of(tiles, phase, case.d_model, case.d_ff, is_tight)
+                if case.saved != "full":
+                    of_variant = configs.tiles_of(tiles, phase, case.d_model, case.d_ff, is_tight, is_coded=True)
                 # Other sizes are compiled with the first alone.
                 for tile in of_variant[:1] if "d_model" in variant else of_variant:
                     yield replace(case, tile=tile)
@@ -198,6 +200,8 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
 
 def _variants(kernel: str) -> Iterator[dict[str, Any]]:
     """What makes a difference to a kernel."""
+    if kernel in ("forward up", "backward pre"):  # the form that "auto" takes then
+        yield from ({"saved": saved, "gated": gated} for saved in ("8bit", "4bit") for gated in (False, True))
     if kernel in configs.FORWARD_PHASES:  # a half of "forward", with registers to spare
         further = ({"gated": True}, {"again": True}, {"dropout": True}, {"gated": True, "again": True})
         yield from ({}, *further) if kernel == "forward up" else ({},)

@@ -134,6 +134,8 @@ _HOPPER: Table = {
     "backward": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2)),
     "backward tight": (Tile(128, 256, 64, 16, 8, 3), Tile(128, 128, 64, 16, 4, 3, 2)),
     **dict.fromkeys(BACKWARD_PHASES[1:], (Tile(128, 256, 64, 8, 8, 3), Tile(128, 128, 64, 8, 4, 3, 2))),
+    "forward coded": (Tile(128, 128, 64, 4, 8, 3),),
+    "backward coded": (Tile(128, 128, 64, 4, 8, 3),),
     "onchip": (Tile(128, 64, 128, 2, 8, 2),),
     "onchip tight": (Tile(128, 32, 128, 2, 8, 2),),
     **_UNALIGNED,
@@ -225,8 +227,14 @@ def table(capability: int, dtype: torch.dtype, precision: str) -> Table:
     return {9: _HOPPER, 10: _BLACKWELL, 12: _BLACKWELL_120}.get(capability // 10, _AMPERE)
 
 
-def tiles_of(tiles: Table, kernel: str, d_model: int, d_ff: int, is_tight: bool) -> tuple[Tile, ...]:
-    """A kernel's, best first. `is_tight`: with dropout or routing weights."""
+def tiles_of(
+    tiles: Table, kernel: str, d_model: int, d_ff: int, is_tight: bool, is_coded: bool = False
+) -> tuple[Tile, ...]:
+    """A kernel's, best first. `is_tight`: with dropout or routing weights; `is_coded`: it writes or reads what is kept
+    in 8 or 4 bits."""
+    is_aligned = d_model % 8 == 0 and d_ff % 8 == 0
+    if is_coded and is_aligned and (coded := f"{kernel.partition(' ')[0]} coded") in tiles:
+        return tiles[coded]
     # A masked loop takes registers too, of which the forward has the fewest left.
     is_tight = is_tight or (kernel.startswith("forward") and (d_model % 64 != 0 or d_ff % 64 != 0))
     variant = "unaligned" if d_model % 8 != 0 or d_ff % 8 != 0 else "tight" if is_tight else ""

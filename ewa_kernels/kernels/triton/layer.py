@@ -66,7 +66,8 @@ class Layer:
             tiles = configs.INTERPRETER
         elif tiles is None:
             tiles = configs.table(_capability(problem.device), problem.dtype, self._precision)
-        return configs.tiles_of(tiles, kernel, problem.d_model, problem.d_ff, self.is_tight)
+        sizes = problem.d_model, problem.d_ff
+        return configs.tiles_of(tiles, kernel, *sizes, self.is_tight, self._is_coded(kernel))
 
     def tile(self, kernel: str) -> Tile:
         """The tile for "forward", "backward" or a phase of one."""
@@ -75,12 +76,16 @@ class Layer:
         if kernel in configs.FORWARD_PHASES:
             widths = (problem.num_up if kernel == "forward up" else problem.d_model,)
         tile = configs.choose(self._tiles_of(kernel), problem.num_rows, problem.num_experts, widths)
-        if problem.pre_format is None or kernel not in ("forward", "forward up", "backward", "backward pre"):
+        if not self._is_coded(kernel):
             return tile
-        # A part of a tile has whole blocks of columns.
+        # A part of a tile has whole blocks of columns, and no more, for want of registers.
         least = BLOCK * 2 if problem.gated and kernel.startswith("forward") else BLOCK
         block_n = max(tile.block_n, least)
         return replace(tile, block_n=block_n, parts=block_n // least)
+
+    def _is_coded(self, kernel: str) -> bool:
+        """Whether it writes or reads what is kept in 8 or 4 bits."""
+        return self.problem.pre_format is not None and kernel in ("forward", "forward up", "backward", "backward pre")
 
     def onchip_tile(self) -> Tile | None:
         """The tile for "onchip", or None if D is too large."""

@@ -117,6 +117,8 @@ def _form(layer: Layer) -> str:
         )
     if form:
         return form
+    if problem.pre_format is not None:
+        return "split"  # whose kernels have registers for it
     entry = forms.nearest_to(problem)
     among = ("single", "split", "onchip") if fits else ("single", "split")
     fastest = None if entry is None else entry.fastest("forward", among)
