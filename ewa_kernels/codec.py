@@ -3,12 +3,14 @@
 A row of n columns is cut into ⌈n/32⌉ blocks of 32 columns; the last may have fewer, and is filled up with zeros. A
 block has a scale M, kept as one byte k, and a code for each column:
 
-- 8 bits: the code is ⌊v·127/M + 1/2⌋, between −127 and 127, but at least 1 for v > 0, and at most 0 for others: so the
-  sign that a ReLU asks for is kept. Its value is code·M/127. M is the smallest that is no less than the largest |v|.
-- 4 bits: the code is how many of 15 edges are less than v, its value one of 16 levels. Two codebooks have both. The
+- 8 bits: the code is v·(127/M), between −127 and 127, rounded to the nearest whole number, of two to the even one; but
+  at least 1 for v > 0, so that the sign that a ReLU asks for is kept. Its value is code·(M/127). M is the smallest that
+  is no less than the largest |v|.
+- 4 bits: the code is how many of 15 edges are less than t, its value one of 16 levels. Two codebooks have both. The
   symmetric one, all of whose levels are multiples of M, is for blocks whose largest |v| is below the activation's
-  threshold. The activation's own, where it is known that the left side of a GELU is nearly flat, has some fixed levels;
-  the others are multiples of an M that is no less than the largest v. k says which codebook it is.
+  threshold; t = v·(1/M). The activation's own, where it is known that the left side of a GELU is nearly flat, has some
+  fixed levels; the others are multiples of an M that is no less than the largest v. Above the last fixed edge
+  t = max(v·(1/M), 0), else t = v. k says which codebook it is.
 
 Scales are 2^(j/8) for 2⁻⁹ ≤ M ≤ 2⁹, and outside of that four times as large from one to the next, from 2⁻¹⁰¹ to 2¹²⁷.
 k = 255: something in the block is infinite or not a number, and all of it is read as NaN. All is computed in float32,
@@ -40,7 +42,8 @@ SCALES = tuple(_scale(j) for j in range(_LOWEST, 132))  # of k = 0, 1, …
 
 
 class Codebook(NamedTuple):
-    """Levels and edges, rising. The first `num_fixed` of either are values, the others multiples of M.
+    """Levels and edges, rising. The first `num_fixed` of either are values, the others multiples of M; these are
+    positive where any is fixed.
 
     Attributes:
         first_scale: the least k of blocks that have this codebook; those of less have the symmetric one.
@@ -171,15 +174,16 @@ def encode(values: Tensor, form: Format) -> Tensor:
     scale = _number(blocks.abs().amax(-1))
     if form.bits == 8:
         factor = 127 / _scales(blocks.device)
-        codes = (blocks * factor[scale][..., None] + 0.5).floor()
-        codes = torch.where(blocks > 0, codes.clamp(1, 127), codes.clamp(-127, 0)).to(torch.int8).view(torch.uint8)
+        codes = (blocks * factor[scale][..., None]).clamp(-127, 127).round()
+        codes = torch.where(blocks > 0, codes.clamp(min=1), codes).to(torch.int8).view(torch.uint8)
     else:
         columns = []
         for part, codebook in enumerate(form.codebooks):
             is_own = scale[:, part] >= codebook.first_scale
             own_scale = _number(blocks[:, part].amax(-1).clamp(min=0)).clamp(min=codebook.first_scale)
             scale[:, part] = torch.where(is_own, own_scale, scale[:, part])
-            columns.append(_count_edges(blocks[:, part], _scales(blocks.device)[scale[:, part]], is_own, codebook))
+            inverse = (1 / _scales(blocks.device))[scale[:, part]]
+            columns.append(_count_edges(blocks[:, part], inverse[..., None], is_own[..., None], codebook))
         codes = torch.stack(columns, 1).masked_fill(~finite[..., None], 0)
         low, high = codes.unflatten(-1, (2, -1)).unbind(-2)
         codes = low | high << 4
@@ -219,13 +223,15 @@ def _number(largest: Tensor) -> Tensor:
     return torch.searchsorted(_scales(largest.device), largest).clamp(max=len(SCALES) - 1)
 
 
-def _count_edges(blocks: Tensor, scale: Tensor, is_own: Tensor, codebook: Codebook) -> Tensor:
-    """blocks `[R, blocks, 32]`; scale and is_own `[R, blocks]`."""
-    codes = torch.zeros_like(blocks, dtype=torch.uint8)
-    for c, (edge, symmetric) in enumerate(zip(codebook.edges, CODEBOOKS["symmetric"].edges, strict=True)):
-        own = torch.full_like(scale, edge) if c < codebook.num_fixed else scale * edge
-        codes += blocks > torch.where(is_own, own, scale * symmetric)[..., None]
-    return codes
+def _count_edges(blocks: Tensor, inverse: Tensor, is_own: Tensor, codebook: Codebook) -> Tensor:
+    """blocks `[R, blocks, 32]`; inverse (1/M) and is_own `[R, blocks, 1]`."""
+    own_edges, edges = (torch.tensor(book.edges, device=blocks.device) for book in (codebook, CODEBOOKS["symmetric"]))
+    multiples = blocks * inverse
+    own = multiples
+    if codebook.num_fixed > 0:
+        own = torch.where(blocks > own_edges[codebook.num_fixed - 1], multiples.clamp(min=0), blocks)
+    codes = torch.where(is_own, torch.searchsorted(own_edges, own), torch.searchsorted(edges, multiples))
+    return codes.to(torch.uint8)
 
 
 def _levels(codes: Tensor, scale: Tensor, is_own: Tensor, codebook: Codebook) -> Tensor:

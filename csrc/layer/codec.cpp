@@ -21,6 +21,8 @@ namespace {
 constexpr uint8_t not_a_number = 255;
 constexpr uint32_t infinity = 0x7f800000;
 
+constexpr float to_whole = 12582912.0f;  // 1.5·2^23: adding it rounds to a whole number
+
 // Scales are an eighth of a power of 2 apart from 2^−9 to 2^9; that of 1 has this number.
 constexpr int32_t fine_powers = 9, scale_of_1 = 118;
 // Bits of 2^(i/8) in float32, i = 0 … 7, without the exponent.
@@ -61,19 +63,27 @@ EWA_INLINE int32_t number_of(uint32_t bits, int32_t last) {
 EWA_CLONES void to_8_bits(const float* v, float factor, uint8_t* codes) {
 #pragma omp simd
     for (int64_t j = 0; j < scale_columns; ++j) {
-        const float code = std::floor(v[j] * factor + 0.5f);
-        const float least = v[j] > 0.0f ? 1.0f : -127.0f, most = v[j] > 0.0f ? 127.0f : 0.0f;
-        codes[j] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(code, least), most)));
+        const float multiple = std::min(std::max(v[j] * factor, -127.0f), 127.0f);
+        const float code = std::max((multiple + to_whole) - to_whole, v[j] > 0.0f ? 1.0f : -127.0f);
+        codes[j] = static_cast<uint8_t>(static_cast<int32_t>(code));
     }
 }
 
-// What codes stand for and what parts them, of a codebook at a scale: what is not fixed is a multiple of it.
-EWA_CLONES void to_4_bits(const float* v, const Codebook& book, float scale, uint8_t* codes) {
+// The last edge that is a value, below which values are compared, and above which multiples of the scale are.
+float last_fixed(const Codebook& book) { return book.num_fixed > 0 ? book.edges[book.num_fixed - 1] : -INFINITY; }
+// Multiples are no less.
+float least_multiple(const Codebook& book) { return book.num_fixed > 0 ? 0.0f : -INFINITY; }
+
+EWA_CLONES void to_4_bits(const float* v, const Codebook& book, float inverse, uint8_t* codes) {
+    const float fixed = last_fixed(book), least = least_multiple(book);
+    float t[scale_columns];
     int32_t counts[scale_columns] = {};
-    for (int64_t c = 0; c < 15; ++c) {
-        const float edge = c < book.num_fixed ? book.edges[c] : book.edges[c] * scale;
 #pragma omp simd
-        for (int64_t j = 0; j < scale_columns; ++j) counts[j] += v[j] > edge ? 1 : 0;
+    for (int64_t j = 0; j < scale_columns; ++j) t[j] = v[j] > fixed ? std::max(v[j] * inverse, least) : v[j];
+    for (int64_t c = 0; c < 15; ++c) {
+        const float edge = book.edges[c];
+#pragma omp simd
+        for (int64_t j = 0; j < scale_columns; ++j) counts[j] += t[j] > edge ? 1 : 0;
     }
 #pragma omp simd
     for (int64_t j = 0; j < scale_columns / 2; ++j)
@@ -97,14 +107,12 @@ EWA_CLONES void from_4_bits(const uint8_t* codes, const Codebook& book, float sc
 
 #ifdef EWA_AVX512
 // The same with the block, and a codebook, in registers.
-EWA_AVX512 EWA_INLINE __m512 scaled(const float* numbers, __mmask16 there, const Codebook& book, float scale) {
-    const __m512 all = _mm512_maskz_loadu_ps(there, numbers);
-    const __mmask16 is_multiple = static_cast<__mmask16>(0xffff << book.num_fixed);
-    return _mm512_mask_mul_ps(all, is_multiple, all, _mm512_set1_ps(scale));
-}
-
-EWA_AVX512 EWA_INLINE __m512i codes_of(const float* v, __m512 edges) {
-    const __m512 values = _mm512_loadu_ps(v);
+EWA_AVX512 EWA_INLINE __m512i codes_of(const float* v, const Codebook& book, float inverse, __m512 edges) {
+    const __m512 given = _mm512_loadu_ps(v);
+    const __mmask16 is_multiple = _mm512_cmp_ps_mask(given, _mm512_set1_ps(last_fixed(book)), _CMP_GT_OQ);
+    const __m512 least = _mm512_set1_ps(least_multiple(book));
+    const __m512 multiples = _mm512_max_ps(_mm512_mul_ps(given, _mm512_set1_ps(inverse)), least);
+    const __m512 values = _mm512_mask_blend_ps(is_multiple, given, multiples);
     __m512i codes = _mm512_setzero_si512();
     for (const int32_t step : {8, 4, 2, 1}) {
         const __m512 edge = _mm512_permutexvar_ps(_mm512_add_epi32(codes, _mm512_set1_epi32(step - 1)), edges);
@@ -124,26 +132,27 @@ EWA_AVX512 Largest largest_at_once(const float* v) {
 
 EWA_AVX512 void to_8_bits_at_once(const float* v, float factor, uint8_t* codes) {
     for (int64_t j = 0; j < scale_columns; j += 16) {
-        const __m512 values = _mm512_loadu_ps(v + j), zero = _mm512_setzero_ps();
-        const __m512 scaled = _mm512_add_ps(_mm512_mul_ps(values, _mm512_set1_ps(factor)), _mm512_set1_ps(0.5f));
-        const __m512 code = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-        const __mmask16 is_positive = _mm512_cmp_ps_mask(values, zero, _CMP_GT_OQ);
-        const __m512 most = _mm512_mask_blend_ps(is_positive, zero, _mm512_set1_ps(127));
-        const __m512 least = _mm512_mask_blend_ps(is_positive, _mm512_set1_ps(-127), _mm512_set1_ps(1));
-        const __m512i whole = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(code, least), most));
+        const __m512 values = _mm512_loadu_ps(v + j), most = _mm512_set1_ps(127), least = _mm512_set1_ps(-127);
+        const __m512 multiples = _mm512_mul_ps(values, _mm512_set1_ps(factor));
+        const __mmask16 is_positive = _mm512_cmp_ps_mask(values, _mm512_setzero_ps(), _CMP_GT_OQ);
+        __m512i whole = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(multiples, least), most));
+        whole = _mm512_mask_max_epi32(whole, is_positive, whole, _mm512_set1_epi32(1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + j), _mm512_cvtepi32_epi8(whole));
     }
 }
 
-EWA_AVX512 void to_4_bits_at_once(const float* v, const Codebook& book, float scale, uint8_t* codes) {
-    const __m512 edges = scaled(book.edges.data(), 0x7fff, book, scale);
-    const __m512i low = codes_of(v, edges), high = codes_of(v + scale_columns / 2, edges);
+EWA_AVX512 void to_4_bits_at_once(const float* v, const Codebook& book, float inverse, uint8_t* codes) {
+    const __m512 edges = _mm512_maskz_loadu_ps(0x7fff, book.edges.data());
+    const __m512i low = codes_of(v, book, inverse, edges);
+    const __m512i high = codes_of(v + scale_columns / 2, book, inverse, edges);
     const __m512i both = _mm512_or_si512(low, _mm512_slli_epi32(high, 4));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(both));
 }
 
 EWA_AVX512 void from_4_bits_at_once(const uint8_t* codes, const Codebook& book, float scale, float* to) {
-    const __m512 levels = scaled(book.levels.data(), 0xffff, book, scale);
+    const __m512 all = _mm512_loadu_ps(book.levels.data());
+    const __mmask16 is_multiple = static_cast<__mmask16>(0xffff << book.num_fixed);
+    const __m512 levels = _mm512_mask_mul_ps(all, is_multiple, all, _mm512_set1_ps(scale));
     const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
     _mm512_storeu_ps(to, _mm512_permutexvar_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)), levels));
     _mm512_storeu_ps(to + scale_columns / 2, _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), levels));
@@ -190,7 +199,7 @@ void encode_blocks(const Format& format, const Codebook& codebook, int64_t count
         if (format.bits == 8)
             encode_8_bits(from, 127.0f / format.scales[scale], to);
         else
-            encode_4_bits(from, is_own ? codebook : format.symmetric, format.scales[scale], to);
+            encode_4_bits(from, is_own ? codebook : format.symmetric, 1.0f / format.scales[scale], to);
         scales[b] = static_cast<uint8_t>(scale);
     }
 }

@@ -28,10 +28,8 @@ _MIN_SPLIT_STEPS = 8  # steps of a product's loop that a split has at least
 def split_is_faster(problem: Problem) -> bool:
     """Whether three launches take less time than one, as far as is known, or have registers for what is encoded."""
     entry = forms.nearest_to(problem)
-    return (
-        problem.pre_format is not None
-        or (entry is not None
-        and entry.fastest("backward", ("single", "split")) == "split")
+    return problem.pre_format is not None or (
+        entry is not None and entry.fastest("backward", ("single", "split")) == "split"
     )
 
 

@@ -1,7 +1,7 @@
 """Rows in 8 and 4 bits, as `ewa_kernels.codec` specifies them: what tiles of other kernels do, and passes over rows.
 
-Tables, one tensor for a format: scales M `[256]`, 127/M `[256]`, M/127 `[256]`, and then for each part 64 numbers:
-levels of the symmetric codebook `[16]` and of its own `[16]`, edges alike, of which there are 15.
+Tables, one tensor for a format: scales M `[256]`, 127/M `[256]`, M/127 `[256]`, 1/M `[256]`, and then for each part 64
+numbers: levels of the symmetric codebook `[16]` and of its own `[16]`, edges alike, of which there are 15.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from ewa_kernels.kernels.triton.configs import ASSERTS, ceil_div
 _BLOCK = tl.constexpr(BLOCK)
 _NAN = tl.constexpr(NOT_A_NUMBER)
 _LAST = tl.constexpr(len(SCALES) - 1)
+_TO_WHOLE = tl.constexpr(12582912.0)  # 1.5·2²³: adding it rounds to a whole number, in the low bits
+_TO_WHOLE_BITS = tl.constexpr(0x4B400000)
 _OF_ONE = tl.constexpr(SCALES.index(1.0))
-_STEPS = tl.constexpr(768)  # where the parts' tables begin
+_PARTS = tl.constexpr(1024)  # where the parts' tables begin
 
 
 @functools.cache
 def tables(form: Format, device: torch.device) -> Tensor:
     scales = torch.full((256,), SCALES[-1])
     scales[: len(SCALES)] = torch.tensor(SCALES)
-    symmetric, numbers = CODEBOOKS["symmetric"], [scales, 127 / scales, scales / 127]
+    symmetric, numbers = CODEBOOKS["symmetric"], [scales, 127 / scales, scales / 127, 1 / scales]
     for own in form.codebooks:
         for rows in ((symmetric.levels, own.levels), (symmetric.edges, own.edges)):
             numbers += [torch.tensor([*row, 0.0][:16]) for row in rows]
@@ -65,24 +67,26 @@ def encode_tile(tile, tables, PART: tl.constexpr, BITS: tl.constexpr, FIRST: tl.
     number = _number(tl.where(finite, of_all, 0).to(tl.float32, bitcast=True))
     if BITS == 8:
         factor = tl.load(tables + 256 + number)
-        code = tl.floor(blocks * factor[:, :, None] + 0.5)
-        is_positive = blocks > 0
-        code = tl.minimum(tl.maximum(code, tl.where(is_positive, 1.0, -127.0)), tl.where(is_positive, 127.0, 0.0))
-        code = tl.where(finite[:, :, None], code, 0.0)
-        codes = tl.reshape(code.to(tl.int32), (M, N)).to(tl.uint8)
+        multiple = tl.minimum(tl.maximum(blocks * factor[:, :, None], -127.0), 127.0)
+        code = (multiple + _TO_WHOLE).to(tl.int32, bitcast=True) - _TO_WHOLE_BITS
+        code = tl.where(blocks > 0, tl.maximum(code, 1), code)
+        codes = tl.reshape(code, (M, N)).to(tl.uint8)
     else:
         is_own = number >= FIRST
         of_positive = tl.maximum(tl.max(bits, 2), 0)
         own = _number(tl.where(finite, of_positive, 0).to(tl.float32, bitcast=True))
         number = tl.where(is_own, tl.maximum(own, FIRST), number)
-        scale = tl.load(tables + number)
-        edges = tables + _STEPS + PART * 64 + 32
+        edges = tables + _PARTS + PART * 64 + 32
+        t = blocks * tl.load(tables + 768 + number)[:, :, None]
+        if FIXED > 0:
+            fixed = tl.where(is_own, tl.load(edges + 16 + FIXED - 1), float("-inf"))[:, :, None]
+            t = tl.where(blocks > fixed, tl.where(is_own[:, :, None], tl.maximum(t, 0.0), t), blocks)
+        # How many of 15 are less: by halves.
+        of_book = tl.where(is_own, 16, 0)[:, :, None] - 1
         count = tl.zeros((M, N // _BLOCK, _BLOCK), tl.int32)
-        for c in tl.static_range(15):
-            of_own = tl.load(edges + 16 + c)
-            edge = tl.where(is_own, of_own if c < FIXED else of_own * scale, tl.load(edges + c) * scale)
-            count += (blocks > edge[:, :, None]).to(tl.int32)
-        count = tl.where(finite[:, :, None], count, 0)
+        for step in tl.static_range(4):
+            edge = tl.load(edges + (of_book + count + (8 >> step)))
+            count += tl.where(t > edge, 8 >> step, 0)
         halves = tl.permute(tl.reshape(count, (M, N // _BLOCK, 2, _BLOCK // 2)), (0, 1, 3, 2))
         low, high = tl.split(halves)
         codes = tl.reshape(low | high << 4, (M, N // 2)).to(tl.uint8)
@@ -104,7 +108,7 @@ def decode_tile(codes, scales, tables, PART: tl.constexpr, BITS: tl.constexpr, F
         code = tl.reshape(code, (M, N // _BLOCK, _BLOCK))
         scale = tl.where(number == _NAN, float("nan"), tl.load(tables + number))
         is_own = (number >= FIRST)[:, :, None]
-        level = tl.load(tables + _STEPS + PART * 64 + tl.where(is_own, 16, 0) + code)
+        level = tl.load(tables + _PARTS + PART * 64 + tl.where(is_own, 16, 0) + code)
         is_fixed = is_own & (code < FIXED) & (number != _NAN)[:, :, None]
         blocks = level * tl.where(is_fixed, 1.0, scale[:, :, None])
     return tl.reshape(blocks, (M, N))
