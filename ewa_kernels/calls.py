@@ -253,7 +253,7 @@ def _watched_ffn(inputs: Inputs, deal: Deal, is_given: bool, options: Options) -
 def _by_reference(inputs: Inputs, deal: Deal, options: Options) -> Tensor:
     operands = (inputs.x, *inputs.parameters)
     given: dict[str, Any] = {"activation": options.activation, "gated": options.gated, "dropout_p": options.dropout_p}
-    given["saved"] = options.saved
+    given["saved"] = options.saved if _needs_grad(inputs) else "full"
     if deal.seed is not None:
         given["seed"] = deal.seed
     if deal.permutation is None or deal.expert_offsets is None:

@@ -195,8 +195,9 @@ def decode(encoded: Tensor, num_rows: int, num_columns: int, form: Format) -> Te
     """float32 `[R, n]`."""
     parts, per_byte = len(form.codebooks), 8 // form.bits
     num_codes, _ = form.num_bytes(num_rows, num_columns)
-    scale = encoded[num_codes:].view(num_rows, parts, -1).to(torch.int64)
-    codes = encoded[:num_codes].view(*scale.shape, BLOCK // per_byte)
+    num_blocks = -(-num_columns // (parts * BLOCK))
+    scale = encoded[num_codes:].view(num_rows, parts, num_blocks).to(torch.int64)
+    codes = encoded[:num_codes].view(num_rows, parts, num_blocks, BLOCK // per_byte)
     largest = _scales(encoded.device)[scale.clamp(max=len(SCALES) - 1)][..., None]
     if form.bits == 8:
         values = codes.view(torch.int8).to(torch.float32) * (largest / 127)
@@ -213,7 +214,6 @@ def decode(encoded: Tensor, num_rows: int, num_columns: int, form: Format) -> Te
     return values.flatten(2)[:, :, : num_columns // parts].flatten(1)
 
 
-@functools.cache
 def _scales(device: torch.device) -> Tensor:
     return torch.tensor(SCALES, dtype=torch.float32, device=device)
 

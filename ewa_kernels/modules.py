@@ -229,7 +229,14 @@ class StackedExperts(nn.Module):
 
     @recompute.setter
     def recompute(self, value: bool) -> None:
-        self.saved = checks.saved("full", value)
+        checks.boolean("recompute", value)
+        if value != self.recompute:
+            self.saved = "recompute" if value else "full"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # perhaps pickled when there was no `saved`
+        state = dict(state)
+        recompute = state.pop("recompute", False)
+        super().__setstate__({"saved": "recompute" if recompute else "full", **state})
 
     @property
     def num_experts(self) -> int:

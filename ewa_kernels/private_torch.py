@@ -6,6 +6,7 @@ Each is looked up where it is called, so that a version of torch without it fail
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -149,3 +150,20 @@ def traced_meta() -> dict[str, Any]:
 def multiprocessor_carveout() -> int:
     """How many multiprocessors torch's own kernels leave free, by its experimental switch."""
     return torch._C._get_sm_carveout_experimental() or 0
+
+
+def parameters_being_reduced() -> list[tuple[Tensor, int]] | None:
+    """Within what `FSDPModule.set_custom_reduce_scatter` was given: the parameters whose gradients are in the input, in
+    its order, and of each how many elements a rank's shard has. They are local names of FSDP2's function, which hands
+    on one tensor. None elsewhere, or without these names.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "foreach_reduce":
+        frame = frame.f_back
+    if frame is None or not {"fsdp_params", "padded_unsharded_sizes", "world_size"} <= frame.f_locals.keys():
+        return None
+    names = frame.f_locals
+    where = [parameter._module_info for parameter in names["fsdp_params"]]
+    parameters = [getattr(info.module, info.param_name) for info in where]
+    sizes = [size.numel() // names["world_size"] for size in names["padded_unsharded_sizes"]]
+    return list(zip(parameters, sizes, strict=True))

@@ -174,9 +174,15 @@ def activate(pre_activation: Tensor, activation: str, gated: bool) -> Tensor:
 class _WithValue(torch.autograd.Function):
     """A value, in place of that which the gradient is of."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, of: Tensor, value: Tensor) -> Tensor:
+    def forward(of: Tensor, value: Tensor) -> Tensor:
         return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

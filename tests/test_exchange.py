@@ -83,7 +83,7 @@ def test_totals_have_the_same_bits(by, in_torch):
     generator = torch.Generator().manual_seed(0)
     received = payload.new_payloads(9, layout.num_bytes, torch.empty(0))
     for payloads in received.split(3):
-        layout.encode([torch.randn(n, generator=generator) for n in (3000, 70, 129)], payloads, None)
+        layout.encode([torch.randn(n, generator=generator) for n in (3000, 70, 129)], payloads, [None] * 6)
     codes, scales = layout.codes(received), layout.scales(received)
     expected = in_torch.total(codes, scales, 0.1)
     total = torch.zeros_like(expected)
@@ -113,7 +113,7 @@ class TestLayout:
         assert [s.unique().tolist() for s in seen] == [[1.0], [0.0], [1.0], [], [1.0], [0.0]]
         tensors = [torch.randn(n, dtype=torch.float32).bfloat16() for n in sizes]
         payloads, out = payload.new_payloads(world_size, layout.num_bytes, tensors[0]), [t.clone() for t in tensors]
-        layout.encode(tensors, payloads, None)
+        layout.encode(tensors, payloads, [None] * 6)
         for t in out:
             t.fill_(torch.nan)
         layout.decode(payloads, out)
@@ -146,7 +146,7 @@ def test_error_and_bytes(world_size):
     received = torch.empty(world_size, world_size, layout.num_bytes, dtype=torch.uint8)  # [to, from]
     for rank, grad in enumerate(grads):
         sent = payload.new_payloads(world_size, layout.num_bytes, grad)
-        layout.encode([grad], sent, None)
+        layout.encode([grad], sent, [None])
         received[:, rank] = sent
     exact, mean, owned = grads.double().mean(0), torch.empty(n), torch.empty(n)
     gathered = payload.new_payloads(world_size, layout.num_bytes, mean)
@@ -168,6 +168,19 @@ def test_small_values_beside_large_ones():
     small, large = 1e-3 * torch.randn(130), torch.randn(1000)
     layout = payload.layout((1000, 130), (False, False), 4, 2)
     payloads, out = payload.new_payloads(2, layout.num_bytes, small), [torch.empty(1000), torch.empty(130)]
-    layout.encode([large, small], payloads, None)
+    layout.encode([large, small], payloads, [None] * 6)
     layout.decode(payloads, out)
     assert (out[1] - small).norm() < 0.012 * small.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_finite_stays_so(by, in_torch, dtype):
+    """Scales are rounded up."""
+    x = torch.full((130,), torch.finfo(dtype).max, dtype=dtype)
+    codes, scales = encoded(x, by)
+    for function in (by, in_torch):
+        device = DEVICE if function is triton_kernels.exchange else "cpu"
+        out = torch.empty(130, dtype=dtype, device=device)
+        function.decode(codes.to(device), scales.to(device), out)
+        assert out.isfinite().all()
+        assert (out.float() > 0.99 * x.float().to(device)).all()

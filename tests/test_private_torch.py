@@ -139,6 +139,16 @@ def test_steps_in_backward_are_known():
     assert [*map(private_torch.steps_in_backward, parameters)] == [False, False, True, True]
 
 
+def test_parameters_being_reduced():
+    """By FSDP2, as `distributed/exchange_on_ranks.py` shows; elsewhere nobody knows."""
+    assert private_torch.parameters_being_reduced() is None
+
+    def foreach_reduce(fsdp_params):
+        return private_torch.parameters_being_reduced()
+
+    assert foreach_reduce([]) is None
+
+
 def test_tracing_is_known():
     seen = [private_torch.is_traced()]
     make_fx(lambda x: seen.append(private_torch.is_traced()) or x)(torch.ones(2))

@@ -177,6 +177,13 @@ class TestLayer:
         x, parameters = exact_ffn(61, 40, 72, gated=gated)
         check_ffn(x, parameters, backend=backend, saved=saved, seed=5, gated=gated)
 
+    @pytest.mark.parametrize("num_tokens", [0, 1, 2])
+    @pytest.mark.parametrize("backend", [*LAYERS, "reference"])
+    @pytest.mark.parametrize("saved", CODED)
+    def test_experts_without_tokens(self, saved, backend, num_tokens):
+        x, parameters = exact_ffn(num_tokens, 16, 40, num_experts=5)
+        check_ffn(x, parameters, backend=backend, saved=saved, seed=5)
+
     @pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "identity"])
     @pytest.mark.parametrize("backend", [*BACKENDS[:-1], "triton-split"])
     def test_every_activation(self, activation, backend):
@@ -289,6 +296,27 @@ class TestUse:
         routed = ewa.RoutedMoE(8, 12, 2, saved="8bit")
         routed(torch.randn(5, 8)).sum().backward()
         assert routed.up.weight.grad.isfinite().all()
+
+    def test_layers_that_were_pickled_before(self):
+        for recompute, saved in ((True, "recompute"), (False, "full")):
+            layer = ewa.RandomPartitionMoE(8, 12, 2)
+            state = {k: v for k, v in layer.__dict__.items() if k != "saved"} | {"recompute": recompute}
+            old = ewa.RandomPartitionMoE.__new__(ewa.RandomPartitionMoE)
+            old.__setstate__(state)
+            assert old.saved == saved
+            assert old(torch.randn(3, 8)).shape == (3, 8)
+
+    @pytest.mark.parametrize("saved", CODED)
+    def test_transforms_of_the_reference(self, saved):
+        x, parameters = exact_ffn(9, 8, 12)
+
+        def loss(x):
+            options = {"seed": 5, "saved": saved, "backend": "reference"}
+            return ewa.functional.moe_ffn(x, *parameters, **options).square().sum()
+
+        leaf = x.clone().requires_grad_()
+        loss(leaf).backward()
+        torch.testing.assert_close(torch.func.grad(loss)(x), leaf.grad)
 
     def test_whole_models(self):
         model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(2)))

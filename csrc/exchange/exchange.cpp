@@ -62,7 +62,10 @@ void load(const Matrix& from, int64_t at, int64_t n, float* to) {
         widen_row(from.type, n, reinterpret_cast<const uint16_t*>(from.element(at)), to);
 }
 
-void store(const float* from, int64_t n, const Matrix& to, int64_t at) {
+// What is finite stays so.
+void store(float* from, int64_t n, const Matrix& to, int64_t at) {
+    const float most = to.type == Type::float16 ? 65504.0f : to.type == Type::bfloat16 ? 0x1.fep127f : 0x1.fffffep127f;
+    for (int64_t j = 0; j < n; ++j) from[j] = from[j] > most ? most : from[j] < -most ? -most : from[j];
     char* const place = const_cast<char*>(to.element(at));
     if (to.type == Type::float32)
         std::memcpy(place, from, n * sizeof(float));

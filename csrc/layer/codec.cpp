@@ -299,7 +299,7 @@ void decode_rows(const Kept& kept, int64_t n, int64_t columns, Matrix out) {
             char* const to = const_cast<char*>(out.element(i * columns));
             float* const values = out.type == Type::float32 ? reinterpret_cast<float*>(to) : row.data();
             for (int64_t part = 0; part < parts; ++part) decode(kept, i, columns, part, 0, width, values + part * width);
-            if (out.type == Type::float16) saturate_row(columns, values);
+            if (out.type == Type::float16 || kept.matrix.type == Type::float16) saturate_row(columns, values);
             if (out.type != Type::float32) narrow_row(out.type, columns, values, reinterpret_cast<uint16_t*>(to));
         }
     }

@@ -9,6 +9,7 @@ biases of experts, are sent as they are, and so is a bucket that is small.
 """
 
 # Without `from __future__ import annotations`: DDP compares the hook's annotations with types.
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,8 @@ class QuantizedAllReduce:
     """The state of `quantized_all_reduce`: what `register_comm_hook` takes first.
 
     With `error_feedback` what 8 bits lose of a gradient is added to the next one, in float32, and so is lost to none:
-    four bytes for each parameter's element. It is a part of the training's state, on each rank its own:
+    four bytes for each parameter's element; but for a parameter that no rank has used, whose mean DDP drops. It is a
+    part of the training's state, on each rank its own:
 
         torch.save({..., "exchange": state.state_dict(ddp.module)}, f"rank{rank}.pt")
 
@@ -61,14 +63,13 @@ class QuantizedAllReduce:
         self.error_feedback, self.min_bytes, self.process_group = error_feedback, min_bytes, process_group
         self._residuals: dict[Tensor, Tensor] = {}
 
-    def residuals(self, parameters: list[Tensor]) -> list[Tensor] | None:
-        """Of each, flat; None without error feedback."""
-        if not self.error_feedback:
-            return None
-        for p in parameters:
+    def residuals(self, parameters: list[Tensor]) -> list[Tensor | None]:
+        """Of each, flat; None of those that are sent as they are, and without error feedback."""
+        coded = [p for p in parameters if self.error_feedback and not payload.is_exact(p)]
+        for p in coded:
             if p not in self._residuals:
                 self._residuals[p] = torch.zeros(p.numel(), dtype=torch.float32, device=p.device)
-        return [self._residuals[p] for p in parameters]
+        return [self._residuals.get(p) for p in parameters]
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """What was lost and is to be added, float32 `[n]`, by the names of the parameters. Of this rank alone."""
@@ -78,13 +79,18 @@ class QuantizedAllReduce:
     def load_state_dict(self, state_dict: Mapping[str, Tensor], model: nn.Module) -> None:
         """
         Raises:
-            TypeError: `model` is not an nn.Module.
-            ValueError: a name is none of the model's, or its size is another. Nothing has been changed then.
+            TypeError: `model` is not an nn.Module, or a value not a Tensor.
+            ValueError: a name is none of the model's, or its size is another, or there is no error feedback. Nothing
+                has been changed then.
         """
         checks.module("model", model)
+        if state_dict and not self.error_feedback:
+            raise ValueError(f"error_feedback must be True to load what was lost, got {len(state_dict)} tensors of it")
         named = dict(model.named_parameters())
         loaded: dict[Tensor, Tensor] = {}
         for name, value in state_dict.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"state_dict must have Tensors, got {name}: {type(value).__name__}")
             if name not in named or value.shape != (named[name].numel(),):
                 size = f"{named[name].numel()} elements" if name in named else "no such parameter"
                 raise ValueError(f"state_dict must be the model's, got {name} {list(value.shape)}, and it has {size}")
@@ -112,15 +118,16 @@ def quantized_all_reduce(state: QuantizedAllReduce, bucket: GradBucket) -> torch
     dist.all_to_all_single(received, sent, group=group)
     mean, of_exact = layout.total(received, buffer.dtype, 1 / world_size)
     own = payload.new_payloads(1, layout.num_bytes, buffer)
-    lost = None if residuals is None else torch.zeros_like(mean)
+    lost = torch.zeros_like(mean) if state.error_feedback else None
     kernels.encode(mean, layout.codes(own)[0], layout.scales(own)[0], lost)
     layout.as_they_are(own, buffer.dtype).copy_(of_exact)
-    if residuals is not None and lost is not None:
+    if lost is not None:
         # This rank alone makes up for what the mean has lost here, of which each has a part of 1 / W.
         for i, first, size, rank, block in layout.pieces:
-            if rank == dist.get_rank(group):
+            residual = residuals[i]
+            if rank == dist.get_rank(group) and residual is not None:
                 start = block * kernels.BLOCK
-                residuals[i][first : first + size].add_(lost[start : start + size], alpha=world_size)
+                residual[first : first + size].add_(lost[start : start + size], alpha=world_size)
     work = payload.all_gather(sent.view(-1), own.view(-1), group)
 
     def read(future: Any) -> Tensor:
@@ -135,6 +142,10 @@ def _first(future: Any) -> Tensor:
     return future.value()[0]
 
 
+# Of models that `quantize_gradients` was called with: a trainer may wrap a model once, and train it twice.
+_states: weakref.WeakKeyDictionary[DistributedDataParallel, QuantizedAllReduce] = weakref.WeakKeyDictionary()
+
+
 def quantize_gradients(
     model: nn.Module, *, error_feedback: bool = False, min_bytes: int = payload.MIN_BYTES
 ) -> QuantizedAllReduce | None:
@@ -147,17 +158,21 @@ def quantize_gradients(
         error_feedback, min_bytes: see `QuantizedAllReduce`; FSDP2 has no error feedback.
 
     Returns:
-        The state of the hook that DDP got; None for FSDP2.
+        The state of the hook that DDP got, or has from an earlier call; None for FSDP2.
 
     Raises:
         TypeError: `model` is not an nn.Module.
         ValueError: nobody shares it, or FSDP2 does, with error feedback.
-        RuntimeError: DDP has a hook already.
+        RuntimeError: DDP has another hook already.
     """
     checks.module("model", model)
     wrapped = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     state = QuantizedAllReduce(error_feedback, min_bytes=min_bytes)
     for parallel in wrapped:
+        if parallel in _states:
+            state = _states[parallel]
+            continue
+        _states[parallel] = state
         state.process_group = parallel.process_group
         parallel.register_comm_hook(state, quantized_all_reduce)
     if wrapped:

@@ -29,6 +29,7 @@ from torch.distributed.tensor import Shard
 
 import ewa_kernels.checks as checks
 import ewa_kernels.integrations.payload as payload
+import ewa_kernels.private_torch as private_torch
 import ewa_kernels.train.shards as shards
 from ewa_kernels.kernels.exchange import BLOCK
 from ewa_kernels.models.pairs import PairedExperts
@@ -139,23 +140,19 @@ class QuantizedReduceScatter:
     hybrid sharding the second reduction, between replicas, is FSDP2's own. FSDP2 must be asked for sums:
     `set_force_sum_reduction_for_comms(True)`. `quantize_gradients` does both for all of a model.
 
+    Gradients of one dimension, and of biases of experts, are sent as they are; no block of 128 elements crosses a
+    parameter. Of which parameters they are FSDP2 does not say: it is found in the frame of its function, and where that
+    is another in some version of PyTorch, all is sent as it is.
+
     Args:
-        module: the FSDPModule, by whose parameters it is known which gradients are sent as they are (those of one
-            dimension, and of biases of experts), and where each begins, which no block of 128 elements crosses. None:
-            all is coded, as one tensor.
         min_bytes: of all gradients that are exchanged at once; fewer are reduced as they are.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, or out of range.
     """
 
-    def __init__(self, module: FSDPModule | None = None, *, min_bytes: int = payload.MIN_BYTES):
-        if module is not None and not isinstance(module, FSDPModule):
-            raise TypeError(f"module must be an FSDPModule, got {type(module).__name__}: call fully_shard before")
+    def __init__(self, *, min_bytes: int = payload.MIN_BYTES):
         checks.integer("min_bytes", min_bytes, minimum=0)
-        self._module: Any = module
-        of_module: list[Any] = [] if module is None else payload.parameters_of(self._module)
-        self._shards = [_of_shard(p) for p in of_module]
         self.min_bytes = min_bytes
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -173,14 +170,16 @@ class QuantizedReduceScatter:
         world_size = group.size()
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
             raise ValueError(f"op must be SUM, got {op}: call set_force_sum_reduction_for_comms(True) on the module")
-        if not payload.can_be_coded(input_tensor, self.min_bytes, group):
+        parts = private_torch.parameters_being_reduced()
+        is_known = parts is not None and sum(size for _, size in parts) == len(output_tensor)
+        if parts is None or not is_known or not payload.can_be_coded(input_tensor, self.min_bytes, group):
             payload.reduce_scatter(output_tensor, input_tensor, op, group)
             return
-        sizes, exact = self._parts(len(output_tensor))
+        sizes, exact = tuple(size for _, size in parts), tuple(payload.is_exact(p) for p, _ in parts)
         layout = payload.layout(sizes, exact, input_tensor.dtype.itemsize, 1)  # of one rank's shard
         sent = payload.new_payloads(world_size, layout.num_bytes, input_tensor)
         for rank, shard in enumerate(input_tensor.view(world_size, -1)):
-            layout.encode(shard.split(sizes), sent[rank : rank + 1], None)
+            layout.encode(shard.split(sizes), sent[rank : rank + 1], [None] * len(sizes))
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=group)
         factor = 1 / world_size if op == dist.ReduceOp.AVG else 1.0
@@ -191,27 +190,6 @@ class QuantizedReduceScatter:
             outputs[i].copy_(total[start : start + size])
         for i, value in zip(layout.exact, of_exact.split([sizes[i] for i in layout.exact]), strict=True):
             outputs[i].copy_(value)
-
-    def _parts(self, num_elements: int) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-        """Elements of each parameter in a shard, and whether they are sent as they are. One part, coded, where that is
-        not known: some parameters may have had no gradient."""
-        if self._module is not None:
-            parameters = payload.parameters_of(self._module)
-            trained = [(n, p) for n, p in zip(self._shards, parameters, strict=True) if p.requires_grad]
-            if sum(n for n, _ in trained) == num_elements:
-                return tuple(n for n, _ in trained), tuple(payload.is_exact(p) for _, p in trained)
-        return (num_elements,), (False,)
-
-
-def _of_shard(parameter: Any) -> int:
-    """Elements of each rank's part, of which FSDP2 makes all as large as the first; `parameter` is sharded."""
-    shape = parameter.shape
-    for count, place in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
-        if place.is_shard() and place.dim > 0:
-            return int(parameter.numel() // count)
-        if place.is_shard():
-            return int(-(-shape[0] // count) * (parameter.numel() // max(shape[0], 1)))
-    return int(parameter.numel())
 
 
 def quantize_gradients(model: nn.Module, *, min_bytes: int = payload.MIN_BYTES) -> None:
@@ -230,6 +208,6 @@ def quantize_gradients(model: nn.Module, *, min_bytes: int = payload.MIN_BYTES) 
     if not sharded:
         raise ValueError("model must have FSDP2 modules: call fully_shard on it first")
     for module in sharded:
-        comm: Any = QuantizedReduceScatter(module, min_bytes=min_bytes)
+        comm: Any = QuantizedReduceScatter(min_bytes=min_bytes)
         module.set_force_sum_reduction_for_comms(True)
         module.set_custom_reduce_scatter(comm)

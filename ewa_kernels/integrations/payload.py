@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import ewa_kernels.kernels.exchange as kernels
 from ewa_kernels.kernels.exchange import BLOCK, num_blocks
@@ -30,8 +30,10 @@ def is_exact(parameter: Tensor) -> bool:
 
 
 def can_be_coded(gradients: Tensor, min_bytes: int, group: dist.ProcessGroup) -> bool:
-    """Whether it is worth it."""
-    return gradients.is_floating_point() and gradients.nbytes >= min_bytes and group.size() > 1
+    """Whether it is worth it, and they are dense, of a type that float32 can hold."""
+    if gradients.layout != torch.strided or gradients.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return gradients.nbytes >= min_bytes and group.size() > 1
 
 
 def all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> Any:
@@ -96,12 +98,13 @@ class Layout:
         start += -start % 8
         return payloads[:, start : start + self.num_exact * dtype.itemsize].view(dtype)
 
-    def encode(self, tensors: Sequence[Tensor], payloads: Tensor, residuals: Sequence[Tensor] | None) -> None:
+    def encode(self, tensors: Sequence[Tensor], payloads: Tensor, residuals: Sequence[Tensor | None]) -> None:
         """Fills payloads for all ranks; tensors are flat. Residuals are added, and become what is lost."""
         codes, scales = self.codes(payloads), self.scales(payloads)
         for i, first, size, rank, block in self.pieces:
             of_piece = slice(block, block + num_blocks(size))
-            rest = None if residuals is None else residuals[i][first : first + size]
+            own = residuals[i]
+            rest = None if own is None else own[first : first + size]
             code = codes[rank, of_piece.start * BLOCK : of_piece.stop * BLOCK]
             kernels.encode(tensors[i][first : first + size], code, scales[rank, of_piece], rest)
         if self.exact:
@@ -139,19 +142,3 @@ def layout(sizes: tuple[int, ...], exact: tuple[bool, ...], itemsize: int, world
 def new_payloads(count: int, num_bytes: int, like: Tensor) -> Tensor:
     """Zeros: nobody computes from what was in memory before."""
     return torch.zeros(count, num_bytes, dtype=torch.uint8, device=like.device)
-
-
-def parameters_of(module: Any) -> list[nn.Parameter]:
-    """Those that FSDP2 exchanges together: a module's, but for those of modules inside that are sharded themselves."""
-    from torch.distributed.fsdp import FSDPModule
-
-    found: dict[nn.Parameter, None] = {}
-
-    def walk(module: Any) -> None:
-        found.update(dict.fromkeys(module.parameters(recurse=False)))
-        for child in module.children():
-            if not isinstance(child, FSDPModule):
-                walk(child)
-
-    walk(module)
-    return list(found)

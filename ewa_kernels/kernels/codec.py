@@ -75,6 +75,8 @@ def _slices(
     encoded: Tensor, num_rows: int, first: int, rows: Tensor, form: Format, own: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Codes and scales of some rows: in memory for all, and in their own."""
+    if len(rows) == 0:
+        return []
     num_codes, _ = form.num_bytes(num_rows, rows.shape[1])
     num_own, _ = form.num_bytes(len(rows), rows.shape[1])
     last = first + len(rows)

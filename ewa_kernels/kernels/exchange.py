@@ -52,12 +52,13 @@ def encode(values: Tensor, codes: Tensor, scales: Tensor, residual: Tensor | Non
 
 
 def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """Fills out `[n]`, contiguous, floating. The others: see `encode`."""
+    """Fills out `[n]`, contiguous, floating; what its type cannot hold is its largest number. Others: see `encode`."""
     if _by_cpp(out):
         return _C.decode_gradient(codes.data_ptr(), scales.data_ptr(), len(out), (out.data_ptr(), DTYPES[out.dtype]))
     if _by_triton(out):
         return triton_kernels.exchange.decode(codes, scales, out)
-    out.copy_((codes.view(-1, BLOCK).float() * scales.float()[:, None]).view(-1)[: len(out)])
+    most = min(torch.finfo(out.dtype).max, torch.finfo(torch.float32).max)
+    out.copy_((codes.view(-1, BLOCK).float() * scales.float()[:, None]).view(-1)[: len(out)].clamp(-most, most))
 
 
 def total(codes: Tensor, scales: Tensor, factor: float) -> Tensor:

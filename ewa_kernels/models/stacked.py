@@ -156,7 +156,8 @@ class Switched:
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # perhaps in another process
         register_implementations()
-        vars(self).update(state)
+        backend = {"backend": state.pop("backend")} if "backend" in state else {}  # pickled before there was `how`
+        vars(self).update({"how": backend, **state})
 
 
 def switch_(module: Any, to: str, how: Mapping[str, str]) -> None:

@@ -140,8 +140,10 @@ class Attachment:
 
     def _give_steps(self, optimizer: Optimizer) -> None:
         self._num_steps = self._averaging.num_steps
-        for group in optimizer.param_groups[:1]:
-            group[self._key] = self._num_steps
+        first, *others = optimizer.param_groups
+        first[self._key] = self._num_steps
+        for group in others:  # somebody may have changed their order
+            group.pop(self._key, None)
 
     @property
     def optimizer(self) -> Optimizer | None:

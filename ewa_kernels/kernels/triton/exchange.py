@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ewa_kernels.kernels.devices import on_device
+from ewa_kernels.kernels.triton.codec import largest_of, saturated
 from ewa_kernels.kernels.triton.configs import ASSERTS, ceil_div
 
 _BLOCK = tl.constexpr(128)  # elements that share a scale
@@ -48,13 +49,13 @@ def _encode_kernel(
 
 
 @triton.jit
-def _decode_kernel(codes, scales, out, n, BLOCKS: tl.constexpr):
+def _decode_kernel(codes, scales, out, n, LARGEST: tl.constexpr, BLOCKS: tl.constexpr):
     """Grid: ⌈blocks / BLOCKS⌉."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     element = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     scale = tl.load(scales + block, mask=block < tl.cdiv(n, _BLOCK), other=0.0).to(tl.float32)
     code = tl.load(codes + element, mask=element < n, other=0).to(tl.float32)
-    tl.store(out + element, code * scale[:, None], mask=element < n)
+    tl.store(out + element, saturated(code * scale[:, None], LARGEST), mask=element < n)
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def encode(values: Tensor, codes: Tensor, scales: Tensor, residual: Tensor | Non
 
 def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """See `kernels/exchange.py`."""
-    _launch(_decode_kernel, len(scales), codes, scales, out, len(out))
+    _launch(_decode_kernel, len(scales), codes, scales, out, len(out), largest_of(out.dtype))
 
 
 def total(codes: Tensor, scales: Tensor, factor: float, out: Tensor) -> None:
