@@ -58,7 +58,8 @@ class Packing:
         self.bytes = 0  # of what was packed
 
     def pack(self, tensor: Tensor) -> Any:
-        if not tensor.is_floating_point() or tensor.ndim < 2 or tensor.is_leaf:
+        is_parameter = tensor.is_leaf or (tensor._base is not None and tensor._base.is_leaf)
+        if not tensor.is_floating_point() or tensor.ndim < 2 or is_parameter:
             return tensor
         scale = tensor.abs().amax(-1, keepdim=True) / 127 + 1e-20
         codes = (tensor / scale).round().to(torch.int8)

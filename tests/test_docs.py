@@ -10,7 +10,7 @@ from ewa_kernels.models import experts_adapters
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("name", ["models.md"])
+@pytest.mark.parametrize("name", ["models.md", "saved.md"])
 def test_every_block_runs(name, registered, monkeypatch):
     """One after the other, in one namespace."""
     monkeypatch.setattr(experts_adapters, "_registered", [])

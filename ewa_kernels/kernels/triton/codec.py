@@ -84,7 +84,7 @@ def encode_tile(tile, tables, PART: tl.constexpr, BITS: tl.constexpr, FIRST: tl.
         # How many of 15 are less: by halves.
         of_book = tl.where(is_own, 16, 0)[:, :, None] - 1
         count = tl.zeros((M, N // _BLOCK, _BLOCK), tl.int32)
-        for step in tl.static_range(4):
+        for step in range(4):  # a loop: unrolled, all its loads would be in registers at a time
             edge = tl.load(edges + (of_book + count + (8 >> step)))
             count += tl.where(t > edge, 8 >> step, 0)
         halves = tl.permute(tl.reshape(count, (M, N // _BLOCK, 2, _BLOCK // 2)), (0, 1, 3, 2))
