@@ -125,8 +125,7 @@ class Case:
         words = [str(self.tile), kind]
         sizes = [f"D={self.d_model} F={self.d_ff}"] if (self.d_model, self.d_ff) != (768, 3072) else []
         words += ["again"] * self.again + ["dropout"] * self.dropout + ["routed"] * self.routed
-        words += [self.saved] * (self.saved != "full") + sizes
-        return ", ".join(words)
+        return ", ".join(words + [self.saved] * (self.saved != "full") + sizes)
 
 
 @dataclass(frozen=True)
@@ -175,9 +174,7 @@ def cases(architecture: str, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]
             for variant in _variants(kernel):
                 case = replace(of_forward, kernel=kernel, **variant)
                 is_tight, phase = case.dropout or case.routed, LINEAR.get(kernel, kernel)
-                of_variant = configs.tiles_of(tiles, phase, case.d_model, case.d_ff, is_tight)
-                if case.saved != "full":
-                    of_variant = configs.tiles_of(tiles, phase, case.d_model, case.d_ff, is_tight, is_coded=True)
+                of_variant = configs.tiles_of(tiles, phase, case.d_model, case.d_ff, is_tight, case.saved != "full")
                 # Other sizes are compiled with the first alone.
                 for tile in of_variant[:1] if "d_model" in variant else of_variant:
                     yield replace(case, tile=tile)
@@ -301,12 +298,11 @@ def _compile(case: Case) -> tuple[Any, str]:
 
 def _launch(case: Case) -> None:
     """Launches what a call does that has the case's kernel, on tensors without memory."""
-    dtype, width = _torch_dtype(case.dtype), 0
-    if case.kernel == "onchip" and isinstance(case.tile, Tile):
-        width = case.tile.block_k
+    dtype = _torch_dtype(case.dtype)
+    width = case.tile.block_k if case.kernel == "onchip" and isinstance(case.tile, Tile) else 0
     (num_tokens, top_k), num_experts = ((25216, 2) if case.routed else (50432, 1)), 4
     d_model, d_ff = width or case.d_model, 4 * width or case.d_ff
-    num_up = 2 * d_ff if case.gated else d_ff
+    num_up = d_ff * (1 + case.gated)
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -25,6 +25,8 @@ TESTS = {
         "cpp",
         "products",
         "expert_linear",
+        "saved",
+        "exchange",
     ),
     "cuda-on-host": ("experts", "optim", "optim_copies", "optim_plans", "optim_bad_input", "cuda_on_host"),
 }

@@ -170,16 +170,23 @@ def exact_ffn(num_tokens, d_model, d_ff, num_experts=3, gated=False, dtype=torch
 
 
 class TestLayer:
-    @pytest.mark.parametrize("saved", CODED)
     @pytest.mark.parametrize("gated", [False, True])
-    @pytest.mark.parametrize("backend", LAYERS)
+    @pytest.mark.parametrize(
+        ("backend", "saved"),
+        # x alone is encoded outside of the backend: that one is enough.
+        [(b, s) for b in LAYERS for s in CODED if s != "recompute-8bit" or b in (*BACKENDS[:-1], "triton-split")],
+    )
     def test_parity(self, saved, gated, backend):
-        x, parameters = exact_ffn(61, 40, 72, gated=gated)
+        x, parameters = exact_ffn(37, 24, 72, gated=gated)
         check_ffn(x, parameters, backend=backend, saved=saved, seed=5, gated=gated)
 
-    @pytest.mark.parametrize("num_tokens", [0, 1, 2])
-    @pytest.mark.parametrize("backend", [*LAYERS, "reference"])
-    @pytest.mark.parametrize("saved", CODED)
+    @pytest.mark.parametrize(
+        ("backend", "saved", "num_tokens"),
+        [
+            *itertools.product([*BACKENDS[:-1], "reference"], CODED, [0, 1, 2]),
+            *itertools.product(FORMS, ["4bit"], [0, 2]),
+        ],
+    )
     def test_experts_without_tokens(self, saved, backend, num_tokens):
         x, parameters = exact_ffn(num_tokens, 16, 40, num_experts=5)
         check_ffn(x, parameters, backend=backend, saved=saved, seed=5)

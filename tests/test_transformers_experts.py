@@ -237,7 +237,7 @@ def test_triton(make):
     for forward in (routed_forward, random_partition_forward):
         values = {}
         for backend in ("reference", "triton"):
-            experts._ewa_switched = stacked.Switched(experts.config, backend)
+            experts._ewa_switched = stacked.Switched(experts.config, {"backend": backend})
             torch.manual_seed(3)
             values[backend] = experts_run(experts, uses_weights(forward), *run)
         for name, value in values["triton"].items():
