@@ -271,6 +271,17 @@ class TestLayer:
         for wanted in range(5):
             assert torch.equal(grads(wanted)[wanted], everything[wanted])
 
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_the_output_is_the_same(self, backend):
+        x, parameters = exact_ffn(37, 24, 72, gated=True)
+        with torch.no_grad():
+            expected = ewa.functional.moe_ffn(x, *parameters, seed=5, gated=True, backend=backend)
+        for saved in SAVED:
+            leaf = x.clone().requires_grad_()
+            y = ewa.functional.moe_ffn(leaf, *parameters, seed=5, gated=True, backend=backend, saved=saved)
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+            assert torch.equal(y, expected) or backend == "triton"
+
 
 class TestUse:
     @pytest.mark.parametrize("saved", CODED)
