@@ -12,7 +12,8 @@ demo: venv
 	$(BIN)/python -m ewa_kernels.demo
 
 # Files in several processes, of a thread or more each: see tests/conftest.py.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# In order: those first that compile, which are few and long, and would else keep one process busy in the end.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: venv
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
