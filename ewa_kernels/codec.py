@@ -146,6 +146,10 @@ class Format(NamedTuple):
         num_blocks = num_rows * len(self.codebooks) * -(-num_columns // (len(self.codebooks) * BLOCK))
         return num_blocks * BLOCK * self.bits // 8, num_blocks
 
+    def new(self, num_rows: int, num_columns: int, device: torch.device) -> Tensor:
+        """Memory for so many encoded rows."""
+        return torch.empty(sum(self.num_bytes(num_rows, num_columns)), dtype=torch.uint8, device=device)
+
 
 # Of x: what it is made of is not known.
 ROWS_8BIT = Format(8, (CODEBOOKS["symmetric"],))

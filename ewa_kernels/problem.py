@@ -148,10 +148,9 @@ class Problem:
         """Memory for what is kept of it: `[num_kept, F or 2F]`, or uint8 in its format; None for nothing."""
         if not self.save:
             return None
-        shape, form = (self.num_kept, self.num_up), self.pre_format
-        if form is None:
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-        return torch.empty(sum(form.num_bytes(*shape)), dtype=torch.uint8, device=self.device)
+        if self.pre_format is not None:
+            return self.pre_format.new(self.num_kept, self.num_up, self.device)
+        return torch.empty(self.num_kept, self.num_up, dtype=self.dtype, device=self.device)
 
     @property
     def num_kept(self) -> int:

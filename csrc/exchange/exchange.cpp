@@ -55,22 +55,11 @@ EWA_CLONES void add_block(const int8_t* codes, float scale, float* to) {
     for (int64_t j = 0; j < exchange_block; ++j) to[j] += static_cast<float>(codes[j]) * scale;
 }
 
-void load(const Matrix& from, int64_t at, int64_t n, float* to) {
-    if (from.type == Type::float32)
-        std::memcpy(to, from.element(at), n * sizeof(float));
-    else
-        widen_row(from.type, n, reinterpret_cast<const uint16_t*>(from.element(at)), to);
-}
-
 // What is finite stays so.
 void store(float* from, int64_t n, const Matrix& to, int64_t at) {
     const float most = to.type == Type::float16 ? 65504.0f : to.type == Type::bfloat16 ? 0x1.fep127f : 0x1.fffffep127f;
     for (int64_t j = 0; j < n; ++j) from[j] = from[j] > most ? most : from[j] < -most ? -most : from[j];
-    char* const place = const_cast<char*>(to.element(at));
-    if (to.type == Type::float32)
-        std::memcpy(place, from, n * sizeof(float));
-    else
-        narrow_row(to.type, n, from, reinterpret_cast<uint16_t*>(place));
+    convert({from, Type::float32}, 0, n, to, at);
 }
 
 }  // namespace
@@ -81,7 +70,7 @@ void encode_gradient(Matrix from, int64_t n, int8_t* codes, uint16_t* scales, fl
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = block * exchange_block, count = std::min(exchange_block, n - first);
         float v[exchange_block] = {}, decoded[exchange_block];
-        load(from, first, count, v);
+        convert(from, first, count, {v, Type::float32}, 0);
         if (residual != nullptr)
             for (int64_t j = 0; j < count; ++j) v[j] += residual[first + j];
         const uint32_t found = largest(v);

@@ -4,16 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "platform.h"
-
-#ifdef EWA_AVX512
-#if defined(__GNUC__) && !defined(__clang__)
-// Of GCC's own header.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-#endif
+#include "avx512.h"
 
 namespace ewa {
 namespace {
@@ -158,12 +149,10 @@ EWA_AVX512 void from_4_bits_at_once(const uint8_t* codes, const Codebook& book, 
     _mm512_storeu_ps(to + scale_columns / 2, _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), levels));
 }
 
-const bool have_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-const auto find_largest = have_avx512 ? largest_at_once : largest;
-const auto encode_8_bits = have_avx512 ? to_8_bits_at_once : to_8_bits;
-const auto encode_4_bits = have_avx512 ? to_4_bits_at_once : to_4_bits;
-const auto decode_4_bits = have_avx512 ? from_4_bits_at_once : from_4_bits;
+const auto find_largest = have_avx512() ? largest_at_once : largest;
+const auto encode_8_bits = have_avx512() ? to_8_bits_at_once : to_8_bits;
+const auto encode_4_bits = have_avx512() ? to_4_bits_at_once : to_4_bits;
+const auto decode_4_bits = have_avx512() ? from_4_bits_at_once : from_4_bits;
 #else
 const auto find_largest = largest;
 const auto encode_8_bits = to_8_bits;

@@ -19,6 +19,9 @@ struct Matrix {
 // To float32 from 16 bits, and back.
 void widen_row(Type type, int64_t n, const uint16_t* from, float* to);
 void narrow_row(Type type, int64_t n, const float* from, uint16_t* to);
+// n elements, from element `from` on to element `to`, rounded if `out` is narrower. One of the two is float32, or both are
+// of one type.
+void convert(const Matrix& in, int64_t from, int64_t n, const Matrix& out, int64_t to);
 // What is finite stays so in float16, which ends at 65,504.
 void saturate_row(int64_t n, float* row);
 

@@ -235,9 +235,7 @@ Plan plan_of(const Outer& of) {
 }  // namespace
 
 bool have_products(Type type) {
-    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-          __builtin_cpu_supports("avx512vl")))
-        return false;
+    if (!have_avx512()) return false;
     if (type == Type::float32) return true;
     unsigned a = 0, b = 0, c = 0, amx = 0, bfloat16 = 0, unused = 0;
     const bool known = __get_cpuid_count(7, 0, &a, &b, &c, &amx) && __get_cpuid_count(7, 1, &bfloat16, &b, &c, &unused);

@@ -51,20 +51,13 @@ EWA_CLONES void saturate_row(int64_t n, float* row) {
 
 namespace {
 
-// In an order that depends on the processor's vectors alone.
-EWA_CLONES float dot_row(int64_t n, const float* a, const float* b) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) sum += a[j] * b[j];
-    return sum;
-}
-
 template <class T>
 T* elements(const Matrix& matrix, int64_t at) {
     return static_cast<T*>(matrix.at) + at;
 }
 
-// n elements, rounded if `out` is narrower. One of the two is float32, or both are of one type.
+}  // namespace
+
 void convert(const Matrix& in, int64_t from, int64_t n, const Matrix& out, int64_t to) {
     if (in.type == out.type && in.type == Type::float32)
         std::memcpy(elements<float>(out, to), elements<float>(in, from), n * sizeof(float));
@@ -74,6 +67,16 @@ void convert(const Matrix& in, int64_t from, int64_t n, const Matrix& out, int64
         widen_row(in.type, n, elements<uint16_t>(in, from), elements<float>(out, to));
     else
         narrow_row(out.type, n, elements<float>(in, from), elements<uint16_t>(out, to));
+}
+
+namespace {
+
+// In an order that depends on the processor's vectors alone.
+EWA_CLONES float dot_row(int64_t n, const float* a, const float* b) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += a[j] * b[j];
+    return sum;
 }
 
 // Columns of a row that are computed at a time, so that what is widened for it stays in the first cache.

@@ -4,15 +4,9 @@
 // in panels of 1 to tile_rows rows, [words][rows], `right` in panels of tile_columns columns, [words][columns].
 #pragma once
 
-#include "platform.h"
+#include "avx512.h"
 
 #ifdef EWA_AVX512
-#if defined(__GNUC__) && !defined(__clang__)
-// Of GCC's own header, whose functions leave a register undefined on purpose.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>

@@ -170,9 +170,9 @@ class QuantizedReduceScatter:
         world_size = group.size()
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
             raise ValueError(f"op must be SUM, got {op}: call set_force_sum_reduction_for_comms(True) on the module")
-        parts = private_torch.parameters_being_reduced()
-        is_known = parts is not None and sum(size for _, size in parts) == len(output_tensor)
-        if parts is None or not is_known or not payload.can_be_coded(input_tensor, self.min_bytes, group):
+        can_be_coded = payload.can_be_coded(input_tensor, self.min_bytes, group)
+        parts = private_torch.parameters_being_reduced() if can_be_coded else None
+        if parts is None or sum(size for _, size in parts) != len(output_tensor):
             payload.reduce_scatter(output_tensor, input_tensor, op, group)
             return
         sizes, exact = tuple(size for _, size in parts), tuple(payload.is_exact(p) for p, _ in parts)

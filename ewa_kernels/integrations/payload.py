@@ -81,8 +81,8 @@ class Layout:
                     filled[rank] += stop - start
         self.blocks = max(filled) + max(filled) % 2  # so that all begins at 4 bytes
         self.num_exact = -(-sum(sizes[i] for i in self.exact) // world_size)
-        self.num_bytes = self.blocks * (BLOCK + 2) + -(-self.num_exact * itemsize // 8) * 8
-        self.num_bytes += -self.num_bytes % 8
+        self._start_of_exact = -(-self.blocks * (BLOCK + 2) // 8) * 8
+        self.num_bytes = self._start_of_exact + -(-self.num_exact * itemsize // 8) * 8
 
     def codes(self, payloads: Tensor) -> Tensor:
         """int8 `[W, 128 · blocks]` of uint8 `[W, bytes]`."""
@@ -94,19 +94,17 @@ class Layout:
 
     def as_they_are(self, payloads: Tensor, dtype: torch.dtype) -> Tensor:
         """`[W, num_exact]`."""
-        start = self.blocks * (BLOCK + 2)
-        start += -start % 8
+        start = self._start_of_exact
         return payloads[:, start : start + self.num_exact * dtype.itemsize].view(dtype)
 
     def encode(self, tensors: Sequence[Tensor], payloads: Tensor, residuals: Sequence[Tensor | None]) -> None:
         """Fills payloads for all ranks; tensors are flat. Residuals are added, and become what is lost."""
         codes, scales = self.codes(payloads), self.scales(payloads)
         for i, first, size, rank, block in self.pieces:
-            of_piece = slice(block, block + num_blocks(size))
-            own = residuals[i]
+            stop, own = block + num_blocks(size), residuals[i]
             rest = None if own is None else own[first : first + size]
-            code = codes[rank, of_piece.start * BLOCK : of_piece.stop * BLOCK]
-            kernels.encode(tensors[i][first : first + size], code, scales[rank, of_piece], rest)
+            code = codes[rank, block * BLOCK : stop * BLOCK]
+            kernels.encode(tensors[i][first : first + size], code, scales[rank, block:stop], rest)
         if self.exact:
             whole = torch.cat([tensors[i] for i in self.exact])
             whole = torch.nn.functional.pad(whole, (0, len(payloads) * self.num_exact - len(whole)))

@@ -17,18 +17,16 @@ from ewa_kernels.kernels import extension
 from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.kernels.parameter_pass import DTYPES
 
+# Of rows that C++ reads and writes.
+CPP_TYPES = DTYPES.keys() - {torch.float64}
+
 if extension.WHY_NOT is None:
     import ewa_kernels._C as _C
 
 
-def new(num_rows: int, num_columns: int, form: Format, device: torch.device) -> Tensor:
-    """Memory for so many encoded rows."""
-    return torch.empty(sum(form.num_bytes(num_rows, num_columns)), dtype=torch.uint8, device=device)
-
-
 def encode(rows: Tensor, form: Format, backend: str) -> Tensor:
     """rows `[R, n]` → uint8, flat."""
-    encoded = new(len(rows), rows.shape[1], form, rows.device)
+    encoded = form.new(len(rows), rows.shape[1], rows.device)
     encode_into(encoded, len(rows), 0, rows, form, backend)
     return encoded
 
@@ -45,7 +43,7 @@ def encode_into(encoded: Tensor, num_rows: int, first: int, rows: Tensor, form: 
     rows, (count, num_columns) = rows.contiguous(), rows.shape
     if triton_kernels.runs(backend):
         triton_kernels.codec.encode(encoded, num_rows, first, rows, form)
-    elif backend == "cpp" and rows.dtype in DTYPES and rows.dtype != torch.float64:
+    elif backend == "cpp" and rows.dtype in CPP_TYPES:
         matrix = rows.data_ptr(), DTYPES[rows.dtype]
         addresses = _addresses(encoded, num_rows, first, num_columns, form)
         _C.encode_rows(of_cpp(form), matrix, count, num_columns, *addresses)
@@ -59,12 +57,12 @@ def decode_from(encoded: Tensor, num_rows: int, first: int, rows: Tensor, form: 
     count, num_columns = rows.shape
     if triton_kernels.runs(backend):
         triton_kernels.codec.decode(encoded, num_rows, first, rows, form)
-    elif backend == "cpp" and rows.dtype in DTYPES and rows.dtype != torch.float64:
+    elif backend == "cpp" and rows.dtype in CPP_TYPES:
         matrix = rows.data_ptr(), DTYPES[rows.dtype]
         addresses = _addresses(encoded, num_rows, first, num_columns, form)
         _C.decode_rows(of_cpp(form), *addresses, count, num_columns, matrix)
     else:
-        own = new(count, num_columns, form, rows.device)
+        own = form.new(count, num_columns, rows.device)
         for whole, part in _slices(encoded, num_rows, first, rows, form, own):
             part.copy_(whole)
         values = specification.decode(own, count, num_columns, form)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ewa_kernels.kernels import extension
 from ewa_kernels.kernels import triton as triton_kernels
+from ewa_kernels.kernels.codec import CPP_TYPES
 from ewa_kernels.kernels.parameter_pass import DTYPES
 
 if extension.WHY_NOT is None:
@@ -90,7 +91,7 @@ def _rounded_up(values: Tensor) -> Tensor:
 
 
 def _by_cpp(tensor: Tensor) -> bool:
-    return extension.WHY_NOT is None and tensor.is_cpu and tensor.dtype in DTYPES and tensor.dtype != torch.float64
+    return extension.WHY_NOT is None and tensor.is_cpu and tensor.dtype in CPP_TYPES
 
 
 def _by_triton(tensor: Tensor) -> bool:

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import multiprocessors
+from ewa_kernels.kernels import codec, multiprocessors
 from ewa_kernels.kernels.choices import grad_of_routing_weights, sum_of_choices
 from ewa_kernels.kernels.counters import give_back, zeroed_counters
 from ewa_kernels.kernels.devices import on_device
-from ewa_kernels.kernels.triton import codec
 from ewa_kernels.kernels.triton import moe_ffn as triton_ffn
 from ewa_kernels.kernels.triton.configs import aligned, ceil_div
 from ewa_kernels.kernels.triton.layer import check_sizes
@@ -74,17 +73,9 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
                 hidden = call.up(pre_activation)
                 call.scatter("down", hidden, inputs.down_weight, y, inputs.down_bias, inputs.routing_weights)
         if pre_activation is not None and problem.pre_format is not None:
-            pre_activation = _encoded(problem, pre_activation)
+            # By a pass of its own: the up projection's epilogue has no code for it.
+            pre_activation = codec.encode(pre_activation, problem.pre_format, problem.backend)
     return sum_of_choices(y, problem.top_k), pre_activation, call.permutation
-
-
-def _encoded(problem: Problem, pre_activation: Tensor) -> Tensor:
-    """A pass of Triton's: the up projection's epilogue has no code for it."""
-    assert problem.pre_format is not None
-    encoded = problem.new_pre_activation()
-    assert encoded is not None
-    codec.encode(encoded, problem.num_kept, 0, pre_activation, problem.pre_format)
-    return encoded
 
 
 def backward(
@@ -105,8 +96,8 @@ def backward(
     with on_device(x):
         call, grad_y = _Call(problem, inputs, deal), aligned(grad_y.contiguous())
         if pre_activation is not None and problem.pre_format is not None and need_pre:
-            encoded, pre_activation = pre_activation, call.new_by_slot(problem.num_up)
-            codec.decode(encoded, problem.num_kept, 0, pre_activation, problem.pre_format)
+            shape = problem.num_kept, problem.num_up
+            pre_activation = codec.decode(pre_activation, shape, problem.pre_format, problem.dtype, problem.backend)
         is_computed_again = need_pre and pre_activation is None
         need_slots = need_up_weight or (is_computed_again and not call.gathers)
         slots = call.gather(need_slots, grad_y, routing_weights if need_down else None)

@@ -85,16 +85,16 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
     pre_activation, form = problem.new_pre_activation(), problem.pre_format
     for block in _blocks(problem, permutation, deal.expert_offsets, rows):
         block_x = rows.look_up(block, x, "x")
-        pre = None
-        if pre_activation is not None:
-            pre = rows.new(block, "pre", problem.num_up) if form is not None else _saved(pre_activation, block)
+        pre = None if pre_activation is None or form is not None else _saved(pre_activation, block)
         product = pre if pre is not None and pre.dtype == dtype else rows.new(block, "pre", problem.num_up)
+        if form is not None:
+            pre = product
         bias = rows.linear(block, block_x, up_weight, up_bias, product)
         hidden = rows.new(block, "hidden", problem.d_ff)
         rows.activate(product, bias, block.rows, dropout, pre, hidden)
-        if pre_activation is not None and pre is not None and form is not None:
-            first = block.saved.start
-            codec.encode_into(pre_activation, problem.num_rows, first, pre.flatten(0, 1), form, problem.backend)
+        if pre_activation is not None and form is not None:
+            first, flat = block.saved.start, product.flatten(0, 1)
+            codec.encode_into(pre_activation, problem.num_rows, first, flat, form, problem.backend)
         product = rows.new(block, "y", problem.d_model)
         bias = rows.linear(block, hidden, down_weight, down_bias, product)
         factor = None if weights is None else weights[block.choices].to(dtype)
@@ -134,6 +134,7 @@ def _backward_by_blocks(
     """Gradients; x's by choice, the routing weights' `[R]`."""
     x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
     dropout, permutation, expert_offsets = _dropout(problem, deal), _permutation(problem, deal), deal.expert_offsets
+    form = problem.pre_format
     need_x, need_up_weight, need_up_bias, need_down_weight, need_down_bias, need_routing = needed
     need_pre = need_x or need_up_weight or need_up_bias or need_routing
     weights = None if routing_weights is None else routing_weights.flatten()
@@ -157,13 +158,13 @@ def _backward_by_blocks(
         factor = None if weights is None else weights[block.choices].to(rows.dtype)
         if need_down_weight or need_pre:
             block_x = rows.look_up(block, x, "x")
-            if pre_activation is not None and problem.pre_format is None:
+            if pre_activation is not None and form is None:
                 pre = _saved(pre_activation, block)
             else:
                 pre = rows.new(block, "pre", problem.num_up)
-            if pre_activation is not None and problem.pre_format is not None:
+            if pre_activation is not None and form is not None:
                 first, flat = block.saved.start, pre.flatten(0, 1)
-                codec.decode_from(pre_activation, problem.num_rows, first, flat, problem.pre_format, problem.backend)
+                codec.decode_from(pre_activation, problem.num_rows, first, flat, form, problem.backend)
             elif pre_activation is None:
                 bias = rows.linear(block, block_x, up_weight, up_bias, pre)
                 if bias is not None:
