@@ -161,6 +161,16 @@ def test_computed_again(activation, calls):
     assert all(torch.equal(of_kept[name], of_computed[name]) for name in of_kept)
 
 
+@pytest.mark.parametrize(("saved", "limit"), [("8bit", 0.02), ("4bit", 0.12), ("recompute-8bit", 0.02)])
+def test_kept_in_8_and_4_bits(saved, limit, calls):
+    """By slot, of which there is one more than rows."""
+    weights, x = random_ffn(2, 40, 72, dtype=torch.float16), tokens(151, 40, dtype=torch.float16)
+    full, kept = (gradients(("x", "up_weight", "down_weight"), weights, x, saved=how) for how in ("full", saved))
+    for name, expected in full.items():
+        error = (kept[name].double() - expected.double()).norm() / expected.double().norm()
+        assert 1e-4 < error < limit, (name, error)
+
+
 def test_under_autocast(calls):
     """Gradients of float32 parameters are rounded to nothing less."""
     weights, x = random_ffn(2, 40, 72, dtype=torch.float32), tokens(150, 40)
