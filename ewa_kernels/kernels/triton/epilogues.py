@@ -38,41 +38,51 @@ def store_up(
         )  # fmt: skip
     else:
         columns: tl.constexpr = WIDTH // 2 if GATED else WIDTH
-        num_up = d_ff * 2 if GATED else d_ff
         column = first_column + tl.arange(0, columns)
         inside = (row < end)[:, None] & (column < d_ff)[None, :]
-        pre_row = row.to(tl.int64)[:, None] * num_up + column[None, :]
         acc += bias[None, :]
         if GATED:
             gate, value = pairs(acc, BLOCK_M, WIDTH)
             if pre_activation is not None:
-                if BITS > 0:
-                    store_encoded(
-                        pre_activation, gate, row, row < end, first_column, tables, num_kept, d_ff, 0, GATED, BITS,
-                        FIRST, FIXED, BLOCK_M, columns,
-                    )  # fmt: skip
-                    store_encoded(
-                        pre_activation, value, row, row < end, first_column, tables, num_kept, d_ff, 1, GATED, BITS,
-                        FIRST, FIXED, BLOCK_M, columns,
-                    )  # fmt: skip
-                else:
-                    tl.store(pre_activation + pre_row, gate, mask=inside)
-                    tl.store(pre_activation + pre_row + d_ff, value, mask=inside)
+                _store_pre(
+                    pre_activation, gate, row, end, first_column, tables, num_kept, d_ff, 0, GATED, BITS, FIRST, FIXED,
+                    BLOCK_M, columns,
+                )  # fmt: skip
+                _store_pre(
+                    pre_activation, value, row, end, first_column, tables, num_kept, d_ff, 1, GATED, BITS, FIRST,
+                    FIXED, BLOCK_M, columns,
+                )  # fmt: skip
             result = activate(gate, ACTIVATION) * value
         else:
             if pre_activation is not None:
-                if BITS > 0:
-                    store_encoded(
-                        pre_activation, acc, row, row < end, first_column, tables, num_kept, d_ff, 0, GATED, BITS,
-                        FIRST, FIXED, BLOCK_M, columns,
-                    )  # fmt: skip
-                else:
-                    tl.store(pre_activation + pre_row, acc, mask=inside)
+                _store_pre(
+                    pre_activation, acc, row, end, first_column, tables, num_kept, d_ff, 0, GATED, BITS, FIRST, FIXED,
+                    BLOCK_M, columns,
+                )  # fmt: skip
             result = activate(acc, ACTIVATION)
         if DROPOUT:
             result *= dropout_scale(row, column, seed, threshold, scale)
         if hidden is not None:
             tl.store(hidden + row.to(tl.int64)[:, None] * d_ff + column[None, :], result, mask=inside)
+
+
+@triton.jit
+def _store_pre(
+    pre_activation, tile, row, end, first_column, tables, num_kept, d_ff, PART: tl.constexpr, GATED: tl.constexpr,
+    BITS: tl.constexpr, FIRST: tl.constexpr, FIXED: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """WIDTH columns of a part of pre_activation, gated 0 is the gate and 1 the value: as they are if BITS are 0."""
+    if BITS > 0:
+        store_encoded(
+            pre_activation, tile, row, row < end, first_column, tables, num_kept, d_ff, PART, GATED, BITS, FIRST,
+            FIXED, BLOCK_M, WIDTH,
+        )  # fmt: skip
+    else:
+        num_up = d_ff * 2 if GATED else d_ff
+        column = first_column + tl.arange(0, WIDTH)
+        inside = (row < end)[:, None] & (column < d_ff)[None, :]
+        index = row.to(tl.int64)[:, None] * num_up + column[None, :]
+        tl.store(pre_activation + index + PART * d_ff, tile, mask=inside)
 
 
 @triton.jit
