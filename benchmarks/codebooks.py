@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ewa_kernels import codec
-from ewa_kernels.codec import HALF, NEVER, Codebook, Format
+from ewa_kernels.codec import NEVER, Codebook, Format, above
 from ewa_kernels.reference import ACTIVATIONS
 
 NF4 = (
@@ -111,7 +111,7 @@ def start(activation: str) -> Codebook:
         levels = [0.0, *((c + 0.5) / 15 for c in range(15))]
         return Codebook(0, 1, tuple(levels), (0.0, *_between(levels[1:])))
     fixed, levels = [-2.35, -1.5, -0.9, -0.44, -0.12], [(c + 0.5) / 10.5 for c in range(11)]
-    return Codebook(HALF, 5, (*fixed, *levels), (*_between(fixed), -0.03, *_between(levels)))
+    return Codebook(above(3), 5, (*fixed, *levels), (*_between(fixed), -0.03, *_between(levels)))
 
 
 def _between(levels: list[float]) -> tuple[float, ...]:
@@ -119,8 +119,10 @@ def _between(levels: list[float]) -> tuple[float, ...]:
 
 
 def search(activation: str, rounds: int = 12) -> Codebook:
-    """Moves one level or edge at a time, by steps that shrink, as long as the objective falls."""
-    scales = (1.0,) if activation in ("identity", "relu", "relu2") else (0.5, 1.0, 2.0)  # the former know no scale
+    """Moves one level or edge at a time, by steps that shrink, as long as the objective falls; and then the threshold
+    below which blocks have the symmetric codebook."""
+    knows_scale = activation not in ("identity", "relu", "relu2")
+    scales = (0.25, 0.5, 1.0, 2.0) if knows_scale else (1.0,)
     samples = [pre for scale in scales for pre in distributions(scale, seed=7).values()]
     best = start(activation)
     least, steps = objective(best, activation, samples), [0.03] * 31
@@ -139,6 +141,9 @@ def search(activation: str, rounds: int = 12) -> Codebook:
                     break
             else:
                 steps[i] /= 2
+    if knows_scale:
+        thresholds = (best._replace(first_scale=above(eighths)) for eighths in range(-8, 17))
+        best = min(thresholds, key=lambda book: objective(book, activation, samples))
     return best._replace(levels=tuple(round(v, 4) for v in best.levels), edges=tuple(round(v, 4) for v in best.edges))
 
 

@@ -23,16 +23,21 @@ Result = dict[str, Any]
 
 
 def training_pass(function: Function, problem: Problem, watch: Stopwatch) -> Variant:
-    """Forward and backward as a variant of three phases: forward, backward and both. Tokens are dealt anew."""
-    leaves = list(problem.leaves.values())
+    """Forward and backward as a variant of three phases: forward, backward and both. Tokens are dealt anew.
+
+    As in a training loop: gradients of the step before are dropped first, and `.backward()` leaves new ones in `.grad`.
+    It copies those that do not lie as their parameter does, which `torch.autograd.grad` would hand out as they are.
+    """
     y: Tensor
 
     def forward() -> None:
         nonlocal y
+        for leaf in problem.leaves.values():
+            leaf.grad = None
         y = function(problem, None)
 
     def backward() -> None:
-        torch.autograd.grad(y, leaves, problem.grad_y)
+        y.backward(problem.grad_y)
 
     def variant() -> Sample:
         taken = watch.phase(forward), watch.phase(backward)

@@ -18,6 +18,8 @@ from models import SwiGLU
 
 import ewa_kernels as ewa
 from ewa_kernels import calls, problem
+from ewa_kernels.kernels.blocked import products
+from ewa_kernels.kernels.blocked.products import Products
 from ewa_kernels.models import ffn_adapters
 
 # Those that need a GPU, which `make gpu` runs, and the CUDA kernel on the host, which `extension_variants.py` does.
@@ -31,6 +33,22 @@ def _calls_are_described_anew(monkeypatch):
     """What one test patches, the next does not find described by it."""
     monkeypatch.setattr(calls, "_problems", {})
     monkeypatch.setattr(problem, "_made", {})
+
+
+@pytest.fixture
+def products_by(monkeypatch):
+    """Says who makes a CPU's matrix products: "cpp", where the processor can, or "torch"; and in which type, if not in
+    the one that is computed in."""
+
+    def set_up(who, dtype=None):
+        def choose(problem):
+            of = problem.dtype if dtype is None else dtype
+            among = products.candidates(of) if dtype is None else [Products(of, True), Products(of, False)]
+            return next((found for found in among if found.by_cpp == (who == "cpp")), among[-1])
+
+        monkeypatch.setattr(products, "_choose", choose)
+
+    return set_up
 
 
 @pytest.fixture

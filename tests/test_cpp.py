@@ -12,8 +12,9 @@ from parity import assert_parity, check_ffn, output_and_grads, random_ffn, weigh
 import ewa_kernels as ewa
 from ewa_kernels import backends
 from ewa_kernels.kernels import extension, permutation
-from ewa_kernels.kernels.blocked import cpp_rows
+from ewa_kernels.kernels.blocked import cpp_rows, products
 from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
+from ewa_kernels.kernels.blocked.products import Products
 from ewa_kernels.kernels.blocked.torch_rows import TorchRows
 from ewa_kernels.kernels.scratch import Scratch
 
@@ -122,8 +123,8 @@ class TestNarrow:
     """Whether the processor has products in 16 bits or not."""
 
     @pytest.fixture(autouse=True)
-    def _products(self, monkeypatch, products, dtype):
-        monkeypatch.setattr(cpp_rows, "product_dtype", lambda _: torch.float32 if products == "in float32" else dtype)
+    def _products(self, products_by, products, dtype):
+        products_by("torch", dtype if products == "in 16 bits" else torch.float32)
 
     @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
     @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -177,9 +178,9 @@ class TestNarrow:
         assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in layer.parameters())
 
 
-def test_what_float16_cannot_hold_between_products_has_finite_gradients(monkeypatch):
+def test_what_float16_cannot_hold_between_products_has_finite_gradients(products_by):
     """Products in float32 have no such limit, the pre-activation that is kept for backward has."""
-    monkeypatch.setattr(cpp_rows, "product_dtype", lambda _: torch.float32)
+    products_by("cpp", torch.float32)
     x = torch.full((4, 2), 3e4, dtype=torch.float16, requires_grad=True)
     weights = torch.full((1, 3, 2), 2.0, dtype=torch.float16), torch.full((1, 2, 3), 2.0**-8, dtype=torch.float16)
     y = ewa.functional.moe_ffn(x, weights[0], None, weights[1], None, seed=0, activation="relu", backend="cpp")
@@ -190,9 +191,9 @@ def test_what_float16_cannot_hold_between_products_has_finite_gradients(monkeypa
 
 def test_products_are_made_where_they_are_fast(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr(cpp_rows, "have_products", lambda _: False)
-    assert cpp_rows.product_dtype(torch.bfloat16) == cpp_rows.product_dtype(torch.float16) == torch.float32
-    assert cpp_rows.product_dtype(torch.float32) == torch.float32
+    monkeypatch.setattr(products, "have_cpp", lambda _: False)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert products.candidates(dtype) == [Products(torch.float32, by_cpp=False)]
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])

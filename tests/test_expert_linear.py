@@ -21,7 +21,6 @@ import ewa_kernels as ewa
 from ewa_kernels import linear
 from ewa_kernels.kernels import extension, multiprocessors
 from ewa_kernels.kernels import linear as kernels
-from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
 from ewa_kernels.kernels.triton import linear as triton_linear
 from ewa_kernels.kernels.triton.layer import check_sizes
 from ewa_kernels.problem import Places, Problem
@@ -117,8 +116,8 @@ def test_products_of_our_own_on_a_cpu(dtype, gather, scatter):
 
 
 @pytest.mark.skipif(extension.WHY_NOT is not None, reason="the extension is not built")
-def test_a_processor_without_products_of_ours(monkeypatch):
-    monkeypatch.setattr(blocked_ffn, "have_products", lambda dtype: False)
+def test_a_processor_without_products_of_ours(products_by):
+    products_by("torch")
     for dtype in (torch.float32, torch.bfloat16):
         check(operands(41, 24, dtype=dtype), "cpp", **partition(0, 9, 9, 40, 41, scatter=True))
 

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training import backward, bits, make, make_model, same, train
 
 import ewa_kernels as ewa
-from ewa_kernels.kernels.blocked import cpp_rows
+from ewa_kernels.kernels.blocked.products import candidates
 from ewa_kernels.train import attachment
 
 FUSED = [
@@ -194,7 +194,7 @@ class TestAutocast:
 
         But where the processor has no products in 16 bits, autocast rounds no weights.
         """
-        tolerance = 0.0 if cpp_rows.product_dtype(dtype) == dtype else 4 * torch.finfo(dtype).eps
+        tolerance = 0.0 if candidates(dtype)[0].dtype == dtype else 4 * torch.finfo(dtype).eps
         layer = ewa.RandomPartitionMoE(8, 12, 4, gated=True, dropout=0.2)
         narrow = copy.deepcopy(layer).to(dtype)
         x = torch.randn(3, 7, 8)

@@ -1,6 +1,7 @@
 """Matrix products in C++ (`csrc/products.h`): every edge of a tile, a task and a batch, and what is fused with them."""
 
 import itertools
+import os
 import subprocess
 import sys
 
@@ -10,15 +11,14 @@ from parity import assert_parity, check_ffn, output_and_grads, random_ffn, weigh
 
 import ewa_kernels as ewa
 from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
-from ewa_kernels.kernels.blocked.cpp_rows import have_products
+from ewa_kernels.kernels.blocked import products as products_module
+from ewa_kernels.kernels.blocked.products import ENVIRONMENT, Products, candidates, have_cpp, products_of, trial
+from ewa_kernels.problem import Problem
 
 
 @pytest.fixture(params=["ours", "PyTorch's"])
-def products(request, monkeypatch):
-    """PyTorch's are used where a processor has no AVX-512, and in bfloat16 for few rows."""
-    monkeypatch.setattr(blocked_ffn, "FEW_ROWS", 0)
-    if request.param == "PyTorch's":
-        monkeypatch.setattr(blocked_ffn, "have_products", lambda _: False)
+def products(request, products_by):
+    products_by("cpp" if request.param == "ours" else "torch")
     return request.param
 
 
@@ -119,10 +119,10 @@ def test_each_gradient_alone(products, dtype, wanted):
 
 
 @pytest.mark.parametrize(("d_model", "d_ff"), [(24, 40), (100, 400)])
-def test_no_bit_depends_on_the_number_of_threads(monkeypatch, dtype, d_model, d_ff):
-    if not have_products(dtype):
+def test_no_bit_depends_on_the_number_of_threads(products_by, dtype, d_model, d_ff):
+    if not have_cpp(dtype):
         pytest.skip("PyTorch's products may")
-    monkeypatch.setattr(blocked_ffn, "FEW_ROWS", 0)
+    products_by("cpp")
     operands = (tokens(999, d_model, dtype=dtype), *random_ffn(3, d_model, d_ff, dtype=dtype))
     results, threads = [], torch.get_num_threads()
     try:
@@ -142,9 +142,7 @@ def test_no_bit_depends_on_the_number_of_threads(monkeypatch, dtype, d_model, d_
 GUARDED = """
 import ctypes, mmap, torch
 import ewa_kernels as ewa
-from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
 
-blocked_ffn.FEW_ROWS = 0
 libc, kept = ctypes.CDLL(None), []
 
 def at_the_end_of_memory(tensor):
@@ -167,7 +165,7 @@ for d_model, d_ff in ((1, 1), (7, 33), (16, 31), (33, 14), (65, 129)):
 
 def test_reads_nothing_past_its_operands():
     """Each of them ends where memory does. Sanitizers do not see what AVX-512 loads under a mask."""
-    subprocess.run([sys.executable, "-c", GUARDED], check=True)
+    subprocess.run([sys.executable, "-c", GUARDED], env={**os.environ, ENVIRONMENT: "cpp"}, check=True)
 
 
 def test_what_is_not_a_number_stays_where_it_is(products, dtype):
@@ -180,3 +178,64 @@ def test_what_is_not_a_number_stays_where_it_is(products, dtype):
         same = torch.arange(40) != 3
         assert torch.equal(y[same], clean[same])
         assert not y[3].isfinite().any()
+
+
+class TestWhoMakesThem:
+    """By `products_of`, for calls of `large` rows, which are worth a trial, and for others."""
+
+    CPP, TORCH = Products(torch.float32, by_cpp=True), Products(torch.float32, by_cpp=False)
+
+    @pytest.fixture(autouse=True)
+    def trials(self, monkeypatch):
+        """Of each its sizes; in them PyTorch takes `self.ratio` of our time."""
+        seen, self.ratio = [], 0.5
+
+        def trial(among, *sizes):
+            seen.append(sizes)
+            return {products: 1.0 if products.by_cpp else self.ratio for products in among}
+
+        monkeypatch.setattr(products_module, "trial", trial)
+        monkeypatch.setattr(products_module, "_chosen", {})
+        monkeypatch.setattr(products_module, "candidates", lambda dtype: [self.CPP, self.TORCH])
+        monkeypatch.delenv(ENVIRONMENT, raising=False)
+        return seen
+
+    def found(self, num_rows=4 * 197, d_model=1024, d_ff=4096):
+        weight = torch.empty(4, d_ff, d_model, device="meta")
+        dtypes = (torch.float32, torch.float32, None)
+        return products_of(Problem.of_linear(num_rows, weight, "cpp", torch.float32, dtypes))
+
+    def test_the_faster_ones_by_a_trial_for_each_kind_of_size(self, trials):
+        assert [self.found(), self.found(), self.found(num_rows=4 * 200)] == [self.TORCH] * 3
+        assert len(trials) == 1
+        self.found(num_rows=4 * 600)
+        assert trials == [(197, 1024, 4096), (600, 1024, 4096)]
+
+    @pytest.mark.parametrize(("ratio", "is_torch"), [(0.89, True), (0.91, False), (2.0, False)])
+    def test_ours_unless_theirs_are_faster_by_a_tenth(self, ratio, is_torch):
+        self.ratio = ratio
+        assert self.found() == (self.TORCH if is_torch else self.CPP)
+
+    def test_small_calls_are_not_worth_it(self, trials):
+        assert self.found(num_rows=64, d_model=64, d_ff=256) == self.CPP
+        assert trials == []
+
+    @pytest.mark.parametrize("wanted", ["cpp", "torch"])
+    def test_the_environment_decides(self, monkeypatch, trials, wanted):
+        monkeypatch.setenv(ENVIRONMENT, wanted)
+        assert self.found().by_cpp == (wanted == "cpp")
+        assert trials == []
+
+    def test_what_the_environment_may_say(self, monkeypatch):
+        monkeypatch.setenv(ENVIRONMENT, "mkl")
+        with pytest.raises(ValueError, match=f"{ENVIRONMENT} must be auto, cpp or torch, got 'mkl'"):
+            self.found()
+
+
+@pytest.mark.skipif(not have_cpp(torch.float32), reason="no AVX-512")
+def test_a_trial_times_what_it_says():
+    """Of each kind of products, which are made."""
+    among = [*candidates(torch.float32), *candidates(torch.bfloat16)]
+    seconds = trial(among, 200, 300, 5000)
+    assert set(seconds) == set(among)
+    assert all(0 < taken < 1 for taken in seconds.values())

@@ -12,7 +12,7 @@ from torch import nn
 import ewa_kernels as ewa
 from ewa_kernels.kernels.blocked import blocks, cpp_products
 from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
-from ewa_kernels.kernels.blocked.cpp_rows import have_products
+from ewa_kernels.kernels.blocked.products import have_cpp
 
 FORMS = ["triton-single", "triton-split", "triton-onchip"]
 if not torch.cuda.is_available():
@@ -99,11 +99,11 @@ def test_another_default_device_changes_nothing():
 
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
 @pytest.mark.parametrize("block_rows", [64, 2048])
-def test_groups_of_other_sizes_advance_together(monkeypatch, backend, block_rows):
+def test_groups_of_other_sizes_advance_together(monkeypatch, products_by, backend, block_rows):
     """As far as all have rows; what is left comes by turns."""
     monkeypatch.setattr(blocks, "LOCKSTEP_ROWS", 1)
     monkeypatch.setattr(blocked_ffn, "rows_in_a_block", lambda *_: block_rows)
-    monkeypatch.setattr(blocked_ffn, "have_products", lambda _: False)
+    products_by("torch")
     passes = []
     monkeypatch.setattr(blocked_ffn, "blocks", lambda *args: passes.append(blocks.blocks(*args)) or passes[-1])
     check(make(3, 2, dtype=torch.float32, backend=backend, gated=True), tokens(200, 12), torch.float32)
@@ -118,7 +118,7 @@ def test_groups_of_other_sizes_advance_together(monkeypatch, backend, block_rows
     assert all(len(set(of_block)) == 1 for of_block in counts)
 
 
-@pytest.mark.skipif(not have_products(torch.float32), reason="no AVX-512")
+@pytest.mark.skipif(not have_cpp(torch.float32), reason="no AVX-512")
 @pytest.mark.parametrize("block_rows", [64, 2048])
 def test_all_advance_together_by_products_of_our_own(monkeypatch, block_rows):
     """Whatever sizes groups have."""

@@ -6,15 +6,44 @@
 #include <vector>
 
 #include "activations.h"
+#include "avx512.h"
 #include "random.h"
 
 namespace ewa {
+
+namespace {
+
+#ifdef EWA_AVX512
+// An instruction for 16 numbers; the loops below take a dozen.
+EWA_AVX512 void widen_halves(int64_t n, const uint16_t* from, float* to) {
+    for (int64_t j = 0; j < n; j += lanes) {
+        const __mmask16 mask = first_lanes(n - j);
+        _mm512_mask_storeu_ps(to + j, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from + j)));
+    }
+}
+EWA_AVX512 void narrow_to_halves(int64_t n, const float* from, uint16_t* to) {
+    for (int64_t j = 0; j < n; j += lanes) {
+        const __mmask16 mask = first_lanes(n - j);
+        const __m256i halves = _mm512_cvtps_ph(_mm512_maskz_loadu_ps(mask, from + j), _MM_FROUND_TO_NEAREST_INT);
+        _mm256_mask_storeu_epi16(to + j, mask, halves);
+    }
+}
+const bool halves_at_once = have_avx512();
+#else
+void widen_halves(int64_t, const uint16_t*, float*) {}
+void narrow_to_halves(int64_t, const float*, uint16_t*) {}
+constexpr bool halves_at_once = false;
+#endif
+
+}  // namespace
 
 // Each of these rows has a function of its own: a loop inside an OpenMP region cannot be cloned per processor.
 EWA_CLONES void widen_row(Type type, int64_t n, const uint16_t* __restrict__ from, float* __restrict__ to) {
     if (type == Type::bfloat16) {
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) to[j] = widen(BFloat16{from[j]});
+    } else if (halves_at_once) {
+        widen_halves(n, from, to);
     } else {
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) to[j] = widen(Half{from[j]});
@@ -35,6 +64,8 @@ EWA_CLONES void narrow_row(Type type, int64_t n, const float* __restrict__ from,
     if (type == Type::bfloat16) {
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) to[j] = nearest<BFloat16>(from[j]).bits;
+    } else if (halves_at_once) {
+        narrow_to_halves(n, from, to);
     } else {
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) to[j] = nearest<Half>(from[j]).bits;

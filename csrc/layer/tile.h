@@ -15,11 +15,7 @@
 namespace ewa {
 
 // 28 sums, two vectors of `right` and one word of `left` are 31 of the 32 registers.
-constexpr int64_t tile_rows = 14, tile_columns = 32, lanes = 16;
-
-EWA_AVX512 EWA_INLINE __mmask16 first_lanes(int64_t n) {
-    return n >= lanes ? 0xFFFF : static_cast<__mmask16>((1u << std::max<int64_t>(n, 0)) - 1);
-}
+constexpr int64_t tile_rows = 14, tile_columns = 32;
 
 // sum + left · right, word by word.
 template <bool bfloat16>

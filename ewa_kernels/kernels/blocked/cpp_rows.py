@@ -14,23 +14,6 @@ if extension.WHY_NOT is None:
     import ewa_kernels._C as _C
 
 
-def have_products(dtype: torch.dtype) -> bool:
-    """Whether there are products in C++, see `csrc/products.h`: with AVX-512, and for bfloat16 its instructions."""
-    return bool(_C.have_products(DTYPES[dtype]))
-
-
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What matrix products are made in: float32 where the processor has no fast ones in 16 bits.
-
-    There PyTorch's take some twenty times as long as in float32.
-    """
-    if dtype == torch.float32 or have_products(dtype):
-        return dtype
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
-    is_fast = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
-    return dtype if is_fast else torch.float32
-
-
 class CppRows(TorchRows):
     """In float32 biases are added where a block is read anyway, and not by the matrix product, which would take a pass
     for it. In 16 bits the product adds them, so that the sum is rounded once."""

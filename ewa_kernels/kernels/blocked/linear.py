@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ewa_kernels.kernels import extension
 from ewa_kernels.kernels.blocked.cpp_rows import address, floats, matrix
-from ewa_kernels.kernels.blocked.moe_ffn import caster, is_one_call, product_dtype
+from ewa_kernels.kernels.blocked.moe_ffn import caster
+from ewa_kernels.kernels.blocked.products import products_of
 from ewa_kernels.kernels.choices import existing
 from ewa_kernels.kernels.scratch import Scratch
 from ewa_kernels.problem import Places, Problem
@@ -28,7 +29,7 @@ def prepared(problem: Problem, weight: Tensor, bias: Tensor | None) -> tuple[Ten
 
 def forward(problem: Problem, places: Places, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `kernels/linear.py`."""
-    times = _times_by_cpp if _is_by_cpp(problem) else _times_by_torch
+    times = _times_by_cpp if products_of(problem).by_cpp else _times_by_torch
     return times(problem, places, x.contiguous(), places.gather, weight, True, bias, places.scatter)
 
 
@@ -37,7 +38,7 @@ def backward(
 ) -> list[Tensor | None]:
     """See `kernels/linear.py`."""
     need_x, need_weight, need_bias = needed
-    times, outer = (_times_by_cpp, _outer_by_cpp) if _is_by_cpp(problem) else (_times_by_torch, _outer_by_torch)
+    times, outer = (_times_by_cpp, _outer_by_cpp) if products_of(problem).by_cpp else (_times_by_torch, _outer_by_torch)
     grad_out = grad_out.contiguous()
     grads: list[Tensor | None] = [None, None, None]
     if need_x:
@@ -46,10 +47,6 @@ def backward(
         x = x.contiguous() if need_weight and x is not None else None
         grads[1:] = outer(problem, places, grad_out, x, need_bias)
     return grads
-
-
-def _is_by_cpp(problem: Problem) -> bool:
-    return is_one_call(problem, product_dtype(problem))
 
 
 # Each comes twice, as `times` and `outer`:
@@ -68,7 +65,7 @@ def _times_by_cpp(
     bias: Tensor | None,
     scattered: bool,
 ) -> Tensor:
-    dtype, order = product_dtype(problem), existing(places.permutation)
+    dtype, order = products_of(problem).dtype, existing(places.permutation)
     size_k, size_n = (problem.d_model, problem.d_ff) if transposed else (problem.d_ff, problem.d_model)
     out, bias = rows.new_empty(problem.num_rows, size_n), floats(bias)
     counts = places.expert_offsets.diff().tolist()
@@ -84,7 +81,7 @@ def _times_by_cpp(
 def _outer_by_cpp(
     problem: Problem, places: Places, grad_out: Tensor, x: Tensor | None, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    dtype, order = product_dtype(problem), existing(places.permutation)
+    dtype, order = products_of(problem).dtype, existing(places.permutation)
     _, weight_dtype, _ = problem.input_dtypes
     sizes = (problem.num_experts, problem.d_ff, problem.d_model)
     # It is stored once, and so rounded once.
@@ -113,7 +110,7 @@ def _times_by_torch(
     bias: Tensor | None,
     scattered: bool,
 ) -> Tensor:
-    dtype, order = product_dtype(problem), existing(places.permutation)
+    dtype, order = products_of(problem).dtype, existing(places.permutation)
     rows = (rows[order] if gathered else rows).to(dtype)
     weight = weight.mT if transposed else weight
     product = rows.new_empty(problem.num_rows, weight.shape[2])
@@ -133,7 +130,7 @@ def _times_by_torch(
 def _outer_by_torch(
     problem: Problem, places: Places, grad_out: Tensor, x: Tensor | None, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    dtype, order = product_dtype(problem), existing(places.permutation)
+    dtype, order = products_of(problem).dtype, existing(places.permutation)
     sizes = (problem.num_experts, problem.d_ff, problem.d_model)
     left = (grad_out[order] if places.scatter else grad_out).to(dtype)
     right = None if x is None else (x[order] if places.gather else x).to(dtype)

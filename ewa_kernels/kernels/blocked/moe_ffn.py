@@ -16,7 +16,7 @@ from torch import Tensor
 from ewa_kernels.kernels import codec
 from ewa_kernels.kernels.blocked import cpp_products, cpp_rows
 from ewa_kernels.kernels.blocked.blocks import Block, blocks, rows_in_a_block
-from ewa_kernels.kernels.blocked.cpp_rows import have_products
+from ewa_kernels.kernels.blocked.products import products_of
 from ewa_kernels.kernels.blocked.torch_rows import Dropout, TorchRows
 from ewa_kernels.kernels.choices import grad_of_bias_factor, sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
@@ -24,26 +24,12 @@ from ewa_kernels.kernels.permutation import random_permutation
 from ewa_kernels.kernels.scratch import Scratch
 from ewa_kernels.problem import Deal, Inputs, Problem
 
-# Of so few rows of an expert PyTorch makes products of bfloat16 faster than C++ does, which packs more.
-FEW_ROWS = 256
-
-
-def product_dtype(problem: Problem) -> torch.dtype:
-    return cpp_rows.product_dtype(problem.dtype) if problem.backend == "cpp" else problem.dtype
-
-
-def is_one_call(problem: Problem, dtype: torch.dtype) -> bool:
-    """Whether C++ makes the products too, in `dtype`."""
-    if problem.backend != "cpp" or not have_products(dtype):
-        return False
-    return dtype == torch.float32 or problem.num_rows // problem.num_experts >= FEW_ROWS
-
 
 def caster(problem: Problem) -> Callable[[Tensor], Tensor]:
     """Makes parameters contiguous, and of the dtype of products: under autocast they are of another one than x."""
-    dtype = product_dtype(problem)
+    dtype, by_cpp = products_of(problem)
     # C++ widens what has 16 bits as it reads it.
-    widened = (torch.float16, torch.bfloat16) if dtype == torch.float32 and is_one_call(problem, dtype) else ()
+    widened = (torch.float16, torch.bfloat16) if dtype == torch.float32 and by_cpp else ()
 
     def cast(t: Tensor) -> Tensor:
         return (t if t.dtype == dtype or t.dtype in widened else in_dtype(t, dtype)).contiguous()
@@ -73,8 +59,8 @@ def _rows(problem: Problem, dtype: torch.dtype) -> TorchRows:
 def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `kernels/moe_ffn.py`; pre_activation is in block order."""
     x, up_weight, up_bias, down_weight, down_bias, routing_weights = inputs
-    dtype = product_dtype(problem)
-    if is_one_call(problem, dtype):
+    dtype, by_cpp = products_of(problem)
+    if by_cpp:
         block_rows = rows_in_a_block(problem.num_up, dtype)
         y, pre_activation, permutation = cpp_products.forward(problem, dtype, block_rows, inputs, deal)
         return sum_of_choices(y, problem.top_k), pre_activation, permutation
@@ -107,10 +93,10 @@ def backward(
     problem: Problem, grad_y: Tensor, inputs: Inputs, deal: Deal, pre_activation: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """See `kernels/moe_ffn.py`."""
-    grad_y, dtype = grad_y.contiguous(), product_dtype(problem)
+    grad_y, (dtype, by_cpp) = grad_y.contiguous(), products_of(problem)
     if deal.permutation is None:
         deal = deal._replace(permutation=_permutation(problem, deal))
-    if is_one_call(problem, dtype):
+    if by_cpp:
         block_rows = rows_in_a_block(problem.num_up, dtype)
         grads = cpp_products.backward(problem, dtype, block_rows, grad_y, inputs, deal, pre_activation, needed)
     else:

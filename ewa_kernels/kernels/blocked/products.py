@@ -1,0 +1,160 @@
+"""Who makes the matrix products of a call on a CPU, and in which type: C++ of our own (`csrc/layer/products.h`), which
+looks rows up and puts them back as it goes, or PyTorch's library.
+
+Which is faster depends on the processor. On an AMD EPYC ours are, on an Intel Xeon MKL's may be, and where a processor
+multiplies 16 bits by AMX oneDNN's are. So the first large call of a kind tries both, for `SECONDS` at the most. The
+environment decides instead with EWA_KERNELS_CPU_PRODUCTS=cpp or torch: then no bit of a result depends on a clock.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ewa_kernels.kernels import extension
+from ewa_kernels.kernels.parameter_pass import DTYPES
+from ewa_kernels.kernels.scratch import Scratch
+from ewa_kernels.problem import Problem
+
+if extension.WHY_NOT is None:
+    import ewa_kernels._C as _C
+
+ENVIRONMENT = "EWA_KERNELS_CPU_PRODUCTS"
+SECONDS, LEAST_ROUNDS = 0.02, 2
+# PyTorch's are taken if they need at most so much of our time: ours save what is between them.
+WORTH_IT = 0.9
+# Multiplications for each expert and projection from which on it is worth trying: those of 50 µs.
+LARGE = 1 << 22
+# Of a trial's product at the most: those of a millisecond. Rows are an expert's, up to `TRIAL_ROWS`.
+TRIAL_SIZE, TRIAL_ROWS, TRIAL_TERMS = 1 << 26, 512, 1024
+# Of so few rows of an expert PyTorch makes products of bfloat16 faster than C++ does, which packs more.
+FEW_ROWS = 256
+
+
+class Products(NamedTuple):
+    """
+    Attributes:
+        dtype: what numbers are rounded to before they are multiplied.
+        by_cpp: whether C++ makes them, and all else, in one call; if not, PyTorch does, block by block.
+    """
+
+    dtype: torch.dtype
+    by_cpp: bool
+
+
+def products_of(problem: Problem) -> Products:
+    """How those of a call are made; the same for all calls of its kind."""
+    if problem.backend != "cpp":
+        return Products(problem.dtype, by_cpp=False)
+    key = ("products", torch.get_num_threads())
+    found: Products | None = problem.kept.get(key)
+    if found is None:
+        found = problem.kept[key] = _choose(problem)
+    return found
+
+
+def candidates(dtype: torch.dtype) -> list[Products]:
+    """All that this processor makes at full speed, ours first."""
+    found = [Products(dtype, by_cpp=True)] if have_cpp(dtype) else []
+    if dtype == torch.float16 and have_cpp(torch.float32):
+        found.append(Products(torch.float32, by_cpp=True))
+    if dtype == torch.float32 or _has_fast(dtype):
+        found.append(Products(dtype, by_cpp=False))
+    return found or candidates(torch.float32)
+
+
+def have_cpp(dtype: torch.dtype) -> bool:
+    """Whether there are products in C++: with AVX-512, and for bfloat16 its instructions."""
+    return bool(_C.have_products(DTYPES[dtype]))
+
+
+def _has_fast(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has products of 16 bits that are not some twenty times as slow as in float32."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, name)())
+
+
+def _choose(problem: Problem) -> Products:
+    among = candidates(problem.dtype)
+    wanted = os.environ.get(ENVIRONMENT, "auto")
+    if wanted not in ("auto", "cpp", "torch"):
+        raise ValueError(f"{ENVIRONMENT} must be auto, cpp or torch, got {wanted!r}")
+    if wanted != "auto":
+        return next((products for products in among if products.by_cpp == (wanted == "cpp")), among[-1])
+    rows = problem.num_rows // problem.num_experts
+    if rows * problem.d_model * problem.num_up < LARGE or len(among) == 1:
+        few = among[0].dtype == torch.bfloat16 and rows < FEW_ROWS
+        return among[-1 if few else 0]
+    # Sizes by powers of two: layers of about the same size need no trial of their own.
+    sizes = (1 << (size - 1).bit_length() for size in (rows, problem.d_model, problem.d_ff))
+    key = (*among, *sizes, torch.get_num_threads())
+    if key not in _chosen:
+        _chosen[key] = fastest(among, rows, problem.d_model, problem.d_ff)
+    return _chosen[key]
+
+
+_chosen: dict[tuple[object, ...], Products] = {}
+
+
+def fastest(among: list[Products], rows: int, d_model: int, d_ff: int) -> Products:
+    """Ours, unless PyTorch's are faster by enough."""
+    seconds = trial(among, rows, d_model, d_ff)
+    ours, *others = among
+    best = min(others, key=lambda products: seconds[products])
+    return best if not ours.by_cpp or seconds[best] <= WORTH_IT * seconds[ours] else ours
+
+
+def trial(among: list[Products], rows: int, d_model: int, d_ff: int) -> dict[Products, float]:
+    """Seconds that each needs for a product of the forward and one of the backward: the least of some rounds."""
+    rows, terms = min(rows, TRIAL_ROWS), min(d_model, TRIAL_TERMS)
+    columns = max(min(d_ff, TRIAL_SIZE // (rows * terms)), 1)
+    calls = {products: _calls(products, rows, terms, columns) for products in among}
+    seconds = dict.fromkeys(among, float("inf"))
+    start = now = time.perf_counter()
+    for count in itertools.count(1):
+        begin = now
+        for products, call in calls.items():
+            before = time.perf_counter()
+            call()
+            now = time.perf_counter()
+            seconds[products] = min(seconds[products], now - before)
+        # The first round finds memory that is new, and libraries that were never called.
+        if count >= LEAST_ROUNDS and now - start + (now - begin) > SECONDS:
+            break
+    return seconds
+
+
+def _calls(products: Products, rows: int, terms: int, columns: int) -> Callable[[], None]:
+    """x · Wᵀ, and gᵀ · x."""
+    dtype = products.dtype
+    x, weight, grad = (
+        torch.full(shape, 0.5, dtype=dtype) for shape in ((rows, terms), (columns, terms), (rows, columns))
+    )
+    out, grad_weight = torch.empty_like(grad), torch.empty_like(weight)
+    if not products.by_cpp:
+
+        def by_torch() -> None:
+            torch.mm(x, weight.T, out=out)
+            torch.mm(grad.T, x, out=grad_weight)
+
+        return by_torch
+    of_x, of_weight, of_grad, of_out = ((t.data_ptr(), DTYPES[dtype]) for t in (x, weight, grad, out))
+    sums = torch.empty_like(weight, dtype=torch.float32)
+    narrow = dtype == torch.bfloat16
+    times = _C.TimesWeights([rows], terms, columns, of_x, 0, of_weight, True, narrow)
+    outer = _C.Outer([rows], columns, terms, of_grad, 0, of_x, 0, narrow)
+
+    def by_cpp() -> None:
+        scratch = Scratch(x.device, dtype)
+        memory = scratch.address("layer", max(times.workspace_bytes, outer.workspace_bytes))
+        times.multiply(memory, 0, 0, of_out)
+        outer.multiply(memory, (sums.data_ptr(), DTYPES[torch.float32]), 0)
+        scratch.leave()
+        _ = x, weight, grad, out  # whose addresses are in use
+
+    return by_cpp
