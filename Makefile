@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-slow test-oldest test-newest sanitize venv bench study gpu check format clean
+.PHONY: demo test test-slow test-oldest test-newest sanitize venv bench study docs gpu check format clean
 
 demo: venv
 	$(BIN)/python -m ewa_kernels.demo
@@ -52,6 +52,10 @@ bench: venv
 STUDY_FLAGS ?=
 study: venv
 	$(BIN)/python -m benchmarks.study $(STUDY_FLAGS)
+
+# Pages of docs/, in build/site.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # On a CUDA machine, with the Python and the packages that are there: nothing is installed. GPU_FLAGS: e.g.
 # --sections parity benchmarks --output folder

@@ -1,4 +1,5 @@
-"""`python -m benchmarks`: measures, prints tables, writes `results/<device>.json` and pictures, and README's table.
+"""`python -m benchmarks`: measures, prints tables, writes `results/<device>.json` and pictures,
+and the tables of README and docs.
 
 `--base <commit>` compares that commit with the working tree instead.
 """
@@ -64,9 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     report.print_run(result, console)
     written = [path.with_suffix(".json"), *_draw(result, path)]
     if options.output.resolve() == report.RESULTS:
-        report.write_readme()
+        report.write()
         scaling.write()
-        written += [report.README, scaling.PAGE]
+        written += [report.README, report.PAGE, scaling.PAGE]
     console.print("written:", *(str(p) for p in written))
     console.print(f"{time.monotonic() - start:.0f} s")
     return 0

@@ -1,4 +1,5 @@
-"""Tables: in the terminal, and in README.md from the committed JSON; `python -m benchmarks.report` writes those."""
+"""Tables: in the terminal, and from the committed JSON in README.md and docs/performance.md, which `python -m
+benchmarks.report` writes."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from benchmarks import experts, host, peers
 from benchmarks.cases import PHASES
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
-MARKERS = "<!-- benchmarks: made by python -m benchmarks.report -->", "<!-- end of benchmarks -->"
-# The README's columns, of which a device has those that were measured.
+ROOT = Path(__file__).parent.parent
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+# The page's columns, of which a device has those that were measured.
 COLUMNS = (peers.BMM, f"{peers.BMM}, compiled", "grouped_mm", peers.LOOP, peers.DENSE)
 
 Run = dict[str, Any]
@@ -132,7 +133,7 @@ def step_table(results: list[Run]) -> Table:
     return table
 
 
-# --- in README.md ---
+# --- in README.md and docs/performance.md ---
 
 
 def committed(folder: Path = RESULTS) -> list[Run]:
@@ -142,17 +143,14 @@ def committed(folder: Path = RESULTS) -> list[Run]:
 
 
 def markdown(runs: list[Run]) -> str:
-    """What stands between the markers."""
+    """All tables of all runs."""
     if not runs:
         return "No result is committed; `make bench` measures and fills this in."
     return "\n\n".join(block for run in runs for block in _blocks(run))
 
 
 def _blocks(run: Run) -> Iterator[str]:
-    where = run["environment"]
-    threads = f", {where['threads']} threads" if where["kind"] == "cpu" else ""
-    torch = where["versions"]["torch"]
-    yield f"**{where['device']}**{threads}, PyTorch {torch}, commit `{where['commit']}`, {where['date']}."
+    yield _stamp(run)
     if "note" in run:
         yield run["note"]
     groups = measured_cases(run)
@@ -194,18 +192,94 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *body))
 
 
-def write_readme(path: Path = README, folder: Path = RESULTS) -> None:
-    """Puts the tables between the markers.
+def headline(runs: list[Run]) -> str:
+    """A row for each thing that was measured, a column for each run: the least and the greatest ratio of all cases."""
+    head = ("ratio of times", *(_where(run) for run in runs))
+    rows = [
+        ("the layer, forward and backward ÷ gather–bmm–scatter", *(_range(_to_peer(run, peers.BMM)) for run in runs)),
+        ("the same ÷ the dense FFN", *(_range(_to_peer(run, peers.DENSE)) for run in runs)),
+        ("a small ViT's training step ÷ without experts", *(_range(_of_step(run)) for run in runs)),
+        ("averaging ÷ a copy of as much memory", *(_range(_of_averaging(run)) for run in runs)),
+    ]
+    return _table([head, *rows])
+
+
+def _stamp(run: Run) -> str:
+    where = run["environment"]
+    torch = where["versions"]["torch"]
+    return f"**{_where(run)}**, PyTorch {torch}, commit `{where['commit']}`, {where['date']}."
+
+
+def _where(run: Run) -> str:
+    where = run["environment"]
+    threads = f", {where['threads']} threads" if where["kind"] == "cpu" else ""
+    return f"{where['device']}{threads}"
+
+
+def _range(ratios: list[float]) -> str:
+    if not ratios:
+        return "not measured"
+    return " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios))))
+
+
+def _to_peer(run: Run, peer: str) -> list[float]:
+    """Of each case but float16, which few CPUs multiply."""
+    measured = [{r["peer"]: r for r in group if "why_not" not in r} for group in measured_cases(run).values()]
+    both = [(of[peers.OURS]["both"], of[peer]["both"]) for of in measured if {peers.OURS, peer} <= of.keys()]
+    narrow = {id(of[peers.OURS]["both"]) for of in measured if of.get(peers.OURS, {}).get("dtype") == "fp16"}
+    return [ours["median"] / theirs["median"] for ours, theirs in both if id(ours) not in narrow]
+
+
+def _of_step(run: Run) -> list[float]:
+    return [r["ratio"] for r in run.get("training_step", ()) if "ratio" in r and r["ratio"] != 1]
+
+
+def _of_averaging(run: Run) -> list[float]:
+    taken = {r["variant"]: r["median"] for r in run.get("experts", ()) if r["operation"] == "averaging"}
+    return [taken["one pass"] / taken["copy_"]] if {"one pass", "copy_"} <= taken.keys() else []
+
+
+def summary(runs: list[Run]) -> str:
+    """A short table for each run: ours beside gather–bmm–scatter and the dense FFN."""
+    blocks = []
+    for run in runs:
+        blocks.append(_stamp(run))
+        rows: list[tuple[str, ...]] = [("forward and backward, ms", peers.OURS, peers.BMM, peers.DENSE)]
+        for case, group in measured_cases(run).items():
+            measured = {r["peer"]: r["both"] for r in group if "why_not" not in r}
+            times = (milliseconds(measured[name]) if name in measured else "–" for name in rows[0][1:])
+            rows.append((", ".join(case), *times))
+        blocks.append(_table(rows))
+    return "\n\n".join(blocks)
+
+
+def write(readme: Path = README, page: Path = PAGE, folder: Path = RESULTS) -> None:
+    """Puts the tables between their markers.
 
     Raises:
         ValueError: a marker is missing.
     """
+    runs = committed(folder)
+    fill(readme, "headline", headline(runs))
+    fill(readme, "benchmarks", summary(runs))
+    fill(page, "benchmarks", markdown(runs))
+
+
+def between(path: Path, name: str) -> tuple[str, str, str]:
+    """What a page has before, between and behind the markers of that name, with the markers."""
+    begin, end = f"<!-- {name}: made by python -m benchmarks.report -->\n", f"\n<!-- end of {name} -->"
     text = path.read_text()
-    if not all(marker in text for marker in MARKERS):
-        raise ValueError(f"{path.name} must have the lines {MARKERS[0]!r} and {MARKERS[1]!r}")
-    before, rest = text.split(MARKERS[0])
-    path.write_text(f"{before}{MARKERS[0]}\n\n{markdown(committed(folder))}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
+    if begin not in text or end not in text:
+        raise ValueError(f"{path.name} must have the lines {begin.strip()!r} and {end.strip()!r}")
+    before, rest = text.split(begin)
+    filled, behind = rest.split(end)
+    return before + begin, filled, end + behind
+
+
+def fill(path: Path, name: str, text: str) -> None:
+    before, _, behind = between(path, name)
+    path.write_text(f"{before}\n{text}\n{behind}")
 
 
 if __name__ == "__main__":
-    write_readme()
+    write()

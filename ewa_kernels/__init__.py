@@ -15,7 +15,7 @@ from ewa_kernels.models.replace_experts import fold_moe_, replace_moe_, restore_
 from ewa_kernels.modules import FFN, RandomPartitionMoE, expert_tensors
 from ewa_kernels.routed import RoutedMoE
 from ewa_kernels.train.averager import ExpertAverager
-from ewa_kernels.train.share_rate import ConstantShareRate, CosineShareRate, LinearShareRate
+from ewa_kernels.train.share_rate import ConstantShareRate, CosineShareRate, LinearShareRate, share_rate_for
 from ewa_kernels.train.weight_decay import weight_decay_groups
 from ewa_kernels.version import VERSION
 
@@ -49,5 +49,6 @@ __all__ = [
     "restore_moe_",
     "save_unfolded",
     "set_sm_margin",
+    "share_rate_for",
     "weight_decay_groups",
 ]

@@ -1,36 +1,69 @@
-"""`python -m ewa_kernels`: what this machine is, which backend each operation will use, and why no faster one."""
+"""`python -m ewa_kernels`: what this machine is, what runs each operation, and how to get what is faster.
+
+`--json` prints the same for programs.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
+import json
 import platform
+from typing import Any
 
 import torch
 
 import ewa_kernels.backends as backends
-from ewa_kernels.kernels import extension
+from ewa_kernels.kernels import devices, extension
 from ewa_kernels.version import VERSION
 
 
-def report() -> str:
-    """The whole report, as text."""
-    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
-    lines = [
-        f"ewa_kernels  {VERSION}",
-        f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
-        f"torch        {torch.__version__}, "
+def facts() -> dict[str, Any]:
+    """Versions; of each device the operations, with what "auto" picks and why nothing faster; advice."""
+    found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    return {
+        "ewa_kernels": VERSION,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, "
         + (f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU only"),
-        f"cpu          {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        f"cuda         {_cuda()}",
-        f"triton       {triton}",
-        f"extension    {_extension()}",
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
+        "extension": _extension(),
+        "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "cuda": _cuda(),
+        "operations": {device: backends.chosen(torch.device(device)) for device in found},
+        "advice": advice(),
+    }
+
+
+def advice() -> list[str]:
+    """What to do to get what is faster on this machine."""
+    found = []
+    if extension.WHY_NOT is not None:
+        found.append(f"For the C++ kernels, which are the fastest on a CPU: {extension.HOW_TO}.")
+    elif torch.cuda.is_available() and extension.WHY_NOT_CUDA is not None:
+        found.append(f"For the CUDA kernels, which average and step in one launch: {extension.HOW_TO}.")
+    if torch.cuda.is_available():
+        old = devices.old_driver()
+        found += [] if old is None else [f"The driver: {old}."]
+    elif torch.version.cuda:
+        found.append("This PyTorch is built for CUDA and finds no GPU that it can use: see its driver.")
+    return found
+
+
+def report() -> str:
+    """All of it in words."""
+    of = facts()
+    lines = [
+        f"{name:12} {of[name]}" for name in ("ewa_kernels", "python", "torch", "triton", "extension", "cpu", "cuda")
     ]
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        lines.append(f"\non {device}, backend='auto' is")
-        for row in backends.table(torch.device(device)):
-            lines.append("  {:20} {:10} {}".format(*row))
-    return "\n".join(lines)
+    for device, operations in of["operations"].items():
+        lines.append(f"\nOn {device} backend='auto' takes")
+        for operation, chosen in operations.items():
+            lines.append(f"  {operation:20} {chosen['backend']:10} {chosen['what']}")
+            lines += [f"  {'':20} not {name}: {reason}" for name, reason in chosen["why_not"].items()]
+    lines.append("\nNothing faster is missing on this machine." if not of["advice"] else "\nTo get what is faster:")
+    return "\n".join([*lines, *(f"  {sentence}" for sentence in of["advice"])])
 
 
 def _extension() -> str:
@@ -52,5 +85,11 @@ def _cuda() -> str:
     )
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ewa_kernels", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="for programs")
+    print(json.dumps(facts(), indent=1) if parser.parse_args().json else report())
+
+
 if __name__ == "__main__":
-    print(report())
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 
@@ -59,13 +60,17 @@ def resolve(operation: str, backend: str, device: torch.device, dtype: torch.dty
     """
     checks.choice("backend", backend, BACKENDS)
     if backend == "auto":
-        found = next(b for b in IMPLEMENTED[operation] if _why_not_auto(operation, b, device, dtype) is None)
+        found = _auto(operation, device, dtype)
         _warn_once_of_slowness(operation, found, device)
         return found
     reason = why_not(operation, backend, device, dtype)
     if reason is not None:
         raise BackendError(f"backend={backend!r} cannot run {operation} on {device}: {reason}")
     return backend
+
+
+def _auto(operation: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    return next(b for b in IMPLEMENTED[operation] if _why_not_auto(operation, b, device, dtype) is None)
 
 
 _warned: set[str] = set()
@@ -144,12 +149,15 @@ def set_sm_margin(number: int) -> None:
     multiprocessors.set_margin(number)
 
 
-def table(device: torch.device) -> list[tuple[str, str, str]]:
-    """(operation, backend that "auto" picks, what that is) for every operation, and why no faster one."""
-    rows = []
+def chosen(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Of every operation the `backend` that "auto" picks, `what` that is, and `why_not` what would be faster there."""
+    found = {}
     for operation, implemented in IMPLEMENTED.items():
-        backend = resolve(operation, "auto", device)
-        rows.append((operation, backend, _DESCRIPTIONS.get((operation, backend)) or _DESCRIPTIONS[backend]))
-        for faster in implemented[: implemented.index(backend)]:
-            rows.append(("", f"not {faster}", str(_why_not_auto(operation, faster, device))))
-    return rows
+        backend = _auto(operation, device)
+        faster = (b for b in implemented[: implemented.index(backend)] if device.type == "cuda" or b == "cpp")
+        found[operation] = {
+            "backend": backend,
+            "what": _DESCRIPTIONS.get((operation, backend)) or _DESCRIPTIONS[backend],
+            "why_not": {name: str(_why_not_auto(operation, name, device)) for name in faster},
+        }
+    return found

@@ -281,31 +281,40 @@ def test_pictures_of_a_run_in_which_nothing_was_measured(tmp_path):
     assert plot.draw(result, tmp_path / "device") == []
 
 
-def test_readme_table_is_what_the_json_says(tiny_run, tmp_path):
+def test_tables_are_what_the_json_says(tiny_run, tmp_path):
     (tmp_path / "device.json").write_text(json.dumps(tiny_run))
     (tmp_path / "other.json").write_text(json.dumps({"results": []}))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.MARKERS[0]}\nold\n{report.MARKERS[1]}\nafter\n")
-    report.write_readme(readme, tmp_path)
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "old" not in text
-    assert f"commit `{tiny_run['environment']['commit']}`" in text
-    assert tiny_run["environment"]["device"] in text
-    ratio = next(r for r in tiny_run["layer"] if r["peer"] == OURS)["both"]["to_bmm"]
-    assert f"| {ratio['median']:.2f} ({report.spread(ratio)}) |" in text
-    report.write_readme(readme, tmp_path)
-    assert readme.read_text() == text
+    readme, page = tmp_path / "README.md", tmp_path / "performance.md"
+    empty = "<!-- {0}: made by python -m benchmarks.report -->\nold\n<!-- end of {0} -->\n"
+    readme.write_text(f"before\n{empty.format('headline')}{empty.format('benchmarks')}after\n")
+    page.write_text(f"before\n{empty.format('benchmarks')}after\n")
+    report.write(readme, page, tmp_path)
+    texts = readme.read_text(), page.read_text()
+    for text in texts:
+        assert text.startswith("before\n")
+        assert text.endswith("\nafter\n")
+        assert "old" not in text
+        assert f"commit `{tiny_run['environment']['commit']}`" in text
+        assert tiny_run["environment"]["device"] in text
+    ours, dense = (next(r for r in tiny_run["layer"] if r["peer"] == name)["both"] for name in (OURS, DENSE))
+    assert f"| {ours['to_bmm']['median']:.2f} ({report.spread(ours['to_bmm'])}) |" in texts[1]
+    ratio = ours["median"] / dense["median"]
+    assert f"| the same ÷ the dense FFN | {ratio:.2f} |" in texts[0]
+    report.write(readme, page, tmp_path)
+    assert (readme.read_text(), page.read_text()) == texts
     with pytest.raises(ValueError, match="must have the lines"):
-        report.write_readme(tmp_path / "device.json", tmp_path)
+        report.write(tmp_path / "device.json", page, tmp_path)
 
 
-def test_readme_and_scaling_page_are_what_the_committed_json_says():
-    pattern = f"{report.MARKERS[0]}\n(.*?)\n{report.MARKERS[1]}"
-    (found,) = re.findall(pattern, report.README.read_text(), flags=re.S)
+def test_all_pages_are_what_the_committed_json_says():
     runs = report.committed()
-    assert found.strip() == report.markdown(runs), "python -m benchmarks.report writes it"
+    for path, name, made in (
+        (report.README, "headline", report.headline(runs)),
+        (report.README, "benchmarks", report.summary(runs)),
+        (report.PAGE, "benchmarks", report.markdown(runs)),
+    ):
+        _, found, _ = report.between(path, name)
+        assert found.strip() == made, "python -m benchmarks.report writes it"
     assert scaling.PAGE.read_text() == scaling.page(runs), "python -m benchmarks.scaling writes it"
 
 

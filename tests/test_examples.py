@@ -100,8 +100,8 @@ def test_bad_options(example, arguments, words, tmp_path):
     assert words in result.stderr
 
 
-def test_readme_says_what_to_do_if_torchvision_does_not_fit():
-    assert "operator torchvision::nms does not exist" in (TESTS.parent / "README.md").read_text()
+def test_a_page_says_what_to_do_if_torchvision_does_not_fit():
+    assert "operator torchvision::nms does not exist" in (TESTS.parent / "docs" / "training.md").read_text()
 
 
 def test_fsdp2_takes_no_other_folder_for_a_checkpoint(tmp_path):

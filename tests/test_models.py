@@ -1,4 +1,7 @@
-"""Models of five sources: replaced, trained, folded, loaded back. Run as a program, it writes README's table."""
+"""Models of five sources: replaced, trained, folded, loaded back.
+
+Run as a program, it writes the table of docs/models.md.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 import ewa_kernels as ewa
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 MARKERS = "<!-- models: made by python tests/test_models.py -->", "<!-- end of models -->"
 
 
@@ -113,16 +116,16 @@ def test_model(case):
     ROWS[case.name] = examine(case)
 
 
-def test_readme_has_this_table():
+def test_the_page_has_this_table():
     if len(ROWS) < len(CASES):
         pytest.fail("run the whole file: the table is made by the tests before")
     pattern = f"{MARKERS[0]}\n(.*?)\n{MARKERS[1]}"
-    (found,) = re.findall(pattern, README.read_text(), flags=re.S)
+    (found,) = re.findall(pattern, PAGE.read_text(), flags=re.S)
     assert found.strip() == table(list(ROWS.values())), "python tests/test_models.py writes it"
 
 
 if __name__ == "__main__":
     made = table([examine(case) for case in CASES])
-    text = README.read_text()
+    text = PAGE.read_text()
     before, rest = text.split(MARKERS[0])
-    README.write_text(f"{before}{MARKERS[0]}\n\n{made}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
+    PAGE.write_text(f"{before}{MARKERS[0]}\n\n{made}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")

@@ -1,6 +1,7 @@
 """The shape of the project: imports go down only, files stay small, the README names what exists."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import ewa_kernels
-from ewa_kernels.__main__ import report
+from ewa_kernels.__main__ import advice, facts, report
+from ewa_kernels.kernels import extension
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ewa_kernels"
@@ -209,7 +211,7 @@ def test_readme_names_only_what_exists():
     text = (ROOT / "README.md").read_text()
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), f"README links {link}"
-    for command in ("make demo", "make test", "make venv", "make bench", "make check"):
+    for command in ("make demo", "make test", "make venv", "make bench", "make docs"):
         assert command in text
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
     for command in re.findall(r"`make ([a-z-]+)`", text):
@@ -227,7 +229,27 @@ def test_readme_example_runs():
 
 def test_report_names_every_operation_and_the_reason():
     text = report()
-    for word in ("torch", "random_permutation", "moe_ffn", "average_experts_", "merge_experts", "backend='auto' is"):
+    for word in (
+        "torch",
+        "random_permutation",
+        "moe_ffn",
+        "average_experts_",
+        "merge_experts",
+        "On cpu backend='auto'",
+    ):
         assert word in text
     command = [sys.executable, "-m", "ewa_kernels"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == text
+    said = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    assert json.loads(said) == facts()
+
+
+def test_report_says_how_to_get_what_is_faster(monkeypatch):
+    assert advice() == []
+    monkeypatch.setattr(extension, "WHY_NOT", "the C++ extension is not built")
+    (sentence,) = advice()
+    assert "pip install --force-reinstall --no-deps ." in sentence
+    assert sentence in report()
+    moe_ffn = facts()["operations"]["cpu"]["moe_ffn"]
+    assert moe_ffn["backend"] == "torch"
+    assert moe_ffn["why_not"] == {"cpp": "the C++ extension is not built"}

@@ -102,6 +102,29 @@ class CosineShareRate(_Ramp):
         return (1 - math.cos(math.pi * fraction)) / 2
 
 
+def share_rate_for(half_life: float, num_experts: int) -> float:
+    """The constant β by which an expert's distance from the mean is halved in `half_life` averagings, while no gradient
+    moves it: (1 − βE/(E−1))^half_life = 1/2.
+
+    Args:
+        half_life: above 0, in steps. What an expert learned by itself lasts about so long.
+        num_experts: E, 2 or more.
+
+    Returns:
+        in (0, (E−1)/E). E = 4: 0.0052 for 100 steps, 0.00052 for 1,000.
+
+    Raises:
+        TypeError, ValueError: out of these ranges.
+
+    Source: equation 6 of arXiv 2308.06093, solved for β.
+    """
+    checks.integer("num_experts", num_experts, minimum=2)
+    checks.nonnegative("half_life", half_life)
+    if half_life == 0:
+        raise ValueError("half_life must be above 0, got 0")
+    return -math.expm1(-math.log(2) / half_life) * (num_experts - 1) / num_experts
+
+
 def as_schedule(share_rate: object) -> Callable[[int], float]:
     """A schedule as it is, a number as one that is constant.
 
