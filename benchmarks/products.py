@@ -1,0 +1,114 @@
+"""`python -m benchmarks.products`: who makes a CPU's matrix products, and is that the right one?
+
+Of each case: what was chosen and how long choosing took, and what forward and backward take with each that could have
+been, forced by the environment. Written down before the first run: what is chosen is nowhere more than 3 % slower than
+another, the wrong one at least 5 % slower in most cases, and no choice takes more than 20 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import ewa_kernels.calls as calls
+from benchmarks import timing
+from benchmarks.cases import CPU_CASES, Case
+from benchmarks.environment import environment, file_name
+from benchmarks.layer import training_pass
+from benchmarks.parity import Gate
+from benchmarks.peers import OURS, peers
+from benchmarks.problem import make
+from benchmarks.timing import Sample, Variant
+from ewa_kernels import problem as problems
+from ewa_kernels.kernels.blocked import products
+from ewa_kernels.kernels.blocked.products import ENVIRONMENT
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@contextlib.contextmanager
+def forced(who: str, kept: dict[str, Any]) -> Iterator[None]:
+    """Calls are described anew, or as they were in `kept`, and their products made by "auto", "cpp" or "torch"."""
+    before = calls._problems, problems._made, os.environ.get(ENVIRONMENT)
+    calls._problems, problems._made = kept.setdefault(who, ({}, {}))
+    os.environ[ENVIRONMENT] = who
+    try:
+        yield
+    finally:
+        calls._problems, problems._made = before[:2]
+        os.environ.pop(ENVIRONMENT)
+        if before[2] is not None:
+            os.environ[ENVIRONMENT] = before[2]
+
+
+def measure(case: Case, seconds: float) -> dict[str, Any]:
+    problem, watch = make(case, "cpu"), timing.Stopwatch("cpu")
+    function = next(peer for peer in peers() if peer.name == OURS).build(case)
+    gate = Gate(problem)
+    kept: dict[str, Any] = {}
+    for who in ("auto", "cpp", "torch"):
+        with forced(who, kept):
+            gate.check(function, problem)
+    of_auto = list(kept["auto"][1].values())
+    products._chosen.clear()
+    start = time.perf_counter()
+    chosen = products._choose(of_auto[0])
+    trial = time.perf_counter() - start
+
+    def variant_of(who: str) -> Variant:
+        run = training_pass(function, problem, watch)
+
+        def variant() -> Sample:
+            with forced(who, kept):
+                return run()
+
+        return variant
+
+    samples = timing.rounds({who: variant_of(who) for who in ("auto", "cpp", "torch")}, seconds)
+    if any(found.kept["products"] != chosen for found in of_auto):
+        print(f"{case}: a second trial finds {chosen}, the first did not")
+    result: dict[str, Any] = {"case": case.name, "dtype": case.dtype_name, "sizes": case.sizes}
+    result |= {"chosen": "cpp" if chosen.by_cpp else "torch", "product_dtype": str(chosen.dtype).removeprefix("torch.")}
+    result["trial_ms"] = round(1e3 * trial, 3)
+    for who, taken in samples.items():
+        result[who] = timing.timings(taken)[-1].as_dict()
+        result[who]["to_auto"] = timing.ratios(taken, samples["auto"])[-1].as_dict()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.products", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=8, help="for each case; default %(default)s")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    about = environment("cpu")
+    table = Table("", "chosen", "trial, ms", "auto, ms", "cpp ÷ auto", "torch ÷ auto")
+    results = []
+    for case in CPU_CASES:
+        result = measure(case, options.seconds)
+        results.append(result)
+        ratios = (result[who]["to_auto"] for who in ("cpp", "torch"))
+        table.add_row(
+            str(case),
+            f"{result['chosen']}, {result['product_dtype']}",
+            f"{result['trial_ms']:.1f}",
+            f"{result['auto']['median']:.1f}",
+            *(f"{r['median']:.2f} ({r['p20']:.2f} to {r['p80']:.2f})" for r in ratios),
+        )
+    path = RESULTS / f"products-{file_name(about['device'])}.json"
+    path.write_text(json.dumps({"environment": about, "results": results}, indent=1) + "\n")
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()
