@@ -135,9 +135,11 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    from ewa_kernels.kernels.scratch import Scratch  # which an older commit, compared with this one, has not
+    from ewa_kernels.kernels.reused import Reused  # which an older commit, compared with this one, has not
+    from ewa_kernels.kernels.scratch import Scratch
 
     Scratch.clear()  # what a call takes over from the one before counts too
+    Reused.clear()
     with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
     held = peak = 0

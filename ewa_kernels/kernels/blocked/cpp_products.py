@@ -15,6 +15,7 @@ from ewa_kernels.kernels import codec, extension
 from ewa_kernels.kernels.blocked.cpp_rows import address, matrix
 from ewa_kernels.kernels.choices import grad_of_bias_factor
 from ewa_kernels.kernels.parameter_pass import DTYPES
+from ewa_kernels.kernels.reused import Reused
 from ewa_kernels.kernels.scratch import Scratch
 from ewa_kernels.problem import Deal, Inputs, Problem
 
@@ -65,7 +66,7 @@ def forward(
     if permutation is None:
         permutation = x.new_empty(problem.num_tokens, dtype=torch.int32)
     y = x.new_empty(problem.num_rows, problem.d_model)
-    pre_activation = problem.new_pre_activation()
+    pre_activation = problem.new_pre_activation(Reused.empty)
     work = _pass(problem, dtype, block_rows, inputs, deal, backward=False)
     scratch = Scratch(x.device, dtype)
     work.forward(
@@ -107,9 +108,9 @@ def backward(
         """A weight's gradient is rounded to 16 bits as it is stored, if it is stored once; a bias's is not."""
         if like is None or not needed[i]:
             return None
-        narrow = problem.input_dtypes[i]
-        rounded = at_once and narrow is not None and narrow.itemsize == 2 and work.num_blocks == 1
-        return torch.empty_like(like, dtype=narrow if rounded else torch.float32)
+        own = problem.input_dtypes[i]
+        rounded = at_once and own is not None and own.itemsize == 2 and work.num_blocks == 1
+        return Reused.empty(like.shape, own if own is not None and rounded else torch.float32, like.device)
 
     grads = [
         x.new_empty(problem.num_rows, problem.d_model) if needed[0] else None,

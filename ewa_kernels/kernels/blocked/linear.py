@@ -14,6 +14,7 @@ from ewa_kernels.kernels.blocked.cpp_rows import address, floats, matrix
 from ewa_kernels.kernels.blocked.moe_ffn import caster
 from ewa_kernels.kernels.blocked.products import products_of
 from ewa_kernels.kernels.choices import existing
+from ewa_kernels.kernels.reused import Reused
 from ewa_kernels.kernels.scratch import Scratch
 from ewa_kernels.problem import Places, Problem
 
@@ -86,7 +87,8 @@ def _outer_by_cpp(
     sizes = (problem.num_experts, problem.d_ff, problem.d_model)
     # It is stored once, and so rounded once.
     is_narrow = weight_dtype is not None and weight_dtype.itemsize == 2
-    grad_weight = None if x is None else grad_out.new_empty(sizes, dtype=weight_dtype if is_narrow else torch.float32)
+    of_weight = torch.float32 if weight_dtype is None or not is_narrow else weight_dtype
+    grad_weight = None if x is None else Reused.empty(sizes, of_weight, grad_out.device)
     grad_bias = grad_out.new_empty(sizes[:2], dtype=torch.float32) if need_bias else None
     left = (matrix(grad_out), address(order if places.scatter else None))
     # Without columns, what is on the right is not read.
@@ -134,7 +136,7 @@ def _outer_by_torch(
     sizes = (problem.num_experts, problem.d_ff, problem.d_model)
     left = (grad_out[order] if places.scatter else grad_out).to(dtype)
     right = None if x is None else (x[order] if places.gather else x).to(dtype)
-    grad_weight = None if x is None else left.new_empty(sizes)
+    grad_weight = None if x is None else Reused.empty(sizes, left.dtype, left.device)
     grad_bias = left.new_empty(sizes[:2]) if need_bias else None
     for e, group in enumerate(_groups(places)):
         if grad_weight is not None and right is not None:

@@ -21,6 +21,7 @@ from ewa_kernels.kernels.blocked.torch_rows import Dropout, TorchRows
 from ewa_kernels.kernels.choices import grad_of_bias_factor, sum_of_choices
 from ewa_kernels.kernels.copies import in_dtype
 from ewa_kernels.kernels.permutation import random_permutation
+from ewa_kernels.kernels.reused import Reused
 from ewa_kernels.kernels.scratch import Scratch
 from ewa_kernels.problem import Deal, Inputs, Problem
 
@@ -68,7 +69,7 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
     weights = None if routing_weights is None else routing_weights.flatten()
     permutation, dropout = _permutation(problem, deal), _dropout(problem, deal)
     y = x.new_empty(problem.num_rows, problem.d_model)
-    pre_activation, form = problem.new_pre_activation(), problem.pre_format
+    pre_activation, form = problem.new_pre_activation(Reused.empty), problem.pre_format
     for block in _blocks(problem, permutation, deal.expert_offsets, rows):
         block_x = rows.look_up(block, x, "x")
         pre = None if pre_activation is None or form is not None else _saved(pre_activation, block)
@@ -130,7 +131,8 @@ def _backward_by_blocks(
     def new(need: bool, like: Tensor | None) -> Tensor | None:
         if like is None or not need:
             return None
-        return (torch.empty_like if every_expert_has_rows else torch.zeros_like)(like, dtype=rows.dtype)
+        grad = Reused.empty(like.shape, rows.dtype, like.device)
+        return grad if every_expert_has_rows else grad.zero_()
 
     grad_x = x.new_empty(problem.num_rows, problem.d_model) if need_x else None
     grad_up_weight, grad_up_bias = new(need_up_weight, up_weight), new(need_up_bias, up_bias)

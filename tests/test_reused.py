@@ -1,0 +1,168 @@
+"""Memory of gradients that the next step uses again: nobody's numbers change, and nothing is kept for ever."""
+
+import concurrent.futures
+import copy
+import io
+
+import pytest
+import torch
+from parity import random_ffn
+
+import ewa_kernels as ewa
+from ewa_kernels.kernels.reused import Reused
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _of_any_size(monkeypatch):
+    monkeypatch.setattr(Reused, "LEAST_BYTES", 1)
+    Reused.clear()
+    yield
+    Reused.clear()
+
+
+def empty(*shape, dtype=torch.float32):
+    return Reused.empty(shape, dtype, CPU)
+
+
+def kept():
+    return sum(map(len, Reused._blocks.values()))
+
+
+def test_used_again_when_nothing_has_it():
+    first = empty(8, 4)
+    address = first.data_ptr()
+    second = empty(8, 4)
+    assert second.data_ptr() != address
+    view = first[3].detach()
+    del first
+    third = empty(8, 4)
+    assert third.data_ptr() != address
+    del view
+    assert empty(2, 8, dtype=torch.float64).data_ptr() == address
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_like_any_other_tensor(dtype):
+    tensor, expected = empty(5, 3, dtype=dtype), torch.arange(15).view(5, 3).to(dtype)
+    tensor.copy_(expected)
+    assert tensor.dtype == dtype
+    assert tensor.is_contiguous()
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    file.seek(0)
+    for other in (copy.deepcopy(tensor), torch.load(file), tensor.clone().share_memory_(), tensor.share_memory_()):
+        assert torch.equal(other, expected)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+class TestLayer:
+    @pytest.fixture
+    def layer(self, backend):
+        torch.manual_seed(0)
+        return ewa.RandomPartitionMoE(16, 24, 4, backend=backend)
+
+    def step(self, layer, seed):
+        layer(torch.randn(50, 16, generator=torch.Generator().manual_seed(seed)), seed=seed).square().sum().backward()
+        return [p.grad for p in layer.parameters()]
+
+    def exact(self, layer, *seeds):
+        """Gradients added up over steps, by memory that is new."""
+        other = copy.deepcopy(layer)
+        other.zero_grad()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Reused, "LEAST_BYTES", 2**40)
+            for seed in seeds:
+                self.step(other, seed)
+        return [p.grad for p in other.parameters()]
+
+    def test_each_step_in_the_same_memory(self, layer):
+        """Autograd takes it for `.grad` as it is, and copies nothing."""
+        addresses = {grad.data_ptr() for grad in self.step(layer, 1)}
+        assert addresses <= {block.array.ctypes.data for blocks in Reused._blocks.values() for block in blocks}
+        for seed in (2, 3):
+            layer.zero_grad()
+            grads = self.step(layer, seed)
+            assert {grad.data_ptr() for grad in grads} == addresses
+            for ours, exact in zip(grads, self.exact(layer, seed), strict=True):
+                assert torch.equal(ours, exact)
+            del grads, ours
+
+    def test_what_somebody_has_stays(self, layer):
+        """The gradients of a step before, or a row of one."""
+        before = self.step(layer, 1)
+        values, row = [grad.clone() for grad in before], before[0][2, 3]
+        del before[0]
+        layer.zero_grad()
+        self.step(layer, 2)
+        assert torch.equal(row, values[0][2, 3])
+        for grad, value in zip(before, values[1:], strict=True):
+            assert torch.equal(grad, value)
+
+    def test_accumulated(self, layer):
+        for _ in range(3):
+            for seed in (1, 2, 3):
+                self.step(layer, seed)
+            for ours, exact in zip((p.grad for p in layer.parameters()), self.exact(layer, 1, 2, 3), strict=True):
+                torch.testing.assert_close(ours, exact)
+            layer.zero_grad(set_to_none=False)
+            assert not any(p.grad.any() for p in layer.parameters())
+
+    def test_graphs_at_the_same_time_do_not_share(self, layer):
+        """Pre-activations too are of this memory."""
+
+        def graph(seed):
+            return layer(torch.ones(50, 16) * seed, seed=seed).square().sum()
+
+        graphs = [graph(1), graph(2)]
+        first, second = (torch.autograd.grad(y, list(layer.parameters())) for y in graphs)
+        for a, b in zip(first, torch.autograd.grad(graph(1), list(layer.parameters())), strict=True):
+            assert torch.equal(a, b)
+        assert not torch.equal(first[0], second[0])
+
+
+def test_expert_linear():
+    x, weight = torch.randn(40, 16), torch.randn(4, 24, 16, requires_grad=True)
+    deal = {"permutation": torch.randperm(40).int(), "expert_offsets": torch.tensor([0, 10, 20, 30, 40]).int()}
+    addresses = set()
+    for _ in range(4):
+        weight.grad = None
+        ewa.functional.expert_linear(x, weight, None, **deal).sum().backward()
+        addresses.add(weight.grad.data_ptr())
+    assert len(addresses) == 1
+
+
+def test_a_model_that_is_trained_no_more_is_forgotten():
+    old = [empty(7) for _ in range(5)]
+    del old
+    assert kept() == 5
+    in_use = empty(9)
+    for _ in range(40):
+        empty(8)
+    assert set(Reused._blocks) == {28, 32, 36}
+    assert kept() == 2
+    assert in_use.shape == (9,)
+
+
+def test_threads_do_not_share():
+    parameters = [p.requires_grad_() for p in random_ffn(4, 32, 64, dtype=torch.float32)]
+    xs = torch.randn(8, 500, 32, generator=torch.Generator().manual_seed(0))
+
+    def grads(x):
+        y = ewa.functional.moe_ffn(x, *parameters, seed=4)
+        return torch.autograd.grad(y.square().sum(), parameters)
+
+    expected = [[g.clone() for g in grads(x)] for x in xs]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            for found, exact in zip(pool.map(grads, xs), expected, strict=True):
+                assert all(map(torch.equal, found, exact))
+
+
+def test_what_is_small_is_the_allocators(monkeypatch):
+    monkeypatch.setattr(Reused, "LEAST_BYTES", 1000)
+    empty(249)
+    assert kept() == 0
+    empty(250)
+    assert kept() == 1
