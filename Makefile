@@ -19,7 +19,7 @@ test: venv
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: venv
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 # With the oldest PyTorch and Triton that are supported, in an environment of their own: gigabytes of CUDA libraries.
 test-oldest:

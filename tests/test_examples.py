@@ -94,10 +94,14 @@ def test_accelerate_recipe(tmp_path):
         ("fsdp2_torchrun.py", ["--save-every", 0], "--save-every must be at least 1, got 0"),
     ],
 )
-def test_bad_options(example, arguments, words, tmp_path):
-    result = start(example, *arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    assert words in result.stderr
+def test_bad_options(example, arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [example, *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+    assert exit.value.code == 2
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_page_says_what_to_do_if_torchvision_does_not_fit():
