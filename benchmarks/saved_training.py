@@ -4,6 +4,9 @@ Two models, both with experts in place of every FFN: the demo's ViT on handwritt
 norms, rotary positions, SwiGLU) on sequences of a fixed random source of order 2. Each seed trains the same weights on
 the same batches, dealt alike, once for each form; what counts is the difference to "full". Ten seeds: some 10 minutes
 on two cores. Written down before the first run: no difference that ten seeds can tell from none.
+
+`--noise` adds an arm to the decoder's results: gate and value as they are, but for independent noise in what backward
+reads of them, as large as the error of 4 bits. What it costs no code with errors of that size can gain.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,11 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ewa_kernels as ewa
+import ewa_kernels.reference as reference
 from benchmarks.environment import environment, file_name
 from benchmarks.study.statistics import estimate
+from ewa_kernels import codec
 from ewa_kernels.demo import training as demo
 
 FORMS = ("full", "8bit", "4bit")
+NOISE, OF_NOISE = "noise", 0.085  # of the rms of gate and of value
 RESULTS = Path(__file__).parent / "results"
 STEPS, BATCH = 400, 64
 VOCABULARY, LENGTH = 32, 48
@@ -34,13 +40,18 @@ Curve = dict[str, float]
 class DecoderBlock(nn.Module):
     """`[B, N, D]` → `[B, N, D]`."""
 
-    def __init__(self, d_model: int, num_heads: int, saved: str):
+    def __init__(self, d_model: int, num_heads: int, saved: str, backend: str):
         super().__init__()
         self.num_heads = num_heads
         self.norm, self.ffn_norm = nn.RMSNorm(d_model), nn.RMSNorm(d_model)
         self.qkv, self.out = nn.Linear(d_model, 3 * d_model, bias=False), nn.Linear(d_model, d_model, bias=False)
         self.ffn = ewa.RandomPartitionMoE(
-            d_model, 8 * d_model // 3 // 32 * 32, 4, activation="silu", gated=True, bias=False, saved=saved
+            *(d_model, 8 * d_model // 3 // 32 * 32, 4),
+            activation="silu",
+            gated=True,
+            bias=False,
+            backend=backend,
+            saved=saved,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,10 +73,10 @@ def rotated(x: Tensor) -> Tensor:
 class Decoder(nn.Module):
     """Tokens `[B, N]` → logits `[B, N, VOCABULARY]`."""
 
-    def __init__(self, saved: str, d_model: int = 96, depth: int = 3):
+    def __init__(self, saved: str, backend: str, d_model: int = 96, depth: int = 3):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, d_model)
-        self.blocks = nn.Sequential(*(DecoderBlock(d_model, 4, saved) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(DecoderBlock(d_model, 4, saved, backend) for _ in range(depth)))
         self.norm, self.head = nn.RMSNorm(d_model), nn.Linear(d_model, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -122,13 +133,13 @@ def vision(seed: int) -> dict[str, Curve]:
     return results
 
 
-def language(seed: int) -> dict[str, Curve]:
+def language(seed: int, forms: Sequence[str] = FORMS, backend: str = "auto") -> dict[str, Curve]:
     """Of each form: loss on batches that are drawn anew, and on those of another seed, by the mean experts."""
     results = {}
     test = sequences(1000, torch.Generator().manual_seed(10_000 + seed))
-    for form in FORMS:
+    for form in forms:
         torch.manual_seed(seed)
-        model = Decoder(form)
+        model = Decoder(form, backend)
 
         def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
             tokens = sequences(BATCH // 2, generator)
@@ -141,6 +152,26 @@ def language(seed: int) -> dict[str, Curve]:
     return results
 
 
+def language_with_noise(seed: int) -> Curve:
+    """The decoder in PyTorch's words, whose 4 bits are noise in place of a code."""
+    generator = torch.Generator().manual_seed(20_000 + seed)
+
+    def noised(rows: Tensor, form: codec.Format) -> Tensor:
+        if form == codec.ROWS_8BIT:
+            return kept(rows, form)
+        return torch.cat([part + _noise(part, generator) for part in rows.chunk(2, dim=1)], dim=1)
+
+    kept, reference._kept = reference._kept, noised
+    try:
+        return language(seed, ("4bit",), backend="reference")["4bit"]
+    finally:
+        reference._kept = kept
+
+
+def _noise(part: Tensor, generator: torch.Generator) -> Tensor:
+    return OF_NOISE * part.square().mean().sqrt() * torch.randn(part.shape, generator=generator)
+
+
 def summary(results: dict[str, list[dict[str, Curve]]]) -> list[str]:
     """Mean of "full", and the mean difference of each form to it, with its 95 % interval by Student's t and its p."""
     lines = []
@@ -148,7 +179,7 @@ def summary(results: dict[str, list[dict[str, Curve]]]) -> list[str]:
         for what in seeds[0]["full"]:
             full = [seed["full"][what] for seed in seeds]
             lines.append(f"{task}, {what}: full {sum(full) / len(full):.4f}")
-            for form in FORMS[1:]:
+            for form in [form for form in (*FORMS[1:], NOISE) if form in seeds[0]]:
                 differences = [seed[form][what] - seed["full"][what] for seed in seeds]
                 mean, low, high, p = estimate(differences)
                 lines.append(f"    {form} less full {mean:+.4f} ({low:+.4f} to {high:+.4f}), p = {p:.2f}")
@@ -158,16 +189,24 @@ def summary(results: dict[str, list[dict[str, Curve]]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.saved_training", description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--noise", action="store_true", help="of the seeds whose results are there")
     options = parser.parse_args()
-    results: dict[str, list[dict[str, Curve]]] = {"ViT on digits": [], "decoder": []}
     about = environment()
-    for seed in range(options.seeds):
-        results["ViT on digits"].append(vision(seed))
-        results["decoder"].append(language(seed))
-        print(seed, {task: seeds[-1] for task, seeds in results.items()}, flush=True)
     path = RESULTS / f"saved-training-{file_name(about['device'])}.json"
-    path.write_text(json.dumps({"environment": about, "steps": STEPS, "results": results}, indent=1) + "\n")
-    print("\n".join(summary(results)))
+    if options.noise:
+        content = json.loads(path.read_text())
+        for seed, forms in enumerate(content["results"]["decoder"]):
+            forms[NOISE] = language_with_noise(seed)
+            print(seed, forms, flush=True)
+    else:
+        results: dict[str, list[dict[str, Curve]]] = {"ViT on digits": [], "decoder": []}
+        for seed in range(options.seeds):
+            results["ViT on digits"].append(vision(seed))
+            results["decoder"].append(language(seed))
+            print(seed, {task: seeds[-1] for task, seeds in results.items()}, flush=True)
+        content = {"environment": about, "steps": STEPS, "results": results}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print("\n".join(summary(content["results"])))
 
 
 if __name__ == "__main__":

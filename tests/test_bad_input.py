@@ -134,7 +134,7 @@ CASES = [
     (
         lambda: moe_ffn(backend="cuda"),
         ewa.BackendError,
-        "backend='cuda' cannot run moe_ffn on cpu: ewa_kernels 0.1.0 has triton, cpp, torch, reference, triton-single, "
+        "backend='cuda' cannot run moe_ffn on cpu: ewa_kernels 0.2.0 has triton, cpp, torch, reference, triton-single, "
         "triton-split, triton-onchip, cublas and hopper only",
     ),
     (
@@ -184,7 +184,7 @@ CASES = [
         lambda: average([E46], backend="torch"),
         ewa.BackendError,
         "backend='torch' cannot run average_experts_ on cpu: "
-        "ewa_kernels 0.1.0 has cuda, triton, cpp and reference only",
+        "ewa_kernels 0.2.0 has cuda, triton, cpp and reference only",
     ),
     (
         lambda: moe_ffn(**{name: t.double() for name, t in OPERANDS.items()}, backend="cpp"),
