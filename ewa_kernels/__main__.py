@@ -16,6 +16,7 @@ import torch
 
 import ewa_kernels.backends as backends
 from ewa_kernels.kernels import devices, extension
+from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.version import VERSION
 
 
@@ -41,13 +42,16 @@ def advice() -> list[str]:
     found = []
     if extension.WHY_NOT is not None:
         found.append(f"For the C++ kernels, which are the fastest on a CPU: {extension.HOW_TO}.")
-    elif torch.cuda.is_available() and extension.WHY_NOT_CUDA is not None:
-        found.append(f"For the CUDA kernels, which average and step in one launch: {extension.HOW_TO}.")
-    if torch.cuda.is_available():
-        old = devices.old_driver()
-        found += [] if old is None else [f"The driver: {old}."]
-    elif torch.version.cuda:
+    if torch.version.cuda and not torch.cuda.is_available():
         found.append("This PyTorch is built for CUDA and finds no GPU that it can use: see its driver.")
+    if torch.version.hip or not torch.cuda.is_available():
+        return found
+    if triton_kernels.WHY_NOT is not None:
+        found.append(f"For the layer in one launch, by Triton: {triton_kernels.WHY_NOT}.")
+    if extension.WHY_NOT_CUDA is not None:
+        found.append(f"For the CUDA kernels, which average and step in one launch: {extension.HOW_TO}.")
+    elif (old := devices.old_driver()) is not None:
+        found.append(f"For the CUDA kernels, which average and step in one launch: {old}.")
     return found
 
 

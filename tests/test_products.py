@@ -1,9 +1,12 @@
 """Matrix products in C++ (`csrc/products.h`): every edge of a tile, a task and a batch, and what is fused with them."""
 
+import concurrent.futures
 import itertools
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -226,16 +229,61 @@ class TestWhoMakesThem:
         assert self.found().by_cpp == (wanted == "cpp")
         assert trials == []
 
+    def test_no_clock_decides_where_results_must_be_alike(self, trials):
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert self.found() == self.CPP
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert trials == []
+
+    def test_of_threads_one_chooses_for_all(self, monkeypatch):
+        """The backward of one reads what its forward kept, in an order that depends on the choice."""
+        once = iter([self.CPP, self.TORCH, self.CPP, self.TORCH])
+        barrier = threading.Barrier(4)
+
+        def fastest(*_):
+            time.sleep(0.05)
+            return next(once)
+
+        def call(_):
+            barrier.wait()
+            return self.found()
+
+        monkeypatch.setattr(products_module, "fastest", fastest)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(call, range(4))) == {self.CPP}
+
     def test_what_the_environment_may_say(self, monkeypatch):
         monkeypatch.setenv(ENVIRONMENT, "mkl")
         with pytest.raises(ValueError, match=f"{ENVIRONMENT} must be auto, cpp or torch, got 'mkl'"):
             self.found()
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["fast 16 bits", "no fast 16 bits"])
+@pytest.mark.parametrize("cpp", [(), (torch.float32,), (torch.float32, torch.bfloat16)], ids=str)
+def test_candidates(monkeypatch, cpp, fast):
+    """All at full speed: ours if we have any, and PyTorch's, in 16 bits where these are fast."""
+    monkeypatch.setattr(products_module, "have_cpp", lambda dtype: dtype in cpp)
+    monkeypatch.setattr(products_module, "_has_fast", lambda dtype: fast)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found = candidates(dtype)
+        narrow = dtype if fast else torch.float32
+        assert found[-1] == Products(narrow, by_cpp=False)
+        ours = [products.dtype for products in found if products.by_cpp]
+        if dtype in cpp:
+            assert ours == [dtype]
+        else:
+            wanted = torch.float32 in cpp and (dtype == torch.float16 or not fast)
+            assert ours == [torch.float32] * wanted
+
+
 @pytest.mark.skipif(not have_cpp(torch.float32), reason="no AVX-512")
 def test_a_trial_times_what_it_says():
-    """Of each kind of products, which are made."""
+    """Of each kind of products, which are made; on a CPU, whatever device is the default one."""
     among = [*candidates(torch.float32), *candidates(torch.bfloat16)]
-    seconds = trial(among, 200, 300, 5000)
+    assert len(among) == len(set(among))
+    with torch.device("meta"):
+        seconds = trial(among, 200, 300, 5000)
     assert set(seconds) == set(among)
     assert all(0 < taken < 1 for taken in seconds.values())

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import ewa_kernels
 from ewa_kernels.__main__ import advice, facts, report
-from ewa_kernels.kernels import extension
+from ewa_kernels.kernels import devices, extension
+from ewa_kernels.kernels import triton as triton_kernels
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ewa_kernels"
@@ -253,3 +255,18 @@ def test_report_says_how_to_get_what_is_faster(monkeypatch):
     moe_ffn = facts()["operations"]["cpu"]["moe_ffn"]
     assert moe_ffn["backend"] == "torch"
     assert moe_ffn["why_not"] == {"cpp": "the C++ extension is not built"}
+
+
+@pytest.mark.parametrize("triton", [None, "Triton is not installed: pip install triton"])
+@pytest.mark.parametrize("cuda", [None, "the extension is built without CUDA"])
+@pytest.mark.parametrize("driver", [None, "the driver is for CUDA 12.0: update it"])
+def test_advice_on_a_gpu(monkeypatch, triton, cuda, driver):
+    """Each that is missing, and no question to the driver by an extension that has no CUDA."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_kernels, "WHY_NOT", triton)
+    monkeypatch.setattr(extension, "WHY_NOT_CUDA", cuda)
+    monkeypatch.setattr(devices, "old_driver", lambda: driver if cuda is None else 1 / 0)
+    found = "\n".join(advice())
+    assert (triton is not None) == ("by Triton: Triton is not installed" in found)
+    assert (cuda is not None) == ("nvcc for GPUs" in found)
+    assert (cuda is None and driver is not None) == ("the driver is for CUDA 12.0" in found)

@@ -21,7 +21,7 @@ class _Block:
     """Memory that torch allocated, as an array to which each tensor made of it refers."""
 
     def __init__(self, size: int):
-        self.array: Any = torch.empty(size, dtype=torch.uint8).numpy()
+        self.array: Any = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
         self.last_used = 0
 
     def references(self) -> int:
@@ -29,7 +29,10 @@ class _Block:
 
 
 class Reused:
-    """All in a process. A tensor's memory is given out again when nothing has it any more, `.grad` included."""
+    """All in a process. A tensor's memory is given out again when nothing has it any more, `.grad` included.
+
+    For tensors of the sizes of parameters, which come again: what has another size each time would fill it.
+    """
 
     LEAST_BYTES = 2**25
     _blocks: ClassVar[dict[int, list[_Block]]] = {}  # by size
@@ -52,17 +55,22 @@ class Reused:
                 block = _Block(size)
                 blocks.append(block)
             block.last_used = cls._calls
-            return torch.from_numpy(block.array).view(dtype).view(shape)
+            storage = torch.from_numpy(block.array).untyped_storage()
+            # No view of another tensor: those that were made without gradients must not be changed in place.
+            like = torch.empty(tuple(shape), dtype=dtype, device="meta")
+            return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, like.shape, like.stride())
 
     @classmethod
     def _forget(cls) -> None:
         """What has been free while each of the others was asked for four times: its model is trained no more."""
         oldest = cls._calls - 4 * sum(map(len, cls._blocks.values())) - 1
-        for size, blocks in cls._blocks.items():
+        for size, blocks in list(cls._blocks.items()):
             for block in blocks:
                 if block.references() > cls._of_no_tensor:
                     block.last_used = cls._calls
             cls._blocks[size] = [block for block in blocks if block.last_used >= oldest]
+            if not cls._blocks[size]:
+                del cls._blocks[size]
 
     @classmethod
     def clear(cls) -> None:

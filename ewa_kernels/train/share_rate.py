@@ -111,7 +111,7 @@ def share_rate_for(half_life: float, num_experts: int) -> float:
         num_experts: E, 2 or more.
 
     Returns:
-        in (0, (E−1)/E). E = 4: 0.0052 for 100 steps, 0.00052 for 1,000.
+        in (0, (E−1)/E]. E = 4: 0.0052 for 100 steps, 0.00052 for 1,000.
 
     Raises:
         TypeError, ValueError: out of these ranges.

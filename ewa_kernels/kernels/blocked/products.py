@@ -2,14 +2,16 @@
 looks rows up and puts them back as it goes, or PyTorch's library.
 
 Which is faster depends on the processor. On an AMD EPYC ours are, on an Intel Xeon MKL's may be, and where a processor
-multiplies 16 bits by AMX oneDNN's are. So the first large call of a kind tries both, for `SECONDS` at the most. The
-environment decides instead with EWA_KERNELS_CPU_PRODUCTS=cpp or torch: then no bit of a result depends on a clock.
+multiplies 16 bits by AMX oneDNN's are. So the first large call of a kind tries both, for some 20 ms. The environment
+decides instead with EWA_KERNELS_CPU_PRODUCTS=cpp or torch, and so does `torch.use_deterministic_algorithms(True)`, for
+ours: then no bit of a result depends on a clock.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,13 +27,13 @@ if extension.WHY_NOT is None:
     import ewa_kernels._C as _C
 
 ENVIRONMENT = "EWA_KERNELS_CPU_PRODUCTS"
-SECONDS, LEAST_ROUNDS = 0.02, 2
+SECONDS, LEAST_ROUNDS = 0.018, 2
 # PyTorch's are taken if they need at most so much of our time: ours save what is between them.
 WORTH_IT = 0.9
 # Multiplications for each expert and projection from which on it is worth trying: those of 50 µs.
 LARGE = 1 << 22
-# Of a trial's product at the most: those of a millisecond. Rows are an expert's, up to `TRIAL_ROWS`.
-TRIAL_SIZE, TRIAL_ROWS, TRIAL_TERMS = 1 << 26, 512, 1024
+# Of a trial's product at the most: those of half a millisecond. Rows are an expert's, up to `TRIAL_ROWS`.
+TRIAL_SIZE, TRIAL_ROWS, TRIAL_TERMS, TRIAL_WEIGHTS = 1 << 25, 512, 1024, 1 << 20
 # Of so few rows of an expert PyTorch makes products of bfloat16 faster than C++ does, which packs more.
 FEW_ROWS = 256
 
@@ -47,24 +49,31 @@ class Products(NamedTuple):
     by_cpp: bool
 
 
+_lock = threading.Lock()
+
+
 def products_of(problem: Problem) -> Products:
     """How those of a call are made; the same for all calls of its kind, backward too, which reads what forward kept."""
     if problem.backend != "cpp":
         return Products(problem.dtype, by_cpp=False)
     found: Products | None = problem.kept.get("products")
     if found is None:
-        found = problem.kept["products"] = _choose(problem)
+        with _lock:  # of threads that call at the same time one chooses for all
+            found = problem.kept.get("products")
+            if found is None:
+                found = problem.kept["products"] = _choose(problem)
     return found
 
 
 def candidates(dtype: torch.dtype) -> list[Products]:
     """All that this processor makes at full speed, ours first."""
-    found = [Products(dtype, by_cpp=True)] if have_cpp(dtype) else []
-    if dtype == torch.float16 and have_cpp(torch.float32):
-        found.append(Products(torch.float32, by_cpp=True))
-    if dtype == torch.float32 or _has_fast(dtype):
-        found.append(Products(dtype, by_cpp=False))
-    return found or candidates(torch.float32)
+    is_fast = dtype == torch.float32 or _has_fast(dtype)
+    by_torch = Products(dtype if is_fast else torch.float32, by_cpp=False)
+    if have_cpp(dtype):
+        return [Products(dtype, by_cpp=True), by_torch]
+    if have_cpp(torch.float32) and (dtype == torch.float16 or not is_fast):
+        return [Products(torch.float32, by_cpp=True), by_torch]
+    return [by_torch]
 
 
 def have_cpp(dtype: torch.dtype) -> bool:
@@ -84,9 +93,10 @@ def _choose(problem: Problem) -> Products:
     if wanted not in ("auto", "cpp", "torch"):
         raise ValueError(f"{ENVIRONMENT} must be auto, cpp or torch, got {wanted!r}")
     if wanted != "auto":
-        return next((products for products in among if products.by_cpp == (wanted == "cpp")), among[-1])
+        return among[0 if wanted == "cpp" else -1]
     rows = problem.num_rows // problem.num_experts
-    if rows * problem.d_model * problem.num_up < LARGE or len(among) == 1:
+    is_small = rows * problem.d_model * problem.num_up < LARGE
+    if is_small or len(among) == 1 or torch.are_deterministic_algorithms_enabled():
         few = among[0].dtype == torch.bfloat16 and rows < FEW_ROWS
         return among[-1 if few else 0]
     # Sizes by powers of two: layers of about the same size need no trial of their own.
@@ -103,27 +113,26 @@ _chosen: dict[tuple[object, ...], Products] = {}
 def fastest(among: list[Products], rows: int, d_model: int, d_ff: int) -> Products:
     """Ours, unless PyTorch's are faster by enough."""
     seconds = trial(among, rows, d_model, d_ff)
-    ours, *others = among
-    best = min(others, key=lambda products: seconds[products])
-    return best if not ours.by_cpp or seconds[best] <= WORTH_IT * seconds[ours] else ours
+    ours, by_torch = among
+    return by_torch if seconds[by_torch] <= WORTH_IT * seconds[ours] else ours
 
 
 def trial(among: list[Products], rows: int, d_model: int, d_ff: int) -> dict[Products, float]:
     """Seconds that each needs for a product of the forward and one of the backward: the least of some rounds."""
+    end = time.perf_counter() + SECONDS
     rows, terms = min(rows, TRIAL_ROWS), min(d_model, TRIAL_TERMS)
-    columns = max(min(d_ff, TRIAL_SIZE // (rows * terms)), 1)
+    columns = max(min(d_ff, TRIAL_SIZE // (rows * terms), TRIAL_WEIGHTS // terms), 1)
     calls = {products: _calls(products, rows, terms, columns) for products in among}
     seconds = dict.fromkeys(among, float("inf"))
-    start = now = time.perf_counter()
     for count in itertools.count(1):
-        begin = now
+        begin = time.perf_counter()
         for products, call in calls.items():
             before = time.perf_counter()
             call()
             now = time.perf_counter()
             seconds[products] = min(seconds[products], now - before)
         # The first round finds memory that is new, and libraries that were never called.
-        if count >= LEAST_ROUNDS and now - start + (now - begin) > SECONDS:
+        if count >= LEAST_ROUNDS and now + (now - begin) > end:
             break
     return seconds
 
@@ -132,7 +141,8 @@ def _calls(products: Products, rows: int, terms: int, columns: int) -> Callable[
     """x · Wᵀ, and gᵀ · x."""
     dtype = products.dtype
     x, weight, grad = (
-        torch.full(shape, 0.5, dtype=dtype) for shape in ((rows, terms), (columns, terms), (rows, columns))
+        torch.full(shape, 0.5, dtype=dtype, device="cpu")
+        for shape in ((rows, terms), (columns, terms), (rows, columns))
     )
     out, grad_weight = torch.empty_like(grad), torch.empty_like(weight)
     if not products.by_cpp:
