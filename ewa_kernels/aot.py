@@ -238,11 +238,11 @@ def _variants_of_pass(kernel: str, dtype: str) -> Iterator[dict[str, Any]]:
 def compile_case(case: Case) -> Report:
     """Compiles a case and disassembles the result."""
     kernel, log = _compile(case)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        command = [str(TOOLS / "cuobjdump"), "-sass", str(cubin)]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sass = ""
+    if case.architecture == "sm_90":  # no other has wgmma, and it takes as long as compiling
+        with tempfile.TemporaryDirectory() as folder:
+            (cubin := Path(folder, "kernel.cubin")).write_bytes(kernel.asm["cubin"])
+            sass = subprocess.check_output([TOOLS / "cuobjdump", "-sass", cubin], text=True)
     registers = re.findall(r"Used (\d+) registers", log)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if len(registers) != 1 or len(spills) != 1:
