@@ -7,7 +7,7 @@ find out again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ SAVED: dict[str, tuple[int | None, int | None]] = {
     "recompute": (16, None),
     "recompute-8bit": (8, None),
 }
+
+Empty = Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
 
 # More kinds of calls than a model has. Of inputs that never have the same length twice, the oldest are forgotten.
 MAX_KEPT = 4096
@@ -144,13 +146,20 @@ class Problem:
         """That of pre_activation, likewise."""
         return format_of_pre(self.saved, self.activation, self.gated)
 
-    def new_pre_activation(self) -> Tensor | None:
-        """Memory for what is kept of it: `[num_kept, F or 2F]`, or uint8 in its format; None for nothing."""
+    def new_pre_activation(self, empty: Empty | None = None) -> Tensor | None:
+        """Memory for what is kept of it: `[num_kept, F or 2F]`, or uint8 in its format; None for nothing.
+
+        Args:
+            empty: in place of `torch.empty`, for what is not in a format.
+        """
         if not self.save:
             return None
         if self.pre_format is not None:
             return self.pre_format.new(self.num_kept, self.num_up, self.device)
-        return torch.empty(self.num_kept, self.num_up, dtype=self.dtype, device=self.device)
+        shape = self.num_kept, self.num_up
+        if empty is not None:
+            return empty(shape, self.dtype, self.device)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     @property
     def num_kept(self) -> int:

@@ -66,7 +66,7 @@ def forward(
     if permutation is None:
         permutation = x.new_empty(problem.num_tokens, dtype=torch.int32)
     y = x.new_empty(problem.num_rows, problem.d_model)
-    pre_activation = problem.new_pre_activation()
+    pre_activation = problem.new_pre_activation(Reused.empty)
     work = _pass(problem, dtype, block_rows, inputs, deal, backward=False)
     scratch = Scratch(x.device, dtype)
     work.forward(

@@ -69,7 +69,7 @@ def forward(problem: Problem, inputs: Inputs, deal: Deal) -> tuple[Tensor, Tenso
     weights = None if routing_weights is None else routing_weights.flatten()
     permutation, dropout = _permutation(problem, deal), _dropout(problem, deal)
     y = x.new_empty(problem.num_rows, problem.d_model)
-    pre_activation, form = problem.new_pre_activation(), problem.pre_format
+    pre_activation, form = problem.new_pre_activation(Reused.empty), problem.pre_format
     for block in _blocks(problem, permutation, deal.expert_offsets, rows):
         block_x = rows.look_up(block, x, "x")
         pre = None if pre_activation is None or form is not None else _saved(pre_activation, block)
