@@ -55,7 +55,7 @@ study: venv
 
 # Pages of docs/, in build/site.
 docs: venv
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # A wheel for this Python in dist/: for CPUs, or with WHEEL=cuda for GPUs too, which needs nvcc. It may be installed on
 # every Linux that is not older than this one.

@@ -13,8 +13,8 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -28,27 +28,23 @@ from benchmarks.layer import training_pass
 from benchmarks.parity import Gate
 from benchmarks.peers import OURS, peers
 from benchmarks.problem import make
+from benchmarks.report import RESULTS
 from benchmarks.timing import Sample, Variant
 from ewa_kernels import problem as problems
 from ewa_kernels.kernels.blocked import products
 from ewa_kernels.kernels.blocked.products import ENVIRONMENT
 
-RESULTS = Path(__file__).parent / "results"
-
 
 @contextlib.contextmanager
 def forced(who: str, kept: dict[str, Any]) -> Iterator[None]:
     """Calls are described anew, or as they were in `kept`, and their products made by "auto", "cpp" or "torch"."""
-    before = calls._problems, problems._made, os.environ.get(ENVIRONMENT)
-    calls._problems, problems._made = kept.setdefault(who, ({}, {}))
-    os.environ[ENVIRONMENT] = who
-    try:
+    described, made = kept.setdefault(who, ({}, {}))
+    with (
+        mock.patch.dict(os.environ, {ENVIRONMENT: who}),
+        mock.patch.object(calls, "_problems", described),
+        mock.patch.object(problems, "_made", made),
+    ):
         yield
-    finally:
-        calls._problems, problems._made = before[:2]
-        os.environ.pop(ENVIRONMENT)
-        if before[2] is not None:
-            os.environ[ENVIRONMENT] = before[2]
 
 
 def measure(case: Case, seconds: float) -> dict[str, Any]:

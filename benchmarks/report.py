@@ -18,6 +18,7 @@ from benchmarks.cases import PHASES
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+MAKER = "python -m benchmarks.report"  # of the tables
 # The page's columns, of which a device has those that were measured.
 COLUMNS = (peers.BMM, f"{peers.BMM}, compiled", "grouped_mm", peers.LOOP, peers.DENSE)
 
@@ -175,16 +176,25 @@ def _blocks(run: Run) -> Iterator[str]:
 
 
 def _row(case: tuple[str, str], group: list[Run], columns: list[str]) -> tuple[str, ...]:
-    measured = {r["peer"]: r for r in group if "why_not" not in r}
+    measured = _by_peer(group)
     ours, bmm = measured.get(peers.OURS), measured.get(peers.BMM)
-    times = [milliseconds(measured[name]["both"]) if name in measured else "–" for name in (peers.OURS, *columns)]
     ratio = of_floor = memory = "–"
     if ours is not None:
         of_floor = f"{ours['both']['of_floor']:.0%}"
     if ours is not None and bmm is not None and "to_bmm" in ours["both"]:
         ratio = f"{ours['both']['to_bmm']['median']:.2f} ({spread(ours['both']['to_bmm'])})"
         memory = f"{ours['peak_bytes'] / bmm['peak_bytes']:.2f}"
-    return (", ".join(case), *times, ratio, of_floor, memory)
+    return (", ".join(case), *_times(measured, (peers.OURS, *columns)), ratio, of_floor, memory)
+
+
+def _by_peer(group: list[Run]) -> dict[str, Run]:
+    """What was measured of a case."""
+    return {r["peer"]: r for r in group if "why_not" not in r}
+
+
+def _times(measured: dict[str, Run], names: Sequence[str]) -> list[str]:
+    """Of forward and backward."""
+    return [milliseconds(measured[name]["both"]) if name in measured else "–" for name in names]
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
@@ -224,10 +234,9 @@ def _range(ratios: list[float]) -> str:
 
 def _to_peer(run: Run, peer: str) -> list[float]:
     """Of each case but float16, which few CPUs multiply."""
-    measured = [{r["peer"]: r for r in group if "why_not" not in r} for group in measured_cases(run).values()]
+    measured = [_by_peer(group) for (_, dtype), group in measured_cases(run).items() if dtype != "fp16"]
     both = [(of[peers.OURS]["both"], of[peer]["both"]) for of in measured if {peers.OURS, peer} <= of.keys()]
-    narrow = {id(of[peers.OURS]["both"]) for of in measured if of.get(peers.OURS, {}).get("dtype") == "fp16"}
-    return [ours["median"] / theirs["median"] for ours, theirs in both if id(ours) not in narrow]
+    return [ours["median"] / theirs["median"] for ours, theirs in both]
 
 
 def _of_step(run: Run) -> list[float]:
@@ -246,9 +255,7 @@ def summary(runs: list[Run]) -> str:
         blocks.append(_stamp(run))
         rows: list[tuple[str, ...]] = [("forward and backward, ms", peers.OURS, peers.BMM, peers.DENSE)]
         for case, group in measured_cases(run).items():
-            measured = {r["peer"]: r["both"] for r in group if "why_not" not in r}
-            times = (milliseconds(measured[name]) if name in measured else "–" for name in rows[0][1:])
-            rows.append((", ".join(case), *times))
+            rows.append((", ".join(case), *_times(_by_peer(group), rows[0][1:])))
         blocks.append(_table(rows))
     return "\n\n".join(blocks)
 
@@ -265,9 +272,9 @@ def write(readme: Path = README, page: Path = PAGE, folder: Path = RESULTS) -> N
     fill(page, "benchmarks", markdown(runs))
 
 
-def between(path: Path, name: str) -> tuple[str, str, str]:
+def between(path: Path, name: str, maker: str = MAKER) -> tuple[str, str, str]:
     """What a page has before, between and behind the markers of that name, with the markers."""
-    begin, end = f"<!-- {name}: made by python -m benchmarks.report -->\n", f"\n<!-- end of {name} -->"
+    begin, end = f"<!-- {name}: made by {maker} -->\n", f"\n<!-- end of {name} -->"
     text = path.read_text()
     if begin not in text or end not in text:
         raise ValueError(f"{path.name} must have the lines {begin.strip()!r} and {end.strip()!r}")
@@ -276,8 +283,8 @@ def between(path: Path, name: str) -> tuple[str, str, str]:
     return before + begin, filled, end + behind
 
 
-def fill(path: Path, name: str, text: str) -> None:
-    before, _, behind = between(path, name)
+def fill(path: Path, name: str, text: str, maker: str = MAKER) -> None:
+    before, _, behind = between(path, name, maker)
     path.write_text(f"{before}\n{text}\n{behind}")
 
 

@@ -16,6 +16,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -161,11 +162,9 @@ def language_with_noise(seed: int) -> Curve:
             return kept(rows, form)
         return torch.cat([part + _noise(part, generator) for part in rows.chunk(2, dim=1)], dim=1)
 
-    kept, reference._kept = reference._kept, noised
-    try:
+    kept = reference._kept
+    with mock.patch.object(reference, "_kept", noised):
         return language(seed, ("4bit",), backend="reference")["4bit"]
-    finally:
-        reference._kept = kept
 
 
 def _noise(part: Tensor, generator: torch.Generator) -> Tensor:

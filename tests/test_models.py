@@ -5,7 +5,6 @@ Run as a program, it writes the table of docs/models.md.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +16,10 @@ from model_zoo import CASES, Case
 from torch import Tensor, nn
 
 import ewa_kernels as ewa
+from benchmarks import report
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-MARKERS = "<!-- models: made by python tests/test_models.py -->", "<!-- end of models -->"
+MAKER = "python tests/test_models.py"
 
 
 class Row(NamedTuple):
@@ -119,13 +119,9 @@ def test_model(case):
 def test_the_page_has_this_table():
     if len(ROWS) < len(CASES):
         pytest.fail("run the whole file: the table is made by the tests before")
-    pattern = f"{MARKERS[0]}\n(.*?)\n{MARKERS[1]}"
-    (found,) = re.findall(pattern, PAGE.read_text(), flags=re.S)
-    assert found.strip() == table(list(ROWS.values())), "python tests/test_models.py writes it"
+    _, found, _ = report.between(PAGE, "models", MAKER)
+    assert found.strip() == table(list(ROWS.values())), f"{MAKER} writes it"
 
 
 if __name__ == "__main__":
-    made = table([examine(case) for case in CASES])
-    text = PAGE.read_text()
-    before, rest = text.split(MARKERS[0])
-    PAGE.write_text(f"{before}{MARKERS[0]}\n\n{made}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
+    report.fill(PAGE, "models", table([examine(case) for case in CASES]), MAKER)

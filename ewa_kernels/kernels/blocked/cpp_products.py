@@ -109,8 +109,9 @@ def backward(
         if like is None or not needed[i]:
             return None
         own = problem.input_dtypes[i]
-        rounded = at_once and own is not None and own.itemsize == 2 and work.num_blocks == 1
-        return Reused.empty(like.shape, own if own is not None and rounded else torch.float32, like.device)
+        if own is None or own.itemsize != 2 or not at_once or work.num_blocks > 1:
+            own = torch.float32
+        return Reused.empty(like.shape, own, like.device)
 
     grads = [
         x.new_empty(problem.num_rows, problem.d_model) if needed[0] else None,

@@ -86,8 +86,7 @@ def _outer_by_cpp(
     _, weight_dtype, _ = problem.input_dtypes
     sizes = (problem.num_experts, problem.d_ff, problem.d_model)
     # It is stored once, and so rounded once.
-    is_narrow = weight_dtype is not None and weight_dtype.itemsize == 2
-    of_weight = torch.float32 if weight_dtype is None or not is_narrow else weight_dtype
+    of_weight = weight_dtype if weight_dtype is not None and weight_dtype.itemsize == 2 else torch.float32
     grad_weight = None if x is None else Reused.empty(sizes, of_weight, grad_out.device)
     grad_bias = grad_out.new_empty(sizes[:2], dtype=torch.float32) if need_bias else None
     left = (matrix(grad_out), address(order if places.scatter else None))

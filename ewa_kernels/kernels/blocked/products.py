@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ewa_kernels.kernels import extension
+from ewa_kernels.kernels.blocked.cpp_rows import matrix
 from ewa_kernels.kernels.parameter_pass import DTYPES
 from ewa_kernels.kernels.scratch import Scratch
 from ewa_kernels.problem import Problem
@@ -39,7 +40,8 @@ FEW_ROWS = 256
 
 
 class Products(NamedTuple):
-    """
+    """How matrix products are made.
+
     Attributes:
         dtype: what numbers are rounded to before they are multiplied.
         by_cpp: whether C++ makes them, and all else, in one call; if not, PyTorch does, block by block.
@@ -139,31 +141,27 @@ def trial(among: list[Products], rows: int, d_model: int, d_ff: int) -> dict[Pro
 
 def _calls(products: Products, rows: int, terms: int, columns: int) -> Callable[[], None]:
     """x · Wᵀ, and gᵀ · x."""
-    dtype = products.dtype
+    dtype, narrow = products.dtype, products.dtype == torch.bfloat16
     x, weight, grad = (
         torch.full(shape, 0.5, dtype=dtype, device="cpu")
         for shape in ((rows, terms), (columns, terms), (rows, columns))
     )
-    out, grad_weight = torch.empty_like(grad), torch.empty_like(weight)
-    if not products.by_cpp:
+    out, grad_weight = (
+        torch.empty_like(grad),
+        torch.empty_like(weight, dtype=torch.float32 if products.by_cpp else dtype),
+    )
 
-        def by_torch() -> None:
-            torch.mm(x, weight.T, out=out)
-            torch.mm(grad.T, x, out=grad_weight)
-
-        return by_torch
-    of_x, of_weight, of_grad, of_out = ((t.data_ptr(), DTYPES[dtype]) for t in (x, weight, grad, out))
-    sums = torch.empty_like(weight, dtype=torch.float32)
-    narrow = dtype == torch.bfloat16
-    times = _C.TimesWeights([rows], terms, columns, of_x, 0, of_weight, True, narrow)
-    outer = _C.Outer([rows], columns, terms, of_grad, 0, of_x, 0, narrow)
+    def by_torch() -> None:
+        torch.mm(x, weight.T, out=out)
+        torch.mm(grad.T, x, out=grad_weight)
 
     def by_cpp() -> None:
+        times = _C.TimesWeights([rows], terms, columns, matrix(x), 0, matrix(weight), True, narrow)
+        outer = _C.Outer([rows], columns, terms, matrix(grad), 0, matrix(x), 0, narrow)
         scratch = Scratch(x.device, dtype)
         memory = scratch.address("layer", max(times.workspace_bytes, outer.workspace_bytes))
-        times.multiply(memory, 0, 0, of_out)
-        outer.multiply(memory, (sums.data_ptr(), DTYPES[torch.float32]), 0)
+        times.multiply(memory, 0, 0, matrix(out))
+        outer.multiply(memory, matrix(grad_weight), 0)
         scratch.leave()
-        _ = x, weight, grad, out  # whose addresses are in use
 
-    return by_cpp
+    return by_cpp if products.by_cpp else by_torch
