@@ -15,12 +15,9 @@ namespace ewa {
 
 // Words (see tile.h) of a sum that are packed together: a panel of the left operand stays in the first cache.
 constexpr int64_t most_words = 384;
-// Rows of the result that one thread makes at a time, and columns that it goes through together: for so many words what
-// both need of the operands stays in the second cache.
-constexpr int64_t task_rows = 8 * tile_rows, block_columns = 256;
-
-// Words ahead of which rows are fetched where a sum is over them.
-constexpr int64_t words_ahead = 8;
+// Rows of the result that one thread makes at a time, if others need the same right operand or not, and columns that it
+// goes through together: for so many words what both need of the operands stays in the second cache.
+constexpr int64_t task_rows = 8 * tile_rows, most_task_rows = 27 * tile_rows, block_columns = 256;
 constexpr int64_t line_bytes = 64;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -34,6 +31,7 @@ struct Parts {
     Parts(int64_t total, int64_t most) : total(total), count(ceil_div(total, most)) {}
     int64_t start(int64_t i) const { return count == 0 ? 0 : total * i / count; }
     int64_t size(int64_t i) const { return start(i + 1) - start(i); }
+    int64_t most() const { return count == 0 ? 0 : ceil_div(total, count); }
 };
 
 // result [m, n] = left [m, k] · right [k, n] of one expert, whose operands begin at these of their rows.
@@ -61,7 +59,7 @@ template <bool bfloat16>
 constexpr int64_t terms_of_word = bfloat16 ? 2 : 1;
 
 // Of one row, for what is read of it at a time: words of a row, or columns of those of a task or a block.
-static_assert(task_rows <= most_words && block_columns <= most_words);
+static_assert(most_task_rows <= most_words && block_columns <= most_words);
 template <bool bfloat16>
 struct Memory {
     float floats[most_words];
@@ -200,7 +198,7 @@ template <bool bfloat16>
 EWA_AVX512 void pack_left(const Operand& left, const Product& product, int64_t first, const Parts& rows, int64_t word,
                           int64_t words, float* panels, double* sums) {
     Memory<bfloat16> memory[2];
-    float of_these[task_rows] = {};
+    float of_these[most_task_rows] = {};
     for (int64_t p = 0; left.sum_over_rows && p < words; ++p) {
         const RowsOfWord<bfloat16> of_word(left, product.left_row, product.k, word + p, first, rows.total, memory);
         for (int64_t i = 0; i < rows.count; ++i)

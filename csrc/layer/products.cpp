@@ -49,21 +49,24 @@ struct Range {
     int64_t first, end;
 };
 
-// out = the product's parts in a range, packed from the first of them on, or is added to it.
-template <bool bfloat16>
-void multiply_panels(const Product& product, const Parts& rows, const Range& parts, const float* left, const float* right,
-                     bool add, float* out) {
+// out = the product's parts in a range, or is added to it. `left` is packed from the first of them on; `right_of` gives
+// the address of the right operand's packed columns block … of a part.
+template <bool bfloat16, class RightOf>
+void multiply_panels(const Product& product, const Parts& rows, const Range& parts, const float* left, bool add, float* out,
+                     const RightOf& right_of) {
     const Parts words = product.parts();
     for (int64_t block = 0; block < product.n; block += block_columns)
-        for (int64_t part = parts.first; part < parts.end; ++part)
+        for (int64_t part = parts.first; part < parts.end; ++part) {
+            const int64_t word = words.start(part) - words.start(parts.first), n = words.size(part);
+            const float* const right = right_of(part, block);
             for (int64_t i = 0; i < rows.count; ++i) {
-                const int64_t word = words.start(part) - words.start(parts.first), n = words.size(part);
                 const float* panel = left + rows.total * word + rows.start(i) * n;
                 for (int64_t j = block; j < std::min(block + block_columns, product.n); j += tile_columns)
-                    tiles<bfloat16>[rows.size(i) - 1](n, panel, right + padded(product.n) * word + j * n,
+                    tiles<bfloat16>[rows.size(i) - 1](n, panel, right + (j - block) * n,
                                                       out + rows.start(i) * product.n + j, product.n, product.n - j,
                                                       add || part > parts.first);
             }
+        }
 }
 
 struct PackTask {
@@ -77,6 +80,7 @@ struct RowsTask {
 struct Batch {
     Range parts;
     bool whole, last;  // all parts; the last ones
+    bool shared;       // packed before the tasks, for all of them; else each packs what it needs, a block at a time
 
     Range parts_of(const Product& product) const { return {parts.first, std::min(parts.end, product.parts().count)}; }
 
@@ -100,12 +104,23 @@ struct Plan {
     std::vector<Product> products;
     int64_t threads;
     std::vector<Batch> batches;
-    // Floats of packed right operands, of a result that is summed up over batches, and of a task's left operand and
-    // result; slots for as many tasks as are worked on at a time.
-    int64_t right = 0, kept = 0, left = 0, result = 0, slots = 0;
+    // Floats of packed right operands, of a result that is summed up over batches, and of a task's left operand, result
+    // and block of a right operand; slots for as many tasks as are worked on at a time.
+    int64_t right = 0, kept = 0, left = 0, result = 0, block = 0, slots = 0;
 
     Plan(std::vector<Product> of, int64_t num_threads) : products(std::move(of)), threads(num_threads) {
         const int64_t experts = products.size(), together = std::min(threads * right_words_per_thread, most_right_words);
+        int64_t all_rows = 0, most_of_one = 0;
+        for (const Product& product : products) {
+            all_rows += product.m;
+            most_of_one = std::max(most_of_one, product.m);
+        }
+        // Where a task is all of an expert, nobody else needs its right operand. That then never leaves the second cache:
+        // on processors whose third one is far away a tenth is won.
+        if (most_of_one <= std::min(ceil_div(all_rows, threads * tasks_per_thread), most_task_rows)) {
+            add_batch(0, experts, most_task_rows, {{0, INT64_MAX}, true, true, false, {}, {}});
+            return;
+        }
         for (int64_t first = 0, end; first < experts; first = end) {
             int64_t size = products[first].right_size(), rows = products[first].m;
             for (end = first + 1; end < experts && size + products[end].right_size() <= together; ++end) {
@@ -117,13 +132,13 @@ struct Plan {
             const int64_t parts = products[first].parts().count;
             const int64_t part_size = padded(products[first].n) * most_words;
             if (size <= right_words_of_one || end > first + 1 || parts == 1) {
-                add_batch(first, end, most_rows, {{0, INT64_MAX}, true, true, {}, {}});
+                add_batch(first, end, most_rows, {{0, INT64_MAX}, true, true, true, {}, {}});
                 continue;
             }
             const Parts ranges(parts, std::max<int64_t>(right_words_of_one / part_size, 1));
             for (int64_t i = 0; i < ranges.count; ++i)
                 add_batch(first, end, most_rows,
-                          {{ranges.start(i), ranges.start(i + 1)}, false, i + 1 == ranges.count, {}, {}});
+                          {{ranges.start(i), ranges.start(i + 1)}, false, i + 1 == ranges.count, true, {}, {}});
         }
     }
 
@@ -139,6 +154,10 @@ struct Plan {
                 left = std::max(left, rows.size(i) * size);
                 result = std::max(result, rows.size(i) * product.n);
             }
+            if (!batch.shared) {
+                block = std::max(block, std::min(padded(product.n), block_columns) * words.most());
+                continue;
+            }
             for (int64_t part = parts.first; rows.count > 0 && part < parts.end; ++part)
                 for (int64_t j = 0; j < product.n; j += block_columns) batch.packs.push_back({e, at, part, j});
             if (!batch.whole) kept = std::max(kept, product.m * product.n);
@@ -150,7 +169,15 @@ struct Plan {
         batches.push_back(std::move(batch));
     }
 
-    int64_t workspace_floats() const { return right + kept + slots * (left + result); }
+    // Where each begins, and how long a slot is: at a vector's boundary, which no load of right operands then crosses.
+    int64_t kept_at() const { return right; }
+    int64_t slots_at() const { return kept_at() + aligned(kept); }
+    int64_t result_in_slot() const { return aligned(left); }
+    int64_t block_in_slot() const { return result_in_slot() + aligned(result); }
+    int64_t slot() const { return block_in_slot() + aligned(block); }
+    int64_t workspace_floats() const { return slots_at() + slots * slot(); }
+
+    static int64_t aligned(int64_t floats) { return ceil_div(floats, lanes) * lanes; }
 };
 
 // With sums [m] of each expert's rows of the left operand, if that is not null, and what is done to rows of the result;
@@ -158,14 +185,14 @@ struct Plan {
 template <bool bfloat16>
 void run(const Plan& plan, const Operand& left, const Operand& right, float* workspace, bool add, float* result,
          float* sums, const RowFunction* then) {
-    float* const kept = workspace + plan.right;
-    float* const slots = kept + plan.kept;
+    float* const kept = workspace + plan.kept_at();
+    float* const slots = workspace + plan.slots_at();
 #pragma omp parallel num_threads(plan.threads)
     for (const Batch& batch : plan.batches) {
         const auto out_of = [&](const RowsTask& task, float* slot) {
             const Product& product = plan.products[task.expert];
             if (result != nullptr) return result + (product.result_row + task.first) * product.n;
-            return batch.whole ? slot + plan.left : kept + task.first * product.n;
+            return batch.whole ? slot + plan.result_in_slot() : kept + task.first * product.n;
         };
         const auto pass_on = [&](const RowsTask& task, float* out) {
             const int64_t row = plan.products[task.expert].result_row + task.first;
@@ -188,11 +215,11 @@ void run(const Plan& plan, const Operand& left, const Operand& right, float* wor
             const Product& product = plan.products[task.expert];
             const Parts rows(task.rows, tile_rows), words = product.parts();
             const Range parts = batch.parts_of(product);
-            float* const slot = slots + (num_tasks <= plan.slots ? t : this_thread()) * (plan.left + plan.result);
+            float* const slot = slots + (num_tasks <= plan.slots ? t : this_thread()) * plan.slot();
             float* const out = out_of(task, slot);
             const bool more = add || parts.first > 0;
             if (words.count == 0 && !more) std::fill_n(out, task.rows * product.n, 0.0f);
-            double of_rows[task_rows] = {};
+            double of_rows[most_task_rows] = {};
             for (int64_t part = parts.first; part < parts.end; ++part)
                 pack_left<bfloat16>(left, product, task.first, rows, words.start(part), words.size(part),
                                     slot + task.rows * (words.start(part) - words.start(parts.first)),
@@ -201,7 +228,14 @@ void run(const Plan& plan, const Operand& left, const Operand& right, float* wor
                 float& sum = sums[product.result_row + task.first + i];
                 sum = static_cast<float>((more ? sum : 0.0) + of_rows[i]);
             }
-            multiply_panels<bfloat16>(product, rows, parts, slot, workspace + task.at, more, out);
+            multiply_panels<bfloat16>(product, rows, parts, slot, more, out, [&](int64_t part, int64_t column) {
+                const int64_t word = words.start(part), n = words.size(part);
+                if (batch.shared)
+                    return workspace + task.at + padded(product.n) * (word - words.start(parts.first)) + column * n;
+                float* const own = slot + plan.block_in_slot();
+                pack_right<bfloat16>(right, product, word, n, column, own);
+                return own;
+            });
             if (batch.whole) pass_on(task, out);
         }
         if (batch.whole || !batch.last) continue;

@@ -73,10 +73,15 @@ EWA_CLONES void narrow_row(Type type, int64_t n, const float* __restrict__ from,
 }
 
 EWA_CLONES void saturate_row(int64_t n, float* row) {
+    // By their bits, which compilers vectorise; they do not vectorise comparisons that a NaN must fail.
+    constexpr uint32_t largest = 0x477FE000, infinity = 0x7F800000;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-        const float nearest = std::min(std::max(row[j], -65504.0f), 65504.0f);
-        row[j] = std::fabs(row[j]) < INFINITY ? nearest : row[j];
+        uint32_t bits;
+        std::memcpy(&bits, row + j, sizeof bits);
+        const uint32_t magnitude = bits & 0x7FFFFFFF;
+        bits = magnitude > largest && magnitude < infinity ? (bits & 0x80000000) | largest : bits;
+        std::memcpy(row + j, &bits, sizeof bits);
     }
 }
 

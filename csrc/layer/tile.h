@@ -17,6 +17,9 @@ namespace ewa {
 // 28 sums, two vectors of `right` and one word of `left` are 31 of the 32 registers.
 constexpr int64_t tile_rows = 14, tile_columns = 32;
 
+// Words ahead of which an operand is fetched.
+constexpr int64_t words_ahead = 8;
+
 // sum + left · right, word by word.
 template <bool bfloat16>
 EWA_AVX512 EWA_INLINE __m512 multiply_add(__m512 left, __m512 right, __m512 sum) {
@@ -31,9 +34,13 @@ template <bool bfloat16, int rows>
 EWA_AVX512 void tile(int64_t words, const float* left, const float* right, float* out, int64_t row_of_out,
                      int64_t columns, bool add) {
     __m512 sums[rows][2];
+    // All that is read later is asked for early: the second cache is far, and on some processors foresees too little.
+    for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < 2; ++j) __builtin_prefetch(out + i * row_of_out + j * lanes, 1);
     for (int i = 0; i < rows; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     for (int64_t p = 0; p < words; ++p, left += rows, right += tile_columns) {
         const __m512 right_0 = _mm512_loadu_ps(right), right_1 = _mm512_loadu_ps(right + lanes);
+        for (int j = 0; j < 2; ++j) __builtin_prefetch(right + words_ahead * tile_columns + j * lanes);
 #pragma GCC unroll 14
         for (int i = 0; i < rows; ++i) {
             const __m512 word = _mm512_set1_ps(left[i]);

@@ -29,12 +29,15 @@ if extension.WHY_NOT is None:
 
 ENVIRONMENT = "EWA_KERNELS_CPU_PRODUCTS"
 SECONDS, LEAST_ROUNDS = 0.018, 2
-# PyTorch's are taken if they need at most so much of our time: ours save what is between them.
-WORTH_IT = 0.9
+# PyTorch's are taken if they need at most so much of our time. A trial does not see what ours save, which is to read and
+# write once more what lies between products: on an Intel Xeon 10 to 40 % of a call.
+WORTH_IT = 0.7
 # Multiplications for each expert and projection from which on it is worth trying: those of 50 µs.
 LARGE = 1 << 22
-# Of a trial's product at the most: those of half a millisecond. Rows are an expert's, up to `TRIAL_ROWS`.
+# Of a trial's product for each expert at the most: those of half a millisecond. Rows are an expert's, up to `TRIAL_ROWS`.
 TRIAL_SIZE, TRIAL_ROWS, TRIAL_TERMS, TRIAL_WEIGHTS = 1 << 25, 512, 1024, 1 << 20
+# Experts of a trial at the most: how C++ divides its work depends on whether there are some.
+TRIAL_EXPERTS = 4
 # Of so few rows of an expert PyTorch makes products of bfloat16 faster than C++ does, which packs more.
 FEW_ROWS = 256
 
@@ -103,28 +106,33 @@ def _choose(problem: Problem) -> Products:
         return among[-1 if few else 0]
     # Sizes by powers of two: layers of about the same size need no trial of their own.
     sizes = (1 << (size - 1).bit_length() for size in (rows, problem.d_model, problem.d_ff))
-    key = (*among, *sizes)
+    experts = min(problem.num_experts, TRIAL_EXPERTS)
+    key = (*among, experts, *sizes)
     if key not in _chosen:
-        _chosen[key] = fastest(among, rows, problem.d_model, problem.d_ff)
+        _chosen[key] = fastest(among, experts, rows, problem.d_model, problem.d_ff)
     return _chosen[key]
 
 
 _chosen: dict[tuple[object, ...], Products] = {}
 
 
-def fastest(among: list[Products], rows: int, d_model: int, d_ff: int) -> Products:
+def fastest(among: list[Products], experts: int, rows: int, d_model: int, d_ff: int) -> Products:
     """Ours, unless PyTorch's are faster by enough."""
-    seconds = trial(among, rows, d_model, d_ff)
+    seconds = trial(among, experts, rows, d_model, d_ff)
     ours, by_torch = among
     return by_torch if seconds[by_torch] <= WORTH_IT * seconds[ours] else ours
 
 
-def trial(among: list[Products], rows: int, d_model: int, d_ff: int) -> dict[Products, float]:
-    """Seconds that each needs for a product of the forward and one of the backward: the least of some rounds."""
+def trial(among: list[Products], experts: int, rows: int, d_model: int, d_ff: int) -> dict[Products, float]:
+    """Seconds that each needs for a product of the forward and one of the backward: the least of some rounds.
+
+    Args:
+        rows: of each expert.
+    """
     end = time.perf_counter() + SECONDS
     rows, terms = min(rows, TRIAL_ROWS), min(d_model, TRIAL_TERMS)
     columns = max(min(d_ff, TRIAL_SIZE // (rows * terms), TRIAL_WEIGHTS // terms), 1)
-    calls = {products: _calls(products, rows, terms, columns) for products in among}
+    calls = {products: _calls(products, experts, rows, terms, columns) for products in among}
     seconds = dict.fromkeys(among, float("inf"))
     for count in itertools.count(1):
         begin = time.perf_counter()
@@ -139,12 +147,12 @@ def trial(among: list[Products], rows: int, d_model: int, d_ff: int) -> dict[Pro
     return seconds
 
 
-def _calls(products: Products, rows: int, terms: int, columns: int) -> Callable[[], None]:
-    """x · Wᵀ, and gᵀ · x."""
+def _calls(products: Products, experts: int, rows: int, terms: int, columns: int) -> Callable[[], None]:
+    """x · Wᵀ, and gᵀ · x, of each expert."""
     dtype, narrow = products.dtype, products.dtype == torch.bfloat16
     x, weight, grad = (
         torch.full(shape, 0.5, dtype=dtype, device="cpu")
-        for shape in ((rows, terms), (columns, terms), (rows, columns))
+        for shape in ((experts, rows, terms), (experts, columns, terms), (experts, rows, columns))
     )
     out, grad_weight = (
         torch.empty_like(grad),
@@ -152,12 +160,13 @@ def _calls(products: Products, rows: int, terms: int, columns: int) -> Callable[
     )
 
     def by_torch() -> None:
-        torch.mm(x, weight.T, out=out)
-        torch.mm(grad.T, x, out=grad_weight)
+        torch.bmm(x, weight.mT, out=out)
+        torch.bmm(grad.mT, x, out=grad_weight)
 
     def by_cpp() -> None:
-        times = _C.TimesWeights([rows], terms, columns, matrix(x), 0, matrix(weight), True, narrow)
-        outer = _C.Outer([rows], columns, terms, matrix(grad), 0, matrix(x), 0, narrow)
+        groups = [rows] * experts
+        times = _C.TimesWeights(groups, terms, columns, matrix(x), 0, matrix(weight), True, narrow)
+        outer = _C.Outer(groups, columns, terms, matrix(grad), 0, matrix(x), 0, narrow)
         scratch = Scratch(x.device, dtype)
         memory = scratch.address("layer", max(times.workspace_bytes, outer.workspace_bytes))
         times.multiply(memory, 0, 0, matrix(out))
