@@ -183,7 +183,8 @@ void parameter_pass_cpu(const Table& table, const Scalars& scalars) {
     std::vector<Tile> tiles;
     for (const Group& group : table.groups)
         for (int64_t begin = 0; begin < group.numel; begin += tile_columns) tiles.push_back({&group, begin});
-#pragma omp parallel for schedule(static)
+    // Experts' tiles take several times as long as others.
+#pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < static_cast<int64_t>(tiles.size()); ++i)
         any_tile(pass, *tiles[i].group, tiles[i].begin, std::min(tiles[i].begin + tile_columns, tiles[i].group->numel));
     for (const Member& member : table.members)
