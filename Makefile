@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-slow test-oldest test-newest sanitize venv bench study docs wheel gpu check format clean
+.PHONY: demo test test-slow test-oldest test-newest sanitize venv bench study docs wheel hub gpu check format clean
 
 demo: venv
 	$(BIN)/python -m ewa_kernels.demo
@@ -68,6 +68,12 @@ wheel:
 	--no-deps --wheel-dir build/wheel .
 	PATH="$(CURDIR)/build/wheel/venv/bin:$$PATH" build/wheel/venv/bin/auditwheel repair --wheel-dir dist/$(WHEEL) \
 	build/wheel/*.whl
+
+# A repository that Hugging Face's kernels loads, in build/hub, of the wheels in dist/cpu or dist/cuda: one for each Python,
+# as the workflow makes them, or the one for this Python, made if there is none.
+BACKEND ?= $(if $(filter cpu,$(WHEEL)),cpu,cu$(shell nvcc --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\),.*/\1\2/p'))
+hub: $(if $(wildcard dist/$(WHEEL)/*.whl),,wheel)
+	$(PYTHON) hub.py dist/$(WHEEL) $(BACKEND)
 
 # On a CUDA machine, with the Python and the packages that are there: nothing is installed. GPU_FLAGS: e.g.
 # --sections parity benchmarks --output folder

@@ -81,8 +81,9 @@ bool set_table(ewa::Table& table, const std::vector<uintptr_t>& addresses, const
 PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ kernels of ewa_kernels; see the headers in csrc/";
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    const py::module_local local;  // Hugging Face's kernels may load a second copy in one process
 
-    py::enum_<ewa::Activation>(m, "Activation")
+    py::enum_<ewa::Activation>(m, "Activation", local)
         .value("gelu", ewa::Activation::gelu)
         .value("gelu_tanh", ewa::Activation::gelu_tanh)
         .value("quick_gelu", ewa::Activation::quick_gelu)
@@ -111,7 +112,7 @@ PYBIND11_MODULE(_C, m) {
                               pointer<const int64_t>(tokens), n, rows_per_expert, d, matrix(out));
         },
         unlocked);
-    py::class_<ewa::Block>(m, "Block")
+    py::class_<ewa::Block>(m, "Block", local)
         .def(py::init([](int64_t n, int64_t rows_per_expert, int64_t d_ff, bool gated, uintptr_t rows, uint64_t seed,
                          double dropout_p) {
             return ewa::Block{n, rows_per_expert, d_ff, gated, pointer<const int64_t>(rows), seed, dropout_p};
@@ -132,7 +133,7 @@ PYBIND11_MODULE(_C, m) {
         },
         unlocked);
 
-    py::class_<ewa::Format, std::shared_ptr<ewa::Format>>(m, "Format")
+    py::class_<ewa::Format, std::shared_ptr<ewa::Format>>(m, "Format", local)
         .def(py::init([](int64_t bits, const std::vector<float>& scales, const CodebookRow& symmetric,
                          const std::vector<CodebookRow>& parts) {
             ewa::Format format{bits, scales, codebook(symmetric), {}};
@@ -179,7 +180,7 @@ PYBIND11_MODULE(_C, m) {
         },
         unlocked);
     m.def("have_products", [](int32_t type) { return ewa::have_products(static_cast<ewa::Type>(type)); });
-    py::class_<ewa::TimesWeights>(m, "TimesWeights")
+    py::class_<ewa::TimesWeights>(m, "TimesWeights", local)
         .def(py::init([](const std::vector<int64_t>& counts, int64_t k, int64_t n, Matrix tokens, uintptr_t rows,
                          Matrix weights, bool transposed, bool bfloat16) {
             return ewa::TimesWeights{ewa::Groups(counts), k, n, rows_of(tokens, rows), {matrix(weights), transposed},
@@ -195,7 +196,7 @@ PYBIND11_MODULE(_C, m) {
                                                    pointer<const int64_t>(rows), matrix(out)));
             },
             unlocked);
-    py::class_<ewa::Outer>(m, "Outer")
+    py::class_<ewa::Outer>(m, "Outer", local)
         .def(py::init([](const std::vector<int64_t>& counts, int64_t m, int64_t n, Matrix left, uintptr_t left_rows,
                          Matrix right, uintptr_t right_rows, bool bfloat16) {
             return ewa::Outer{ewa::Groups(counts), m, n, rows_of(left, left_rows), rows_of(right, right_rows), bfloat16};
@@ -208,7 +209,7 @@ PYBIND11_MODULE(_C, m) {
                 ewa::multiply(product, pointer<float>(workspace), 0, matrix(out), pointer<float>(sums));
             },
             unlocked);
-    py::class_<ewa::Layer>(m, "Layer")
+    py::class_<ewa::Layer>(m, "Layer", local)
         .def(py::init([](int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t d_model, int64_t d_ff,
                          ewa::Activation activation, bool gated, double dropout_p, bool bfloat16, int32_t tokens,
                          const std::array<int32_t, 4>& types, std::shared_ptr<ewa::Format> format) {
@@ -217,7 +218,7 @@ PYBIND11_MODULE(_C, m) {
                               activation, gated,     dropout_p,      type(tokens),   bfloat16,
                               type(types[0]), type(types[1]), type(types[2]), type(types[3]), std::move(format)};
         }));
-    py::class_<ewa::LayerPass>(m, "LayerPass")
+    py::class_<ewa::LayerPass>(m, "LayerPass", local)
         .def(py::init([](const ewa::Layer& layer, uintptr_t expert_offsets, int64_t block_rows, bool backward) {
             return ewa::LayerPass(layer, pointer<const int32_t>(expert_offsets), block_rows, backward);
         }))
@@ -251,8 +252,8 @@ PYBIND11_MODULE(_C, m) {
             },
             unlocked);
 
-    py::class_<ewa::Table>(m, "Table").def(py::init(&table_of)).def("set", &set_table);
-    py::class_<ewa::Scalars>(m, "Scalars")
+    py::class_<ewa::Table>(m, "Table", local).def(py::init(&table_of)).def("set", &set_table);
+    py::class_<ewa::Scalars>(m, "Scalars", local)
         .def(py::init([](double share_rate, uintptr_t share_rate_at, bool share_rate_is_double, bool stochastic,
                          uint64_t seed, uintptr_t seed_at, uintptr_t grad_scale, uintptr_t found_inf) {
             return ewa::Scalars{share_rate,
@@ -266,7 +267,7 @@ PYBIND11_MODULE(_C, m) {
         }));
     m.def("parameter_pass_cpu", &ewa::parameter_pass_cpu, unlocked);
 #ifdef EWA_CUDA
-    py::class_<ewa::CudaPlan>(m, "CudaPlan")
+    py::class_<ewa::CudaPlan>(m, "CudaPlan", local)
         .def(py::init<const ewa::Table&>(), unlocked)
         .def_readonly("memory_bytes", &ewa::CudaPlan::memory_bytes);
     m.def(

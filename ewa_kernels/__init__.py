@@ -3,21 +3,21 @@
 Source: "Experts Weights Averaging: A New General Training Scheme for Vision Transformers", arXiv 2308.06093.
 """
 
-from ewa_kernels import functional, integrations, optim, reference
-from ewa_kernels.backends import BackendError, set_sm_margin
-from ewa_kernels.models.checkpoints import load_unfolded_, save_unfolded
-from ewa_kernels.models.experts import find_experts
-from ewa_kernels.models.experts_adapters import register_experts_adapter
-from ewa_kernels.models.ffn_adapters import register_ffn_adapter
-from ewa_kernels.models.ffns import find_ffns
-from ewa_kernels.models.replace import fold_, folded_state_dict, replace_ffn_
-from ewa_kernels.models.replace_experts import fold_moe_, replace_moe_, restore_moe_
-from ewa_kernels.modules import FFN, RandomPartitionMoE, expert_tensors
-from ewa_kernels.routed import RoutedMoE
-from ewa_kernels.train.averager import ExpertAverager
-from ewa_kernels.train.share_rate import ConstantShareRate, CosineShareRate, LinearShareRate, share_rate_for
-from ewa_kernels.train.weight_decay import weight_decay_groups
-from ewa_kernels.version import VERSION
+from . import functional, integrations, optim, reference
+from .backends import BackendError, set_sm_margin
+from .models.checkpoints import load_unfolded_, save_unfolded
+from .models.experts import find_experts
+from .models.experts_adapters import register_experts_adapter
+from .models.ffn_adapters import register_ffn_adapter
+from .models.ffns import find_ffns
+from .models.replace import fold_, folded_state_dict, replace_ffn_
+from .models.replace_experts import fold_moe_, replace_moe_, restore_moe_
+from .modules import FFN, RandomPartitionMoE, expert_tensors
+from .routed import RoutedMoE
+from .train.averager import ExpertAverager
+from .train.share_rate import ConstantShareRate, CosineShareRate, LinearShareRate, share_rate_for
+from .train.weight_decay import weight_decay_groups
+from .version import VERSION
 
 __version__ = VERSION
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-import ewa_kernels.backends as backends
-from ewa_kernels.kernels import devices, extension
-from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.version import VERSION
+from . import backends
+from .kernels import devices, extension
+from .kernels import triton as triton_kernels
+from .version import VERSION
 
 
 def facts() -> dict[str, Any]:

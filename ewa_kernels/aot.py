@@ -26,18 +26,18 @@ from unittest import mock
 import torch
 import triton
 
-from ewa_kernels.kernels import forms
-from ewa_kernels.kernels.triton import averaging, configs, cublas, groups, linear, merging, moe_ffn, permutation
-from ewa_kernels.kernels.triton.configs import RowsTile, Tile
-from ewa_kernels.kernels.triton.unlaunched import Driver, Noted
-from ewa_kernels.problem import Deal, Inputs, Options, Places, Problem
-from ewa_kernels.ptx import hand_off_problems, sum_problems
+from .kernels import forms
+from .kernels.triton import averaging, configs, cublas, groups, linear, merging, moe_ffn, permutation
+from .kernels.triton.configs import RowsTile, Tile
+from .kernels.triton.unlaunched import Driver, Noted
+from .problem import Deal, Inputs, Options, Places, Problem
+from .ptx import hand_off_problems, sum_problems
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 # What a block may have, in bytes (CUDA programming guide, technical specifications).
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-WHERE = "ewa_kernels.kernels.triton"  # and there, what is launched by which name:
+WHERE = f"{__package__}.kernels.triton"  # and there, what is launched by which name:
 KERNELS = {
     "forward": "forward.forward_kernel",
     "forward up": "split.half_kernel",

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-import ewa_kernels.checks as checks
-from ewa_kernels.kernels import devices, extension, multiprocessors
-from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.version import VERSION
+from . import checks
+from .kernels import devices, extension, multiprocessors
+from .kernels import triton as triton_kernels
+from .version import VERSION
 
 BACKENDS = (
     *("auto", "reference", "torch", "triton", "triton-single", "triton-split", "triton-onchip", "cublas"),

@@ -12,14 +12,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx, nn
 
-import ewa_kernels.checks as checks
-import ewa_kernels.ops as ops
-import ewa_kernels.private_torch as private_torch
-import ewa_kernels.reference as reference
-from ewa_kernels.backends import resolve
-from ewa_kernels.kernels import codec, forms, graphs
-from ewa_kernels.kernels import moe_ffn as kernels
-from ewa_kernels.problem import SAVED, Deal, Inputs, Options, Problem, keep
+from . import checks, ops, private_torch, reference
+from .backends import resolve
+from .kernels import codec, forms, graphs
+from .kernels import moe_ffn as kernels
+from .problem import SAVED, Deal, Inputs, Options, Problem, keep
 
 # What layers are given as a rule; anything else may be a tensor that knows of its structure, or no tensor at all.
 PLAIN = {Tensor, nn.Parameter}

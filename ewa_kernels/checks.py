@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import ewa_kernels.memory as memory
-import ewa_kernels.private_torch as private_torch
-from ewa_kernels.activations import ACTIVATIONS
+from . import memory, private_torch
+from .activations import ACTIVATIONS
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOATING_NAMES = "float16, bfloat16, float32 or float64"

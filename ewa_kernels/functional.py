@@ -7,17 +7,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-import ewa_kernels.calls as calls
-import ewa_kernels.checks as checks
-import ewa_kernels.linear as linear
-import ewa_kernels.ops as ops
-import ewa_kernels.private_torch as private_torch
-import ewa_kernels.reference as reference
-import ewa_kernels.seeds as seeds
-import ewa_kernels.train.shards as shards
-from ewa_kernels.backends import resolve
-from ewa_kernels.kernels import graphs, merging
-from ewa_kernels.problem import Deal, Inputs, Options, Places
+from . import calls, checks, linear, ops, private_torch, reference, seeds
+from .backends import resolve
+from .kernels import graphs, merging
+from .problem import Deal, Inputs, Options, Places
+from .train import shards
 
 ROUNDINGS = ("stochastic", "nearest")
 

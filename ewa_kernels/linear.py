@@ -10,15 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ewa_kernels.checks as checks
-import ewa_kernels.flops as flops
-import ewa_kernels.ops as ops
-import ewa_kernels.private_torch as private_torch
-import ewa_kernels.reference as reference
-from ewa_kernels.backends import resolve
-from ewa_kernels.calls import int32, refuse_transforms
-from ewa_kernels.kernels import linear as kernels
-from ewa_kernels.problem import Places, Problem
+from . import checks, flops, ops, private_torch, reference
+from .backends import resolve
+from .calls import int32, refuse_transforms
+from .kernels import linear as kernels
+from .problem import Places, Problem
 
 
 def expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, places: Places, backend: str) -> Tensor:

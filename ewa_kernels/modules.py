@@ -10,13 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ewa_kernels.backends as backends
-import ewa_kernels.calls as calls
-import ewa_kernels.checks as checks
-import ewa_kernels.functional as functional
-import ewa_kernels.train.shards as shards
-from ewa_kernels.activations import ACTIVATIONS, activate
-from ewa_kernels.problem import SAVED
+from . import backends, calls, checks, functional
+from .activations import ACTIVATIONS, activate
+from .problem import SAVED
+from .train import shards
 
 # Living ones, by which a function that is given a parameter alone can tell that it holds experts.
 _expert_linears: weakref.WeakSet[ExpertLinear] = weakref.WeakSet()

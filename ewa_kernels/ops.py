@@ -17,15 +17,11 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import register_flop_formula
 
-import ewa_kernels.checks as checks
-import ewa_kernels.flops as flops
-import ewa_kernels.private_torch as private_torch
-import ewa_kernels.reference as reference
-import ewa_kernels.seeds as seeds
-from ewa_kernels.kernels import codec, forms, parameter_pass, permutation
-from ewa_kernels.kernels import moe_ffn as kernels
-from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.problem import SAVED, Deal, Inputs, Options, Problem, format_of_pre, format_of_x, num_kept
+from . import checks, flops, private_torch, reference, seeds
+from .kernels import codec, forms, parameter_pass, permutation
+from .kernels import moe_ffn as kernels
+from .kernels import triton as triton_kernels
+from .problem import SAVED, Deal, Inputs, Options, Problem, format_of_pre, format_of_x, num_kept
 
 # PyTorch takes an operation once. A package that is imported anew, as in notebooks, goes on with those that are there.
 _OPERATIONS: Any = torch.ops.ewa_kernels

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import ewa_kernels.codec as codec
+from . import codec
 
 # What is kept for backward; bits of x and of pre_activation, None where there is none of the latter.
 SAVED: dict[str, tuple[int | None, int | None]] = {

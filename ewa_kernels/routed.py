@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ewa_kernels.calls as calls
-import ewa_kernels.checks as checks
-import ewa_kernels.functional as functional
-from ewa_kernels.modules import StackedExperts
+from . import calls, checks, functional
+from .modules import StackedExperts
 
 
 class Router(nn.Linear):

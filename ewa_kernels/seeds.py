@@ -10,8 +10,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-import ewa_kernels.private_torch as private_torch
-from ewa_kernels.kernels import graphs
+from . import private_torch
+from .kernels import graphs
 
 
 def fresh(like: Tensor) -> int | Tensor:

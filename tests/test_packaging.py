@@ -81,6 +81,51 @@ def test_make_wheel(tmp_path):
     assert use_wheel(tmp_path, wheel) == ("None", "None")
 
 
+LOAD = """
+import importlib, sys
+from pathlib import Path
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+import kernels, torch
+for repository in sys.argv[1:]:
+    ewa = kernels.get_local_kernel(Path(repository), backend="cpu")
+    facts = importlib.import_module(f"{ewa.__name__}.__main__").facts()
+    assert {facts["operations"]["cpu"][name]["backend"] for name in ("moe_ffn", "average_experts_")} == {"cpp"}, facts
+    layer = ewa.RandomPartitionMoE(16, 32, num_experts=4)
+    x, upstream = torch.randn(2, 26, 16)
+    x.requires_grad_()
+    leaves = [x, *layer.parameters()]
+    y, expected = layer(x, seed=7), ewa.reference.moe_ffn(x, *layer.experts, seed=7)
+    for ours, theirs in zip(
+        [y, *torch.autograd.grad(y, leaves, upstream)],
+        [expected, *torch.autograd.grad(expected, leaves, upstream)],
+    ):
+        assert theirs.abs().max() > 0.01
+        torch.testing.assert_close(ours, theirs)
+    averaged = [parameter.detach().clone() for parameter in layer.parameters()]
+    ewa.reference.average_experts_(averaged, 0.3)
+    ewa.ExpertAverager(layer, share_rate=0.3).step()
+    torch.testing.assert_close(list(layer.parameters()), averaged)
+    print(sys.modules[f"{ewa.__name__}._C"].__file__)
+assert not [name for name in sys.modules if name.startswith("ewa_kernels")]
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="auditwheel is for Linux")
+def test_make_hub(tmp_path):
+    """Hugging Face's kernels loads it, and another version beside it, in a process that has no other ewa_kernels."""
+    source = checkout(tmp_path)
+    subprocess.run(["make", "hub", f"PYTHON={sys.executable}"], cwd=source, check=True, capture_output=True, text=True)
+    hub = source / "build" / "hub"
+    (metadata,) = shutil.copytree(hub, tmp_path / "other").glob("build/*/metadata.json")
+    metadata.write_text(metadata.read_text().replace('"id": "', '"id": "other'))
+    command = [sys.executable, "-I", "-c", LOAD, hub, tmp_path / "other"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    files = result.stdout.splitlines()
+    assert files[0].startswith(f"{hub}/build/torch-stable-abi211-cpu-")
+    assert files[1].startswith(f"{metadata.parent}/_C.")
+
+
 def test_without_a_compiler(tmp_path):
     wheel, names = build_wheel(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
     assert "ewa_kernels/reference.py" in names

@@ -134,20 +134,16 @@ def part(top, *rest):
 
 
 def imports_of(path):
-    """(top-level package, part of this package or None) of every import in a file, nested ones too."""
+    """(top-level package, None) or ("", part of this package) of every import in a file, nested ones too."""
+    package = path.relative_to(PACKAGE).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from ((alias.name.partition(".")[0], None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            whole = node.module == "ewa_kernels"
-            names = [f"ewa_kernels.{alias.name}" for alias in node.names] if whole else [node.module]
+            yield node.module.partition(".")[0], None
         elif isinstance(node, ast.ImportFrom):
-            pytest.fail(f"{path}: relative import")
-        else:
-            continue
-        for name in names:
-            top, *rest = name.split(".")
-            yield top, (part(*rest) if top == "ewa_kernels" and rest else None)
+            module = package[: len(package) + 1 - node.level] + tuple(node.module.split(".") if node.module else ())
+            yield from (("", part(*module, alias.name)) for alias in node.names)
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -159,8 +155,12 @@ class TestFiles:
             return
         for top, imported in imports_of(path):
             triton = {"triton"} if own in ("kernels", "aot") else set()
-            assert top in sys.stdlib_module_names | {"torch", "ewa_kernels"} | triton, f"imports {top}"
+            assert top in sys.stdlib_module_names | {"", "torch"} | triton, f"imports {top}"
             assert imported is None or imported in allowed, f"{own} imports {imported}"
+
+    def test_does_not_import_the_package_by_its_name(self, path):
+        """Hugging Face's kernels loads it by another."""
+        assert "ewa_kernels" not in {top for top, _ in imports_of(path)}
 
     def test_is_small_and_has_a_docstring(self, path):
         assert len(path.read_text().splitlines()) <= (600 if path.name == "reference.py" else 400)
@@ -169,8 +169,7 @@ class TestFiles:
 
 def test_the_specification_imports_only_torch():
     imported = {*imports_of(PACKAGE / "reference.py"), *imports_of(PACKAGE / "codec.py")}
-    tops = {top for top, part in imported if part != "codec"} - set(sys.stdlib_module_names)
-    assert tops == {"torch"}
+    assert imported - {(name, None) for name in sys.stdlib_module_names} == {("torch", None), ("", "codec")}
 
 
 def test_the_specification_is_no_production_path():

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ewa_kernels.demo.training import NUM_IMAGES, Options, fail, run_pair
+from .training import NUM_IMAGES, Options, fail, run_pair
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         import sklearn  # noqa: F401
 
-        from ewa_kernels.demo import plot
+        from . import plot
     except ImportError as error:
         fail(f"{str(error).splitlines()[0]}: pip install 'ewa_kernels[demo]'")
     console = plot.make_console()

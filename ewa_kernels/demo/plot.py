@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy import stats
 
-from ewa_kernels.demo.training import Options, Pair, Result
+from .training import Options, Pair, Result
 
 DENSE, EXPERTS, THEORY = "#0072b2", "#d55e00", "#222222"
 SMALL_FACTOR = 0.01  # below it a relative deviation would only show float32 rounding

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ewa_kernels as ewa
+from .. import ConstantShareRate, CosineShareRate, ExpertAverager, LinearShareRate, fold_, replace_ffn_
 
 NUM_IMAGES = 1797
 BATCH_SIZE = 64
@@ -43,8 +43,8 @@ class Options:
     def make_schedule(self) -> Callable[[int], float]:
         """β of each step."""
         if self.schedule == "constant":
-            return ewa.ConstantShareRate(self.share_rate)
-        ramp = ewa.LinearShareRate if self.schedule == "linear" else ewa.CosineShareRate
+            return ConstantShareRate(self.share_rate)
+        ramp = LinearShareRate if self.schedule == "linear" else CosineShareRate
         return ramp(end=self.share_rate, num_steps=self.num_steps)
 
     def contraction(self, beta: float) -> float:
@@ -144,7 +144,7 @@ def train(
     options: Options,
     seed: int,
     advance: Callable[..., None],
-    averager: ewa.ExpertAverager | None = None,
+    averager: ExpertAverager | None = None,
 ) -> tuple[list[float], list[Contraction]]:
     """Trains dense and experts alike; returns the mean loss of each epoch, and what some averagings did."""
     torch.manual_seed(seed)
@@ -232,8 +232,8 @@ def run_pair(
     dense_result = Result(accuracy(predict(dense, data), data), size, size, seconds, losses)
 
     start = time.perf_counter()
-    ewa.replace_ffn_(model, options.experts, init=options.init)
-    averager = ewa.ExpertAverager(model, share_rate=options.make_schedule())
+    replace_ffn_(model, options.experts, init=options.init)
+    averager = ExpertAverager(model, share_rate=options.make_schedule())
     losses, contractions = train(model, data, options, seed, advance_experts, averager)
     seconds = time.perf_counter() - start
     experts_logits = predict(model, data)
@@ -241,7 +241,7 @@ def run_pair(
     experts_result = Result(accuracy(experts_logits, data), size_experts, size_experts, seconds, losses)
 
     start = time.perf_counter()
-    ewa.fold_(model)
+    fold_(model)
     seconds += time.perf_counter() - start
     folded_logits = predict(model, data)
     folded_result = Result(accuracy(folded_logits, data), size_experts, num_parameters(model), seconds, losses)

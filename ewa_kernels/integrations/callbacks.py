@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-import ewa_kernels.checks as checks
-import ewa_kernels.train.shards as shards
-from ewa_kernels.models.replace import fold_, foldable
-from ewa_kernels.modules import expert_tensors
-from ewa_kernels.train.attachment import Attachment, hooked
-from ewa_kernels.train.averager import ExpertAverager
-from ewa_kernels.train.share_rate import as_schedule
+from .. import checks
+from ..models.replace import fold_, foldable
+from ..modules import expert_tensors
+from ..train import shards
+from ..train.attachment import Attachment, hooked
+from ..train.averager import ExpertAverager
+from ..train.share_rate import as_schedule
 
 
 class _Averager(ExpertAverager):
@@ -80,7 +79,9 @@ class AveragingCallback:
     def _quantize(self, wrapped: nn.Module) -> None:
         """If asked for, and there are several processes: exchanges gradients in 8 bits. `wrapped`: by DDP, say."""
         if self._quantized_gradients and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            importlib.import_module("ewa_kernels.integrations.ddp").quantize_gradients(wrapped)
+            from .ddp import quantize_gradients
+
+            quantize_gradients(wrapped)
 
     def _attach(self, optimizers: Sequence[object]) -> None:
         """To the optimizer that has the experts; if the averager is attached already it stays where it is.

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import ewa_kernels.checks as checks
-import ewa_kernels.integrations.payload as payload
-import ewa_kernels.kernels.exchange as kernels
+from .. import checks
+from ..kernels import exchange as kernels
+from . import payload
 
 if not dist.is_available():
     raise ImportError("ewa_kernels.integrations.ddp needs torch.distributed: pip install a PyTorch built with it")
@@ -28,7 +28,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-import ewa_kernels.integrations.fsdp as fsdp
+from . import fsdp
 
 __all__ = ["QuantizedAllReduce", "quantize_gradients", "quantized_all_reduce"]
 

@@ -27,14 +27,13 @@ if not dist.is_available():
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard
 
-import ewa_kernels.checks as checks
-import ewa_kernels.integrations.payload as payload
-import ewa_kernels.private_torch as private_torch
-import ewa_kernels.train.shards as shards
-from ewa_kernels.kernels.exchange import BLOCK
-from ewa_kernels.models.pairs import PairedExperts
-from ewa_kernels.models.replace import folded_state_dict as _folded_state_dict
-from ewa_kernels.modules import StackedExperts, holds_experts
+from .. import checks, private_torch
+from ..kernels.exchange import BLOCK
+from ..models.pairs import PairedExperts
+from ..models.replace import folded_state_dict as _folded_state_dict
+from ..modules import StackedExperts, holds_experts
+from ..train import shards
+from . import payload
 
 __all__ = [
     "QuantizedReduceScatter",

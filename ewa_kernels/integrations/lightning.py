@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ewa_kernels.integrations.callbacks import AveragingCallback
-from ewa_kernels.train.averager import ExpertAverager
+from ..train.averager import ExpertAverager
+from .callbacks import AveragingCallback
 
 __all__ = ["EWACallback"]
 

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import ewa_kernels.kernels.exchange as kernels
-from ewa_kernels.kernels.exchange import BLOCK, num_blocks
-from ewa_kernels.modules import holds_experts
+from ..kernels import exchange as kernels
+from ..kernels.exchange import BLOCK, num_blocks
+from ..modules import holds_experts
 
 # Of gradients that are exchanged at once. Smaller ones gain nothing, and go as they are, by one collective.
 MIN_BYTES = 2**23

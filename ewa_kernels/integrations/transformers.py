@@ -20,10 +20,10 @@ except ImportError as error:
         f"pip install transformers accelerate ({error})"
     ) from error
 
-from ewa_kernels.integrations.callbacks import AveragingCallback
-from ewa_kernels.models.checkpoints import load_unfolded_, save_unfolded
-from ewa_kernels.models.replace import replaced_in
-from ewa_kernels.train.averager import ExpertAverager
+from ..models.checkpoints import load_unfolded_, save_unfolded
+from ..models.replace import replaced_in
+from ..train.averager import ExpertAverager
+from .callbacks import AveragingCallback
 
 __all__ = ["EWACallback"]
 

@@ -15,7 +15,7 @@ gradient. The output is that of one expert: where a router's weights do not sum 
 
 from __future__ import annotations
 
-from ewa_kernels.models.stacked import random_partition_forward, register_implementations, routed_forward
+from ..models.stacked import random_partition_forward, register_implementations, routed_forward
 
 __all__ = ["random_partition_forward", "routed_forward"]
 

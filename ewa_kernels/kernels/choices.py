@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ewa_kernels.problem import Problem
+from ..problem import Problem
 
 
 def sum_of_choices(rows: Tensor, top_k: int) -> Tensor:

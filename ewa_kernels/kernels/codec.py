@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ewa_kernels.codec as specification
-from ewa_kernels.codec import CODEBOOKS, SCALES, Format
-from ewa_kernels.kernels import extension
-from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.kernels.parameter_pass import DTYPES
+from .. import codec as specification
+from ..codec import CODEBOOKS, SCALES, Format
+from . import extension
+from . import triton as triton_kernels
+from .parameter_pass import DTYPES
 
 # Of rows that C++ reads and writes.
 CPP_TYPES = DTYPES.keys() - {torch.float64}
 
 if extension.WHY_NOT is None:
-    import ewa_kernels._C as _C
+    from .. import _C
 
 
 def encode(rows: Tensor, form: Format, backend: str) -> Tensor:

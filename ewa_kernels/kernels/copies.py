@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import graphs
+from . import graphs
 
 
 @dataclass(frozen=True)

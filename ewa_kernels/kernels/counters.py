@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import graphs
+from . import graphs
 
 _Key = tuple[torch.device, int]
 _counters: dict[_Key, Tensor] = {}

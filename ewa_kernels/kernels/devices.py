@@ -7,10 +7,10 @@ import contextlib
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import extension
+from . import extension
 
 if extension.WHY_NOT is None:
-    import ewa_kernels._C as _C
+    from .. import _C
 
 
 _NOTHING = contextlib.nullcontext()

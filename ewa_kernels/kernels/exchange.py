@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import extension
-from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.kernels.codec import CPP_TYPES
-from ewa_kernels.kernels.parameter_pass import DTYPES
+from . import extension
+from . import triton as triton_kernels
+from .codec import CPP_TYPES
+from .parameter_pass import DTYPES
 
 if extension.WHY_NOT is None:
-    import ewa_kernels._C as _C
+    from .. import _C
 
 BLOCK = 128
 _LEAST_SCALE = 2.0**-120

@@ -11,7 +11,7 @@ HOW_TO = (
 )
 
 try:
-    import ewa_kernels._C as _C
+    from .. import _C
 
     WHY_NOT: str | None = None
     CUDA_ARCHITECTURES, HAS_HOPPER = _C.cuda, _C.hopper

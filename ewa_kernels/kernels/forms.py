@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from ewa_kernels.kernels import devices
-from ewa_kernels.problem import Inputs, Problem
+from ..problem import Inputs, Problem
+from . import devices
 
 TABLE = Path(__file__).with_name("forms.json")
 FORMS = ("single", "split", "onchip", "cublas", "hopper")  # Triton's are named as the backends, without "triton-"

@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import codec, multiprocessors
-from ewa_kernels.kernels.choices import grad_of_routing_weights, sum_of_choices
-from ewa_kernels.kernels.counters import give_back, zeroed_counters
-from ewa_kernels.kernels.devices import on_device
-from ewa_kernels.kernels.triton import moe_ffn as triton_ffn
-from ewa_kernels.kernels.triton.configs import aligned, ceil_div
-from ewa_kernels.kernels.triton.layer import check_sizes
-from ewa_kernels.kernels.triton.permutation import radices
-from ewa_kernels.problem import Deal, Inputs, Problem
+from ..problem import Deal, Inputs, Problem
+from . import codec, multiprocessors
+from .choices import grad_of_routing_weights, sum_of_choices
+from .counters import give_back, zeroed_counters
+from .devices import on_device
+from .triton import moe_ffn as triton_ffn
+from .triton.configs import aligned, ceil_div
+from .triton.layer import check_sizes
+from .triton.permutation import radices
 
 with contextlib.suppress(ImportError):
-    import ewa_kernels._C as _C
+    from .. import _C
 
 # Two choices to be measured; results are the same. Whether a launch begins while the one before it ends; and whether
 # forward is one launch, in which the products hand over rows by flags, in place of two. Neither is made where

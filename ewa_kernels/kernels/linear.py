@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels.blocked import linear as blocked
-from ewa_kernels.problem import Places, Problem
+from ..problem import Places, Problem
+from .blocked import linear as blocked
 
 
 def _of(problem: Problem) -> Any:
     if problem.backend == "triton":
-        from ewa_kernels.kernels.triton import linear  # which needs Triton
+        from .triton import linear  # which needs Triton
 
         return linear
     return blocked

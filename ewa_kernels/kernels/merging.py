@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import extension
-from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.kernels.devices import too_old
-from ewa_kernels.kernels.parameter_pass import DTYPES
+from . import extension
+from . import triton as triton_kernels
+from .devices import too_old
+from .parameter_pass import DTYPES
 
 if extension.WHY_NOT is None:
-    import ewa_kernels._C as _C
+    from .. import _C
 
 
 def why_not(device: torch.device) -> str | None:

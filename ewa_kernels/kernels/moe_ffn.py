@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ewa_kernels.kernels import triton as triton_kernels
-from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
-from ewa_kernels.problem import Problem
+from ..problem import Problem
+from . import triton as triton_kernels
+from .blocked import moe_ffn as blocked_ffn
 
 
 def of(problem: Problem) -> Any:
@@ -21,7 +21,7 @@ def of(problem: Problem) -> Any:
     if problem.backend == "cublas":
         return triton_kernels.cublas
     if problem.backend == "hopper":
-        from ewa_kernels.kernels import hopper  # which needs Triton
+        from . import hopper  # which needs Triton
 
         return hopper
     return triton_kernels.moe_ffn if problem.backend.startswith("triton") else blocked_ffn

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-import ewa_kernels.private_torch as private_torch
+from .. import private_torch
 
 _margin = 0
 

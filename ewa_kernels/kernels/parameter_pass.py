@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import ewa_kernels.private_torch as private_torch
-from ewa_kernels.kernels import counters, extension
+from .. import private_torch
+from . import counters, extension
 
 if extension.WHY_NOT is None:
-    import ewa_kernels._C as _C
+    from .. import _C
 
 # More share no block of a GPU.
 MAX_EXPERTS = 1024

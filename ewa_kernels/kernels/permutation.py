@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import ewa_kernels.reference as reference
-from ewa_kernels.kernels import extension
-from ewa_kernels.kernels import triton as triton_kernels
+from .. import reference
+from . import extension
+from . import triton as triton_kernels
 
 if extension.WHY_NOT is None:
-    import ewa_kernels._C as _C
+    from .. import _C
 
 
 def random_permutation(num_tokens: int, seed: int | Tensor, device: torch.device) -> Tensor:

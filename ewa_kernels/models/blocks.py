@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import ewa_kernels.functional as functional
-from ewa_kernels.models.execution import layout_of, sandbox
-from ewa_kernels.models.experts_adapters import ExpertsAdapter, NotExpertsError
-from ewa_kernels.models.ffn_adapters import NotReplaceableError
-from ewa_kernels.models.layout import FFNLayout, is_default
+from .. import functional
+from .execution import layout_of, sandbox
+from .experts_adapters import ExpertsAdapter, NotExpertsError
+from .ffn_adapters import NotReplaceableError
+from .layout import FFNLayout, is_default
 
 _TOLERANCE = 1e-5  # of norms; many routers compute in float32 whatever the dtype of the tokens
 _NARROW = 8  # d_ff of the experts of a copy

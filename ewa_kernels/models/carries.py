@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import ewa_kernels.functional as functional
-import ewa_kernels.train.shards as shards
+from .. import functional
+from ..train import shards
 
 # Of norms: how far a mean that is stored may be from the mean of what is stored (a running average of both, a cast).
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-5}

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import ewa_kernels.backends as backends
-import ewa_kernels.checks as checks
-import ewa_kernels.train.shards as shards
-from ewa_kernels.models.ffns import FFNSite, find_ffns
-from ewa_kernels.models.layout import swap_modules_
-from ewa_kernels.models.replace import ReplacementReport, replaced_in, stand_in_
+from .. import backends, checks
+from ..train import shards
+from .ffns import FFNSite, find_ffns
+from .layout import swap_modules_
+from .replace import ReplacementReport, replaced_in, stand_in_
 
 _FORMAT = "ewa_kernels.unfolded"
 _VERSION = 2

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ewa_kernels.activations import ACTIVATIONS
-from ewa_kernels.models.ffn_adapters import NotReplaceableError
-from ewa_kernels.models.layout import FFNLayout, Rate, copy_with_parameters, has_forward_of_its_own
+from ..activations import ACTIVATIONS
+from .ffn_adapters import NotReplaceableError
+from .layout import FFNLayout, Rate, copy_with_parameters, has_forward_of_its_own
 
 _SEEDS = range(4)
 

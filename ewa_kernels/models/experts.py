@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-import ewa_kernels.checks as checks
-from ewa_kernels.models import experts_adapters as adapters
-from ewa_kernels.models.experts_adapters import ExpertsAdapter, NotExpertsError, Paths
-from ewa_kernels.modules import FFN, ExpertLinear, StackedExperts, expert_tensors
+from .. import checks
+from ..modules import FFN, ExpertLinear, StackedExperts, expert_tensors
+from . import experts_adapters as adapters
+from .experts_adapters import ExpertsAdapter, NotExpertsError, Paths
 
 _FLAGS = {"has_gate", "has_bias", "is_transposed", "is_concatenated"}  # set by transformers' use_experts_implementation
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-import ewa_kernels.checks as checks
+from .. import checks
 
 Paths = dict[str, tuple[str, ...]]  # name → path of one stacked tensor, or paths of E separate ones
 

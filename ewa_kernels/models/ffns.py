@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import nn
 
-import ewa_kernels.checks as checks
-from ewa_kernels.models.carries import CarriesDense
-from ewa_kernels.models.execution import layout_of
-from ewa_kernels.models.experts import held_by, members_of_lists
-from ewa_kernels.models.ffn_adapters import (
+from .. import checks
+from ..modules import RandomPartitionMoE
+from .carries import CarriesDense
+from .execution import layout_of
+from .experts import held_by, members_of_lists
+from .ffn_adapters import (
     NotReplaceableError,
     Projections,
     at,
@@ -22,9 +23,8 @@ from ewa_kernels.models.ffn_adapters import (
     linears_in,
     projections_of,
 )
-from ewa_kernels.models.layout import FFNLayout
-from ewa_kernels.models.pair_execution import check_pair
-from ewa_kernels.modules import RandomPartitionMoE
+from .layout import FFNLayout
+from .pair_execution import check_pair
 
 _REPLACED = (CarriesDense, RandomPartitionMoE)
 

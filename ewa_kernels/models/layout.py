@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewa_kernels.activations import ACTIVATIONS
+from ..activations import ACTIVATIONS
 
 Rate = tuple[str, str]  # where the rate of a dropout is: name of a module inside the FFN, and of its attribute
 

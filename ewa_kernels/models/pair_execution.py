@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ewa_kernels.models.execution import PRECISIONS, FarOffError, Precision, sandbox, seed_all, window
-from ewa_kernels.models.ffn_adapters import NotReplaceableError, Projections
-from ewa_kernels.models.layout import copy_modules, has_forward_of_its_own
+from .execution import PRECISIONS, FarOffError, Precision, sandbox, seed_all, window
+from .ffn_adapters import NotReplaceableError, Projections
+from .layout import copy_modules, has_forward_of_its_own
 
 
 class _NotCalledError(NotReplaceableError):

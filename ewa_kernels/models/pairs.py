@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ewa_kernels.calls as calls
-import ewa_kernels.functional as functional
-from ewa_kernels.models.carries import CarriesDense, Kept
-from ewa_kernels.models.layout import copy_modules
-from ewa_kernels.models.replaced import parameter_like, release_
-from ewa_kernels.modules import ExpertLinear
+from .. import calls, functional
+from ..modules import ExpertLinear
+from .carries import CarriesDense, Kept
+from .layout import copy_modules
+from .replaced import parameter_like, release_
 
 
 class Begun(NamedTuple):

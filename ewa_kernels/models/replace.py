@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import ewa_kernels.backends as backends
-import ewa_kernels.checks as checks
-import ewa_kernels.train.shards as shards
-from ewa_kernels.models.ffns import FFNSite, find_ffns
-from ewa_kernels.models.layout import copy_with_parameters, swap_modules_
-from ewa_kernels.models.pairs import Deal, PairedExperts
-from ewa_kernels.models.replaced import ReplacedFFN
-from ewa_kernels.modules import RandomPartitionMoE
-from ewa_kernels.problem import SAVED
+from .. import backends, checks
+from ..modules import RandomPartitionMoE
+from ..problem import SAVED
+from ..train import shards
+from .ffns import FFNSite, find_ffns
+from .layout import copy_with_parameters, swap_modules_
+from .pairs import Deal, PairedExperts
+from .replaced import ReplacedFFN
 
 INITS = ("copy", "independent")
 

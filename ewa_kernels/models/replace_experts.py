@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import ewa_kernels.backends as backends
-import ewa_kernels.checks as checks
-import ewa_kernels.train.shards as shards
-from ewa_kernels.models import stacked
-from ewa_kernels.models.blocks import BlockFormula, BlockForward, layout_of_expert, prove
-from ewa_kernels.models.experts import ExpertsSite, find_experts, held_by
-from ewa_kernels.models.experts_adapters import NotExpertsError
-from ewa_kernels.models.ffns import why_hooked
-from ewa_kernels.models.layout import FFNLayout, has_forward_of_its_own, swap_modules_
-from ewa_kernels.models.replace import ReplacementReport
-from ewa_kernels.models.stacked import TENSORS, ExpertStack, MeanExpert, Origin
-from ewa_kernels.modules import StackedExperts
-from ewa_kernels.problem import SAVED
+from .. import backends, checks
+from ..modules import StackedExperts
+from ..problem import SAVED
+from ..train import shards
+from . import stacked
+from .blocks import BlockFormula, BlockForward, layout_of_expert, prove
+from .experts import ExpertsSite, find_experts, held_by
+from .experts_adapters import NotExpertsError
+from .ffns import why_hooked
+from .layout import FFNLayout, has_forward_of_its_own, swap_modules_
+from .replace import ReplacementReport
+from .stacked import TENSORS, ExpertStack, MeanExpert, Origin
 
 _SHARDED = "model must not be sharded, whose other layers gather their parameters as they were"
 

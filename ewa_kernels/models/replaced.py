@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ewa_kernels.calls as calls
-import ewa_kernels.checks as checks
-import ewa_kernels.private_torch as private_torch
-from ewa_kernels.models.carries import CarriesDense, DenseProjection, Kept
-from ewa_kernels.models.layout import FFNLayout, Rate, copy_modules, copy_with_parameters, is_default, rate_in
-from ewa_kernels.modules import RandomPartitionMoE, mean_of
+from .. import calls, checks, private_torch
+from ..modules import RandomPartitionMoE, mean_of
+from .carries import CarriesDense, DenseProjection, Kept
+from .layout import FFNLayout, Rate, copy_modules, copy_with_parameters, is_default, rate_in
 
 
 class ReplacedFFN(CarriesDense, RandomPartitionMoE):

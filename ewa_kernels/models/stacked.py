@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ewa_kernels.functional as functional
-import ewa_kernels.train.shards as shards
-from ewa_kernels.models.carries import DenseProjection
-from ewa_kernels.models.layout import FFNLayout, copy_with_parameters, rate_in
-from ewa_kernels.modules import FFN, Experts, StackedExperts, forward_mean
+from .. import functional
+from ..modules import FFN, Experts, StackedExperts, forward_mean
+from ..train import shards
+from .carries import DenseProjection
+from .layout import FFNLayout, copy_with_parameters, rate_in
 
 _FLAGS = {"has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_is_expert_parallel"}
 

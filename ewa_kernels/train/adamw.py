@@ -11,19 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ewa_kernels.backends as backends
-import ewa_kernels.checks as checks
-import ewa_kernels.functional as functional
-import ewa_kernels.ops as ops
-import ewa_kernels.private_torch as private_torch
-import ewa_kernels.train.adamw_by_torch as adamw_by_torch
-import ewa_kernels.train.shards as shards
-from ewa_kernels.kernels import copies, graphs
-from ewa_kernels.kernels.parameter_pass import MAX_EXPERTS, Numbers, Pass, Plan
-from ewa_kernels.train.adamw_by_torch import State
-from ewa_kernels.train.attachment import is_dry_run
-from ewa_kernels.train.averager import ExpertAverager
-from ewa_kernels.train.lookup import flattened
+from .. import backends, checks, functional, ops, private_torch
+from ..kernels import copies, graphs
+from ..kernels.parameter_pass import MAX_EXPERTS, Numbers, Pass, Plan
+from . import adamw_by_torch, shards
+from .adamw_by_torch import State
+from .attachment import is_dry_run
+from .averager import ExpertAverager
+from .lookup import flattened
 
 __all__ = ["AdamW"]
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-import ewa_kernels.private_torch as private_torch
-import ewa_kernels.train.shards as shards
-from ewa_kernels.kernels import graphs
-from ewa_kernels.train.lookup import Experts, members_of
-from ewa_kernels.train.undone import Undone
-from ewa_kernels.train.watch import Watch
+from .. import private_torch
+from ..kernels import graphs
+from . import shards
+from .lookup import Experts, members_of
+from .undone import Undone
+from .watch import Watch
 
 # In the first parameter group of an optimizer, so that it is saved and resumed by whatever saves the optimizer: also if
 # that flattens the groups, or asks a wrapped optimizer, whose hooks are others. Several averagers, of different

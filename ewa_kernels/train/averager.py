@@ -13,16 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import ewa_kernels.checks as checks
-import ewa_kernels.functional as functional
-import ewa_kernels.private_torch as private_torch
-import ewa_kernels.train.shards as shards
-from ewa_kernels.backends import resolve
-from ewa_kernels.kernels.parameter_pass import Numbers, Plan, averaging
-from ewa_kernels.train.attachment import Attachment, holds, hooked
-from ewa_kernels.train.found import FoundExperts
-from ewa_kernels.train.lookup import Experts, flattened, members_of
-from ewa_kernels.train.share_rate import ConstantShareRate, ShareRate, as_schedule
+from .. import checks, functional, private_torch
+from ..backends import resolve
+from ..kernels.parameter_pass import Numbers, Plan, averaging
+from . import shards
+from .attachment import Attachment, holds, hooked
+from .found import FoundExperts
+from .lookup import Experts, flattened, members_of
+from .share_rate import ConstantShareRate, ShareRate, as_schedule
 
 
 class ExpertAverager:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ewa_kernels.models.experts import find_experts
-from ewa_kernels.modules import ExpertLinear, RandomPartitionMoE, StackedExperts, expert_tensors
-from ewa_kernels.train.lookup import Experts, Lookup, members_of, without_frozen
+from ..models.experts import find_experts
+from ..modules import ExpertLinear, RandomPartitionMoE, StackedExperts, expert_tensors
+from .lookup import Experts, Lookup, members_of, without_frozen
 
 # Children that are no part of a model: what torch.compile, activation checkpointing and FullyShardedDataParallel wrap.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-import ewa_kernels.checks as checks
+from .. import checks
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

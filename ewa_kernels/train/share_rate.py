@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import ewa_kernels.checks as checks
+from .. import checks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-import ewa_kernels.train.shards as shards
-from ewa_kernels.train.lookup import Experts, flattened
+from . import shards
+from .lookup import Experts, flattened
 
 _NUM_TENSORS, _NUM_VALUES = 4, 64  # of a sample
 _NEAR = 0.2  # of the way that averaging moved a sample: as near as that it has come back to where it was

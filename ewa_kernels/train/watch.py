@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-import ewa_kernels.train.shards as shards
-from ewa_kernels.train.lookup import Experts, members_of
+from . import shards
+from .lookup import Experts, members_of
 
 _Member = tuple[str, int]  # name of experts, and which of separate ones
 

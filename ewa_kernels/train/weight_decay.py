@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import ewa_kernels.checks as checks
-from ewa_kernels.models.experts import find_experts
+from .. import checks
+from ..models.experts import find_experts
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

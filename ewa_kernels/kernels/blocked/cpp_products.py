@@ -11,16 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import codec, extension
-from ewa_kernels.kernels.blocked.cpp_rows import address, matrix
-from ewa_kernels.kernels.choices import grad_of_bias_factor
-from ewa_kernels.kernels.parameter_pass import DTYPES
-from ewa_kernels.kernels.reused import Reused
-from ewa_kernels.kernels.scratch import Scratch
-from ewa_kernels.problem import Deal, Inputs, Problem
+from ...problem import Deal, Inputs, Problem
+from .. import codec, extension
+from ..choices import grad_of_bias_factor
+from ..parameter_pass import DTYPES
+from ..reused import Reused
+from ..scratch import Scratch
+from .cpp_rows import address, matrix
 
 if extension.WHY_NOT is None:
-    import ewa_kernels._C as _C
+    from ... import _C
 
 
 def _pass(

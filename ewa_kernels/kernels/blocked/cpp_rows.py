@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import extension
-from ewa_kernels.kernels.blocked.blocks import Block
-from ewa_kernels.kernels.blocked.torch_rows import Dropout, TorchRows
-from ewa_kernels.kernels.parameter_pass import DTYPES
+from .. import extension
+from ..parameter_pass import DTYPES
+from .blocks import Block
+from .torch_rows import Dropout, TorchRows
 
 if extension.WHY_NOT is None:
-    import ewa_kernels._C as _C
+    from ... import _C
 
 
 class CppRows(TorchRows):

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import extension
-from ewa_kernels.kernels.blocked.cpp_rows import address, floats, matrix
-from ewa_kernels.kernels.blocked.moe_ffn import caster
-from ewa_kernels.kernels.blocked.products import products_of
-from ewa_kernels.kernels.choices import existing
-from ewa_kernels.kernels.reused import Reused
-from ewa_kernels.kernels.scratch import Scratch
-from ewa_kernels.problem import Places, Problem
+from ...problem import Places, Problem
+from .. import extension
+from ..choices import existing
+from ..reused import Reused
+from ..scratch import Scratch
+from .cpp_rows import address, floats, matrix
+from .moe_ffn import caster
+from .products import products_of
 
 if extension.WHY_NOT is None:
-    import ewa_kernels._C as _C
+    from ... import _C
 
 
 def prepared(problem: Problem, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -13,17 +13,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import codec
-from ewa_kernels.kernels.blocked import cpp_products, cpp_rows
-from ewa_kernels.kernels.blocked.blocks import Block, blocks, rows_in_a_block
-from ewa_kernels.kernels.blocked.products import products_of
-from ewa_kernels.kernels.blocked.torch_rows import Dropout, TorchRows
-from ewa_kernels.kernels.choices import grad_of_bias_factor, sum_of_choices
-from ewa_kernels.kernels.copies import in_dtype
-from ewa_kernels.kernels.permutation import random_permutation
-from ewa_kernels.kernels.reused import Reused
-from ewa_kernels.kernels.scratch import Scratch
-from ewa_kernels.problem import Deal, Inputs, Problem
+from ...problem import Deal, Inputs, Problem
+from .. import codec
+from ..choices import grad_of_bias_factor, sum_of_choices
+from ..copies import in_dtype
+from ..permutation import random_permutation
+from ..reused import Reused
+from ..scratch import Scratch
+from . import cpp_products, cpp_rows
+from .blocks import Block, blocks, rows_in_a_block
+from .products import products_of
+from .torch_rows import Dropout, TorchRows
 
 
 def caster(problem: Problem) -> Callable[[Tensor], Tensor]:

@@ -18,14 +18,14 @@ from typing import NamedTuple
 
 import torch
 
-from ewa_kernels.kernels import extension
-from ewa_kernels.kernels.blocked.cpp_rows import matrix
-from ewa_kernels.kernels.parameter_pass import DTYPES
-from ewa_kernels.kernels.scratch import Scratch
-from ewa_kernels.problem import Problem
+from ...problem import Problem
+from .. import extension
+from ..parameter_pass import DTYPES
+from ..scratch import Scratch
+from .cpp_rows import matrix
 
 if extension.WHY_NOT is None:
-    import ewa_kernels._C as _C
+    from ... import _C
 
 ENVIRONMENT = "EWA_KERNELS_CPU_PRODUCTS"
 SECONDS, LEAST_ROUNDS = 0.018, 2

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels.blocked.blocks import Block
-from ewa_kernels.kernels.scratch import Scratch
-from ewa_kernels.reference import dropout_scale
+from ...reference import dropout_scale
+from ..scratch import Scratch
+from .blocks import Block
 
 aten = torch.ops.aten
 

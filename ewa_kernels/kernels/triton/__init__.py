@@ -11,7 +11,7 @@ except ImportError:
     WHY_NOT: str | None = "Triton is not installed: pip install triton"
     INTERPRETED = False
 else:
-    from ewa_kernels.kernels.triton import averaging, codec, cublas, exchange, merging, moe_ffn, permutation
+    from . import averaging, codec, cublas, exchange, merging, moe_ffn, permutation
 
     WHY_NOT = None
     if torch.version.hip:

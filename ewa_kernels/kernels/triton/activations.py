@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ewa_kernels.kernels.triton.permutation import key_pair, mix32
+from .permutation import key_pair, mix32
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _GAUSS = tl.constexpr(0.3989422804014327)  # 1/√(2π)

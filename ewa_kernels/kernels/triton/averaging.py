@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.triton.configs import ASSERTS, Tile, aligned, ceil_div
-from ewa_kernels.kernels.triton.permutation import key_pair, mix32
+from .configs import ASSERTS, Tile, aligned, ceil_div
+from .permutation import key_pair, mix32
 
 # Its columns: nothing is multiplied.
 TILE = Tile(16, 1024, 16, parts=1, num_warps=4, num_stages=1)

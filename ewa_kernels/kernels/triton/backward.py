@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import forms
-from ewa_kernels.kernels.counters import give_back, zeroed_counters
-from ewa_kernels.kernels.triton.backward_rows import grad_x_kernel, pre_kernel
-from ewa_kernels.kernels.triton.backward_single import backward_kernel
-from ewa_kernels.kernels.triton.backward_weights import weights_kernel
-from ewa_kernels.kernels.triton.boxes import box_of_rows, box_of_weights
-from ewa_kernels.kernels.triton.configs import BACKWARD_PHASES, RowsTile, Tile, ceil_div
-from ewa_kernels.kernels.triton.launch import Launch
-from ewa_kernels.kernels.triton.layer import Layer
-from ewa_kernels.kernels.triton.queue import FIRST_COUNTER
-from ewa_kernels.problem import Problem
+from ...problem import Problem
+from .. import forms
+from ..counters import give_back, zeroed_counters
+from .backward_rows import grad_x_kernel, pre_kernel
+from .backward_single import backward_kernel
+from .backward_weights import weights_kernel
+from .boxes import box_of_rows, box_of_weights
+from .configs import BACKWARD_PHASES, RowsTile, Tile, ceil_div
+from .launch import Launch
+from .layer import Layer
+from .queue import FIRST_COUNTER
 
 _MAX_SPLITS = 8
 _MIN_SPLIT_STEPS = 8  # steps of a product's loop that a split has at least

@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ewa_kernels.kernels.triton.boxes import multiply_boxes
-from ewa_kernels.kernels.triton.epilogues import load_pre, store_grad_pre, store_rows
-from ewa_kernels.kernels.triton.permutation import load_seed
-from ewa_kernels.kernels.triton.queue import FIRST_COUNTER, signal
-from ewa_kernels.kernels.triton.tiles import (
+from .boxes import multiply_boxes
+from .epilogues import load_pre, store_grad_pre, store_rows
+from .permutation import load_seed
+from .queue import FIRST_COUNTER, signal
+from .tiles import (
     NUMBERS,
     block_of_tile,
     clamp_columns,

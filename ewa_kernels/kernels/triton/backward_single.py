@@ -8,12 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ewa_kernels.kernels.triton.backward_rows import group_tile, store_pre
-from ewa_kernels.kernels.triton.backward_weights import bias_tile, weight_tile
-from ewa_kernels.kernels.triton.epilogues import store_rows
-from ewa_kernels.kernels.triton.permutation import load_seed
-from ewa_kernels.kernels.triton.queue import FIRST_COUNTER, draw_ticket, leave_clean, signal, wait_for_expert
-from ewa_kernels.kernels.triton.tiles import (
+from .backward_rows import group_tile, store_pre
+from .backward_weights import bias_tile, weight_tile
+from .epilogues import store_rows
+from .permutation import load_seed
+from .queue import FIRST_COUNTER, draw_ticket, leave_clean, signal, wait_for_expert
+from .tiles import (
     NUMBERS,
     block_of_tile,
     clamp_columns,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ewa_kernels.kernels.triton.epilogues import store_rows
-from ewa_kernels.kernels.triton.queue import FIRST_COUNTER, leave_clean, signal, wait_for_expert
-from ewa_kernels.kernels.triton.tiles import (
+from .epilogues import store_rows
+from .queue import FIRST_COUNTER, leave_clean, signal, wait_for_expert
+from .tiles import (
     NUMBERS,
     clamp_columns,
     first_block_of_expert,

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ewa_kernels.kernels.triton.configs import Tile
-from ewa_kernels.kernels.triton.tiles import multiply
+from .configs import Tile
+from .tiles import multiply
 
 
 def box_of_rows(rows: Tensor, tile: Tile) -> Any:

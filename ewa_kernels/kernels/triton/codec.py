@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.codec import BLOCK, CODEBOOKS, NOT_A_NUMBER, SCALES, Format
-from ewa_kernels.kernels.devices import on_device
-from ewa_kernels.kernels.triton.configs import ASSERTS, ceil_div
+from ...codec import BLOCK, CODEBOOKS, NOT_A_NUMBER, SCALES, Format
+from ..devices import on_device
+from .configs import ASSERTS, ceil_div
 
 _BLOCK = tl.constexpr(BLOCK)
 _NAN = tl.constexpr(NOT_A_NUMBER)

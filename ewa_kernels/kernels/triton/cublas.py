@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ewa_kernels.kernels.choices import grad_of_routing_weights, sum_of_choices
-from ewa_kernels.kernels.devices import on_device
-from ewa_kernels.kernels.triton import rows
-from ewa_kernels.kernels.triton.configs import ROWS, ROWS_TILES, UNALIGNED_ROWS_TILE, RowsTile, aligned, ceil_div
-from ewa_kernels.kernels.triton.launch import Launch
-from ewa_kernels.kernels.triton.layer import Layer, check_sizes
-from ewa_kernels.kernels.triton.moe_ffn import prepared
-from ewa_kernels.problem import Deal, Inputs, Problem
+from ...problem import Deal, Inputs, Problem
+from ..choices import grad_of_routing_weights, sum_of_choices
+from ..devices import on_device
+from . import rows
+from .configs import ROWS, ROWS_TILES, UNALIGNED_ROWS_TILE, RowsTile, aligned, ceil_div
+from .launch import Launch
+from .layer import Layer, check_sizes
+from .moe_ffn import prepared
 
 __all__ = ["backward", "forward", "prepared"]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ewa_kernels.kernels.triton.activations import activate, activate_with_slope, dropout_scale
-from ewa_kernels.kernels.triton.codec import load_encoded, saturated, store_encoded
-from ewa_kernels.kernels.triton.tiles import halves, halves_of_row, pairs
+from .activations import activate, activate_with_slope, dropout_scale
+from .codec import load_encoded, saturated, store_encoded
+from .tiles import halves, halves_of_row, pairs
 
 
 @triton.jit

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.devices import on_device
-from ewa_kernels.kernels.triton.codec import largest_of, saturated
-from ewa_kernels.kernels.triton.configs import ASSERTS, ceil_div
+from ..devices import on_device
+from .codec import largest_of, saturated
+from .configs import ASSERTS, ceil_div
 
 _BLOCK = tl.constexpr(128)  # elements that share a scale
 _BLOCKS = 16  # of a program

@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.counters import give_back, zeroed_counters
-from ewa_kernels.kernels.triton.configs import ceil_div
-from ewa_kernels.kernels.triton.epilogues import store_rows, store_up
-from ewa_kernels.kernels.triton.launch import Launch
-from ewa_kernels.kernels.triton.layer import Layer
-from ewa_kernels.kernels.triton.permutation import load_seed, tokens_of_rows
-from ewa_kernels.kernels.triton.queue import FIRST_COUNTER, draw_ticket, leave_clean, signal, wait_until
-from ewa_kernels.kernels.triton.tiles import NUMBERS, load_choices, multiply_rows, rows_of_block, widths
+from ..counters import give_back, zeroed_counters
+from .configs import ceil_div
+from .epilogues import store_rows, store_up
+from .launch import Launch
+from .layer import Layer
+from .permutation import load_seed, tokens_of_rows
+from .queue import FIRST_COUNTER, draw_ticket, leave_clean, signal, wait_until
+from .tiles import NUMBERS, load_choices, multiply_rows, rows_of_block, widths
 
 
 @triton.jit(do_not_specialize=NUMBERS)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.triton.configs import ASSERTS, aligned, ceil_div
-from ewa_kernels.kernels.triton.tiles import NUMBERS
+from .configs import ASSERTS, aligned, ceil_div
+from .tiles import NUMBERS
 
 BLOCKS, EXPERTS = 64, 128
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from ewa_kernels.kernels.triton.configs import RowsTile, Tile
+from .configs import RowsTile, Tile
 
 
 class Launch:

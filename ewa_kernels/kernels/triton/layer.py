@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewa_kernels.codec import BLOCK
-from ewa_kernels.kernels import multiprocessors
-from ewa_kernels.kernels.triton import codec, configs
-from ewa_kernels.kernels.triton.configs import Tile, aligned, ceil_div
-from ewa_kernels.kernels.triton.groups import tabulate
-from ewa_kernels.kernels.triton.launch import Launch
-from ewa_kernels.kernels.triton.permutation import int32_bits, radices, seed_arguments
-from ewa_kernels.kernels.triton.tiles import INTERPRETED
-from ewa_kernels.problem import Deal, Inputs, Problem
+from ...codec import BLOCK
+from ...problem import Deal, Inputs, Problem
+from .. import multiprocessors
+from . import codec, configs
+from .configs import Tile, aligned, ceil_div
+from .groups import tabulate
+from .launch import Launch
+from .permutation import int32_bits, radices, seed_arguments
+from .tiles import INTERPRETED
 
 _MAX_ROWS = 2**31 - 1024  # so that a row past the end of a tile is an int32
 _MAX_EXPERTS = 2**15  # so that the product of two experts' numbers is one

@@ -14,20 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.copies import in_dtype
-from ewa_kernels.kernels.counters import give_back, zeroed_counters
-from ewa_kernels.kernels.devices import on_device
-from ewa_kernels.kernels.triton import rows
-from ewa_kernels.kernels.triton.backward import splits
-from ewa_kernels.kernels.triton.backward_weights import weights_kernel
-from ewa_kernels.kernels.triton.configs import ROWS, aligned, ceil_div
-from ewa_kernels.kernels.triton.cublas import rows_tile
-from ewa_kernels.kernels.triton.epilogues import store_rows
-from ewa_kernels.kernels.triton.launch import Launch
-from ewa_kernels.kernels.triton.layer import Layer, check_sizes
-from ewa_kernels.kernels.triton.moe_ffn import warn_once_of_copies
-from ewa_kernels.kernels.triton.queue import FIRST_COUNTER
-from ewa_kernels.kernels.triton.tiles import (
+from ...problem import Deal, Inputs, Places, Problem
+from ..copies import in_dtype
+from ..counters import give_back, zeroed_counters
+from ..devices import on_device
+from . import rows
+from .backward import splits
+from .backward_weights import weights_kernel
+from .configs import ROWS, aligned, ceil_div
+from .cublas import rows_tile
+from .epilogues import store_rows
+from .launch import Launch
+from .layer import Layer, check_sizes
+from .moe_ffn import warn_once_of_copies
+from .queue import FIRST_COUNTER
+from .tiles import (
     NUMBERS,
     block_of_tile,
     clamp_columns,
@@ -36,7 +37,6 @@ from ewa_kernels.kernels.triton.tiles import (
     rows_of_block,
     widths,
 )
-from ewa_kernels.problem import Deal, Inputs, Places, Problem
 
 
 @triton.jit(do_not_specialize=NUMBERS)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.triton.averaging import load_expert, round_to_bfloat16
-from ewa_kernels.kernels.triton.configs import ASSERTS, aligned, ceil_div
+from .averaging import load_expert, round_to_bfloat16
+from .configs import ASSERTS, aligned, ceil_div
 
 BLOCK, NUM_WARPS = 1024, 4
 MAX_TENSORS = 4  # up and down, weights and biases

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewa_kernels.kernels import forms
-from ewa_kernels.kernels.choices import grad_of_routing_weights, sum_of_choices
-from ewa_kernels.kernels.copies import in_dtype
-from ewa_kernels.kernels.devices import on_device
-from ewa_kernels.kernels.triton.backward import launch_backward
-from ewa_kernels.kernels.triton.configs import aligned
-from ewa_kernels.kernels.triton.forward import launch_forward
-from ewa_kernels.kernels.triton.layer import Layer, check_sizes
-from ewa_kernels.kernels.triton.onchip import launch_onchip
-from ewa_kernels.kernels.triton.split import launch_down, launch_up
-from ewa_kernels.problem import Deal, Inputs, Problem
+from ...problem import Deal, Inputs, Problem
+from .. import forms
+from ..choices import grad_of_routing_weights, sum_of_choices
+from ..copies import in_dtype
+from ..devices import on_device
+from .backward import launch_backward
+from .configs import aligned
+from .forward import launch_forward
+from .layer import Layer, check_sizes
+from .onchip import launch_onchip
+from .split import launch_down, launch_up
 
 
 def prepared(problem: Problem, inputs: Inputs) -> Inputs:

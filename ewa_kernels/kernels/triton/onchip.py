@@ -6,13 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.triton.activations import activate, dropout_scale
-from ewa_kernels.kernels.triton.codec import store_encoded
-from ewa_kernels.kernels.triton.epilogues import store_rows
-from ewa_kernels.kernels.triton.launch import Launch
-from ewa_kernels.kernels.triton.layer import Layer
-from ewa_kernels.kernels.triton.permutation import load_seed, tokens_of_rows
-from ewa_kernels.kernels.triton.tiles import NUMBERS, load_choices, multiply, rows_of_block, widths
+from .activations import activate, dropout_scale
+from .codec import store_encoded
+from .epilogues import store_rows
+from .launch import Launch
+from .layer import Layer
+from .permutation import load_seed, tokens_of_rows
+from .tiles import NUMBERS, load_choices, multiply, rows_of_block, widths
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.triton.configs import ASSERTS, aligned, ceil_div
-from ewa_kernels.reference import num_rounds
+from ...reference import num_rounds
+from .configs import ASSERTS, aligned, ceil_div
 
 BLOCK = 1024
 

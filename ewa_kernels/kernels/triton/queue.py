@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ewa_kernels.kernels.triton.tiles import INTERPRETED, rows_of_expert
+from .tiles import INTERPRETED, rows_of_expert
 
 FIRST_COUNTER = tl.constexpr(2)
 # Seconds of waiting. The interpreter runs one program after the other: a wait that is not over at once never is.

@@ -10,12 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ewa_kernels.kernels.triton.activations import activate, activate_with_slope, dropout_scale
-from ewa_kernels.kernels.triton.backward_weights import bias_tile
-from ewa_kernels.kernels.triton.codec import store_encoded
-from ewa_kernels.kernels.triton.epilogues import load_pre
-from ewa_kernels.kernels.triton.permutation import load_seed, tokens_of_rows
-from ewa_kernels.kernels.triton.tiles import NUMBERS, load_choices, rows_of_block, rows_of_expert, widths
+from .activations import activate, activate_with_slope, dropout_scale
+from .backward_weights import bias_tile
+from .codec import store_encoded
+from .epilogues import load_pre
+from .permutation import load_seed, tokens_of_rows
+from .tiles import NUMBERS, load_choices, rows_of_block, rows_of_expert, widths
 
 
 @triton.jit

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewa_kernels.kernels.triton.boxes import box_of_rows, box_of_weights, multiply_boxes
-from ewa_kernels.kernels.triton.configs import Tile, ceil_div
-from ewa_kernels.kernels.triton.epilogues import store_rows, store_up
-from ewa_kernels.kernels.triton.launch import Launch
-from ewa_kernels.kernels.triton.layer import Layer
-from ewa_kernels.kernels.triton.permutation import fill, load_seed, tokens_of_rows
-from ewa_kernels.kernels.triton.tiles import NUMBERS, block_of_tile, load_choices, multiply_rows, rows_of_block, widths
+from .boxes import box_of_rows, box_of_weights, multiply_boxes
+from .configs import Tile, ceil_div
+from .epilogues import store_rows, store_up
+from .launch import Launch
+from .layer import Layer
+from .permutation import fill, load_seed, tokens_of_rows
+from .tiles import NUMBERS, block_of_tile, load_choices, multiply_rows, rows_of_block, widths
 
 
 @triton.jit(do_not_specialize=NUMBERS)
