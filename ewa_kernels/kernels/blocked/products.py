@@ -29,12 +29,12 @@ if extension.WHY_NOT is None:
 
 ENVIRONMENT = "EWA_KERNELS_CPU_PRODUCTS"
 SECONDS, LEAST_ROUNDS = 0.018, 2
-# PyTorch's are taken if they need at most so much of our time. A trial does not see what ours save, which is to read and
-# write once more what lies between products: on an Intel Xeon 10 to 40 % of a call.
+# PyTorch's are taken if they need at most so much of our time. A trial does not see what ours save, which is to read
+# and write once more what lies between products: on an Intel Xeon 10 to 40 % of a call.
 WORTH_IT = 0.7
 # Multiplications for each expert and projection from which on it is worth trying: those of 50 µs.
 LARGE = 1 << 22
-# Of a trial's product for each expert at the most: those of half a millisecond. Rows are an expert's, up to `TRIAL_ROWS`.
+# Of a trial's product for each expert at the most: those of half a millisecond. Of its rows up to `TRIAL_ROWS`.
 TRIAL_SIZE, TRIAL_ROWS, TRIAL_TERMS, TRIAL_WEIGHTS = 1 << 25, 512, 1024, 1 << 20
 # Experts of a trial at the most: how C++ divides its work depends on whether there are some.
 TRIAL_EXPERTS = 4
