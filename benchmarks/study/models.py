@@ -199,15 +199,17 @@ def apply_(arm: Arm, model: nn.Module, init: str) -> None:
             model.set_submodule(name, FusedFFN(ffn, arm.num_experts, init))
     elif arm.experts is not None:
         ewa.replace_ffn_(model, arm.num_experts, filter_fn=lambda name, _: name in names, init=init)
-    for i, block in enumerate(blocks):
-        assert isinstance(block, Block)
+    for i in range(len(blocks)):
         if arm.dropout:
-            block.mlp.act = nn.Sequential(block.mlp.act, nn.Dropout(arm.dropout))
-            block.mlp = nn.Sequential(block.mlp, nn.Dropout(arm.dropout))
+            _append_(model, f"blocks.{i}.mlp.act", nn.Dropout(arm.dropout))
+            _append_(model, f"blocks.{i}.mlp", nn.Dropout(arm.dropout))
         if arm.drop_path:
-            chance = arm.drop_path * i / (len(blocks) - 1)
-            block.proj = nn.Sequential(block.proj, DropPath(chance))
-            block.mlp = nn.Sequential(block.mlp, DropPath(chance))
+            for branch in ("proj", "mlp"):
+                _append_(model, f"blocks.{i}.{branch}", DropPath(arm.drop_path * i / (len(blocks) - 1)))
+
+
+def _append_(model: nn.Module, name: str, module: nn.Module) -> None:
+    model.set_submodule(name, nn.Sequential(model.get_submodule(name), module))
 
 
 def fold_(arm: Arm, model: nn.Module) -> None:

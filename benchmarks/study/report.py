@@ -188,8 +188,8 @@ def _limits(study: Study) -> str:
     names = " and ".join(task.name for task in study.tasks)
     return (
         f"One size of model for each task, tiny ones, and small data, {names}, {study.seeds} seeds. Another "
-        "data set or a larger model may answer otherwise. Learning rates suit the dense model; no arm's own options were "
-        "tuned. MNIST's test sets of different seeds overlap: intervals are of training on these 5,000 images, "
+        "data set or a larger model may answer otherwise. Learning rates suit the dense model; no arm's own options "
+        "were tuned. MNIST's test sets of different seeds overlap: intervals are of training on these 5,000 images, "
         "not of MNIST at large. Behind Adam, whose steps do not depend on a gradient's scale, ExFusion's experts move "
         "alike while their weights are equal: from copies it trains nearly as the dense model does. Routed experts are "
         "not studied here."

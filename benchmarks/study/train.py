@@ -167,7 +167,7 @@ def steps_of(task: Task, start: str) -> int:
 
 def course_steps(num_steps: int) -> list[int]:
     """After how many steps the test loss is looked at; the last time at the end."""
-    return [max(1, num_steps * i // NUM_POINTS) for i in range(1, NUM_POINTS + 1)]
+    return sorted({max(1, num_steps * i // NUM_POINTS) for i in range(1, NUM_POINTS + 1)})
 
 
 def execute(run: Run, study: Study, checkpoint: Path, device: str) -> Result:
@@ -243,7 +243,7 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     inputs, labels = split.inputs.to(device), split.labels.to(device)
     followed = Split(data.test.inputs[:NUM_FOLLOWED], data.test.labels[:NUM_FOLLOWED])
-    looks, course = set(course_steps(num_steps)), []
+    looks, course = course_steps(num_steps), []
     torch.manual_seed(run.seed)
     # Of its own: whatever the model draws, the batches are the same.
     generator = torch.Generator().manual_seed(run.seed)
