@@ -47,8 +47,8 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*.* csrc/*/*)
 bench: venv
 	$(BIN)/python -m benchmarks
 
-# Naive and random-partition experts, with averaging and without, over seeds; some 10 minutes on two idle cores.
-# STUDY_FLAGS: e.g. --resume, --seeds 20, --full
+# Random partition with several share rates, and rivals, against the dense model, over seeds; an hour on two idle cores.
+# STUDY_FLAGS: e.g. --resume, --seeds 30, --full
 STUDY_FLAGS ?=
 study: venv
 	$(BIN)/python -m benchmarks.study $(STUDY_FLAGS)

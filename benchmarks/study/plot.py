@@ -11,17 +11,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.study.models import DENSE
-from benchmarks.study.statistics import Comparison, accuracies
+from benchmarks.study.statistics import POOLED, Comparison, accuracies
 from benchmarks.study.train import Result, Run
 
 BETTER, WORSE, UNDECIDED = "#0072b2", "#d55e00", "#777777"
 
 
 def draw(results: Mapping[Run, Result], comparisons: Sequence[Comparison], title: str, path: Path) -> None:
-    """One row for a task, one column for a start; one axis for the panels of a row."""
-    tasks = list(dict.fromkeys(c.task for c in comparisons))
-    starts = list(dict.fromkeys(c.start for c in comparisons))
-    figure = Figure(figsize=(13, 1.2 + 3.6 * len(tasks)), dpi=130, layout="constrained")
+    """One row for a task, one column for a start; one axis for the panels of a row. The pooled ones are in study.md."""
+    tasks = list(dict.fromkeys(c.task for c in comparisons if c.task != POOLED))
+    starts = list(dict.fromkeys(c.start for c in comparisons if c.start != POOLED))
+    figure = Figure(figsize=(13, 1.2 + 6 * len(tasks)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(tasks), len(starts), squeeze=False, sharex="row", sharey=True)
     for row, task in zip(panels, tasks, strict=True):
@@ -41,12 +41,11 @@ def draw(results: Mapping[Run, Result], comparisons: Sequence[Comparison], title
 def _panel(axes: Axes, comparisons: Sequence[Comparison], title: str) -> None:
     for y, c in enumerate(comparisons):
         color = UNDECIDED if not c.is_significant else BETTER if c.mean > 0 else WORSE
-        axes.plot(c.differences, [y + 0.22] * len(c.differences), "o", color=color, markersize=3, alpha=0.5)
+        axes.plot(c.differences, [y + 0.25] * len(c.differences), "o", color=color, markersize=2.5, alpha=0.5)
         error = [[c.mean - c.low], [c.high - c.mean]]
         axes.errorbar(c.mean, y, xerr=error, fmt="o", color=color, capsize=3, markersize=7)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.axhline(3.6, color="black", linewidth=0.5, linestyle=":")  # below it: with averaging against without
-    axes.set_yticks(range(len(comparisons)), [f"{c.arm}\n− {c.baseline}" for c in comparisons])
+    axes.set_yticks(range(len(comparisons)), [f"{c.arm} − {c.baseline}" for c in comparisons])
     axes.set_ylim(len(comparisons) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

