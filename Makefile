@@ -69,10 +69,10 @@ wheel:
 	PATH="$(CURDIR)/build/wheel/venv/bin:$$PATH" build/wheel/venv/bin/auditwheel repair --wheel-dir dist/$(WHEEL) \
 	build/wheel/*.whl
 
-# A repository that Hugging Face's kernels loads, in build/hub, of the wheels in dist/cpu or dist/cuda: one for each Python,
-# as the workflow makes them, or the one for this Python, made if there is none.
+# A repository that Hugging Face's kernels loads, in build/hub, of the wheels in dist/cpu or dist/cuda: one for this Python,
+# made anew, and those for others that are there.
 BACKEND ?= $(if $(filter cpu,$(WHEEL)),cpu,cu$(shell nvcc --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\),.*/\1\2/p'))
-hub: $(if $(wildcard dist/$(WHEEL)/*.whl),,wheel)
+hub: wheel
 	$(PYTHON) hub.py dist/$(WHEEL) $(BACKEND)
 
 # On a CUDA machine, with the Python and the packages that are there: nothing is installed. GPU_FLAGS: e.g.

@@ -19,9 +19,14 @@ arguments = parser.parse_args()
 if not re.fullmatch(r"cpu|cu\d{3}", arguments.backend):
     parser.error(f"backend must be cpu or as cu130, got {arguments.backend}")
 
+wheels = sorted(arguments.wheels.glob("*.whl"))
+kinds = {(name.split("-")[1], name.split("-")[-1]) for name in (wheel.stem for wheel in wheels)}
+if len(kinds) != 1:
+    parser.error(f"wheels must be of one version and one platform, {arguments.wheels} has {sorted(kinds) or 'none'}")
+
 repository = Path("build/hub")
 shutil.rmtree(repository, ignore_errors=True)
-for wheel in sorted(arguments.wheels.glob("*.whl")):
+for wheel in wheels:
     name, version, *_, platform = wheel.stem.split("-")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(repository, [file for file in archive.namelist() if file.startswith("ewa_kernels/")])

@@ -23,11 +23,13 @@ from .kernels import moe_ffn as kernels
 from .kernels import triton as triton_kernels
 from .problem import SAVED, Deal, Inputs, Options, Problem, format_of_pre, format_of_x, num_kept
 
-# PyTorch takes an operation once. A package that is imported anew, as in notebooks, goes on with those that are there.
-_OPERATIONS: Any = torch.ops.ewa_kernels
+# PyTorch takes an operation once. A package that is imported anew, as in notebooks, goes on with those that are there;
+# one that is loaded under another name, as by Hugging Face's `kernels`, has its own.
+_NAMESPACE = __name__.partition(".")[0]
+_OPERATIONS: Any = getattr(torch.ops, _NAMESPACE)
 _IS_NEW = not hasattr(_OPERATIONS, "library")
 if _IS_NEW:
-    _OPERATIONS.library = torch.library.Library("ewa_kernels", "DEF")
+    _OPERATIONS.library = torch.library.Library(_NAMESPACE, "DEF")
 _LIBRARY = _OPERATIONS.library
 
 
@@ -36,8 +38,8 @@ def define(schema: str, implementation: Any, fake: Any, tags: tuple[torch.Tag, .
     if _IS_NEW:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ewa_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.ewa_kernels, name).default
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return getattr(_OPERATIONS, name).default
 
 
 def complete(

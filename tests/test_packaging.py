@@ -90,6 +90,8 @@ for repository in sys.argv[1:]:
     ewa = kernels.get_local_kernel(Path(repository), backend="cpu")
     facts = importlib.import_module(f"{ewa.__name__}.__main__").facts()
     assert {facts["operations"]["cpu"][name]["backend"] for name in ("moe_ffn", "average_experts_")} == {"cpp"}, facts
+    operations = importlib.import_module(f"{ewa.__name__}.ops")
+    assert operations.random_permutation.name() == f"{ewa.__name__}::random_permutation", "each has its own"
     layer = ewa.RandomPartitionMoE(16, 32, num_experts=4)
     x, upstream = torch.randn(2, 26, 16)
     x.requires_grad_()
@@ -131,7 +133,7 @@ def test_without_a_compiler(tmp_path):
     assert "ewa_kernels/reference.py" in names
     assert not any(name.endswith((".so", ".pyd")) for name in names)
     why_not, _ = use_wheel(tmp_path, wheel)
-    assert why_not.startswith("the C++ extension is not built")
+    assert why_not.startswith("the C++ extension is not built (No module named 'ewa_kernels._C')")
     assert "pip install" in why_not
 
 

@@ -121,21 +121,21 @@ def test_each_gradient_alone(products, dtype, wanted):
         assert grad is None or torch.equal(grad, among_all)
 
 
-@pytest.mark.parametrize(("d_model", "d_ff"), [(24, 40), (100, 400)])
-def test_no_bit_depends_on_the_number_of_threads(products_by, dtype, d_model, d_ff):
+# Of the last one a gradient is made by tasks that pack for themselves, in several batches and in one, as threads go.
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "d_model", "d_ff"), [(999, 3, 24, 40), (999, 3, 100, 400), (4500, 2, 64, 1024)]
+)
+def test_no_bit_depends_on_the_number_of_threads(products_by, dtype, num_tokens, num_experts, d_model, d_ff):
     if not have_cpp(dtype):
         pytest.skip("PyTorch's products may")
     products_by("cpp")
-    operands = (tokens(999, d_model, dtype=dtype), *random_ffn(3, d_model, d_ff, dtype=dtype))
+    x = tokens(num_tokens, d_model, dtype=dtype)
+    operands = (x, *random_ffn(num_experts, d_model, d_ff, dtype=dtype))
     results, threads = [], torch.get_num_threads()
     try:
         for num_threads in (1, 2, 3, 8):
             torch.set_num_threads(num_threads)
-            results.append(
-                output_and_grads(
-                    ewa.functional.moe_ffn, operands, tokens(999, d_model, dtype=dtype), seed=4, backend="cpp"
-                )
-            )
+            results.append(output_and_grads(ewa.functional.moe_ffn, operands, x, seed=4, backend="cpp"))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -213,7 +213,8 @@ class TestWhoMakesThem:
         dtypes = (torch.float32, torch.float32, None)
         return products_of(Problem.of_linear(num_rows, weight, "cpp", torch.float32, dtypes))
 
-    def test_the_faster_ones_by_a_trial_for_each_kind_of_size(self, trials):
+    def test_the_faster_ones_by_a_trial_for_each_kind_of_size(self, trials, monkeypatch):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         assert [self.found(), self.found(), self.found(num_rows=4 * 200)] == [self.TORCH] * 3
         assert len(trials) == 1
         self.found(num_rows=4 * 600)
@@ -223,6 +224,18 @@ class TestWhoMakesThem:
     def test_ours_unless_theirs_are_much_faster(self, ratio, is_torch):
         self.ratio = ratio
         assert self.found() == (self.TORCH if is_torch else self.CPP)
+
+    def test_one_for_each_number_of_threads(self, trials):
+        """Which decides how C++ divides its work."""
+        threads = torch.get_num_threads()
+        try:
+            for num_threads, experts, rows in ((1, 2, 200), (3, 4, 201)):
+                torch.set_num_threads(num_threads)
+                self.found(num_rows=4 * rows)
+                assert trials[-1] == (experts, rows, 1024, 4096)
+        finally:
+            torch.set_num_threads(threads)
+        assert len(trials) == 2
 
     def test_small_calls_are_not_worth_it(self, trials):
         assert self.found(num_rows=64, d_model=64, d_ff=256) == self.CPP

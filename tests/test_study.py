@@ -466,7 +466,7 @@ class TestCommand:
 
 def test_pretraining_comes_before_what_starts_from_it():
     runs = DEFAULT.runs()
-    assert len(runs) == len(set(runs)) == 24 * 62
+    assert len(runs) == len(set(runs)) == DEFAULT.seeds * 62
     for run in runs:
         if run.start == FINE_TUNED:
             assert runs.index(Run(run.task, PRETRAINING, "dense", run.seed)) < runs.index(run)

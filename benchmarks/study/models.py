@@ -205,7 +205,7 @@ def apply_(arm: Arm, model: nn.Module, init: str) -> None:
             _append_(model, f"blocks.{i}.mlp", nn.Dropout(arm.dropout))
         if arm.drop_path:
             for branch in ("proj", "mlp"):
-                _append_(model, f"blocks.{i}.{branch}", DropPath(arm.drop_path * i / (len(blocks) - 1)))
+                _append_(model, f"blocks.{i}.{branch}", DropPath(arm.drop_path * i / max(1, len(blocks) - 1)))
 
 
 def _append_(model: nn.Module, name: str, module: nn.Module) -> None:

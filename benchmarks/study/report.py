@@ -76,7 +76,7 @@ def _setting(study: Study) -> str:
         f"{tasks}. {study.seeds} seeds, each with its own split, weights and batches, which all arms share.\n\n"
         "- **Random partition**: all arms that name β, E or FFNs, and no averaging. Every other FFN becomes E = 4 "
         "experts, if not said otherwise; tested folded, at the cost of the dense model.\n"
-        f"- **β**: the share rate, after each step; in {LINEAR_RATE.name} it rises linearly, as if to reach 0.3 at the "
+        f"- **β**: the share rate, after each step; in {LINEAR_RATE.name} it rises linearly to 0.3 at the "
         f"end. What varies E or the layers has {MIDDLE_RATE.name}, and is compared with the arm of that name.\n"
         "- **ExFusion** (arXiv 2603.27965), by its abstract: every other FFN's weights are a learned mixture (softmax) "
         "of four experts', made before each forward. How experts start and mixtures are normalised is our choice.\n"

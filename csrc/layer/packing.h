@@ -15,8 +15,8 @@ namespace ewa {
 
 // Words (see tile.h) of a sum that are packed together: a panel of the left operand stays in the first cache.
 constexpr int64_t most_words = 384;
-// Rows of the result that one thread makes at a time, if others need the same right operand or not, and columns that it
-// goes through together: for so many words what both need of the operands stays in the second cache.
+// Rows of the result that one thread makes at a time, where tasks share a right operand, and where it is one task's alone;
+// and columns that it goes through together: for so many words what both need of the operands stays in the second cache.
 constexpr int64_t task_rows = 8 * tile_rows, most_task_rows = 27 * tile_rows, block_columns = 256;
 constexpr int64_t line_bytes = 64;
 

@@ -36,6 +36,8 @@ constexpr int64_t many_tasks_per_thread = 4;
 // third cache, but no more than 64 MB; of one 8 MB. If that has more, its sum is made in several batches.
 constexpr int64_t right_words_per_thread = int64_t{5} << 17, most_right_words = int64_t{1} << 24;
 constexpr int64_t right_words_of_one = int64_t{1} << 21;
+// Of the left operand and the result so much for each thread, where a task is all of an expert.
+constexpr int64_t most_words_of_task = int64_t{1} << 21;
 
 int64_t this_thread() {
 #ifdef _OPENMP
@@ -76,16 +78,20 @@ struct RowsTask {
     int64_t expert, at, first, rows;
 };
 
-// Experts whose right operands are packed together, or of one that has a large one some parts of the sum.
+// How right operands are packed: by each task for itself, a block at a time; for all tasks, before them; or so too, but of
+// one expert, and some parts of its sum at a time.
+enum class Packed { by_tasks, for_all, in_parts };
+
+// Experts that are worked on together.
 struct Batch {
-    Range parts;
-    bool whole, last;  // all parts; the last ones
-    bool shared;       // packed before the tasks, for all of them; else each packs what it needs, a block at a time
+    Packed packed;
+    Range parts = {0, INT64_MAX};
+    bool last = true;  // of the parts
 
     Range parts_of(const Product& product) const { return {parts.first, std::min(parts.end, product.parts().count)}; }
 
-    std::vector<PackTask> packs;
-    std::vector<RowsTask> tasks;
+    std::vector<PackTask> packs = {};
+    std::vector<RowsTask> tasks = {};
 
     // Halves the last task of each thread, so that all end at about the same time.
     void halve_last(int64_t threads) {
@@ -104,21 +110,23 @@ struct Plan {
     std::vector<Product> products;
     int64_t threads;
     std::vector<Batch> batches;
-    // Floats of packed right operands, of a result that is summed up over batches, and of a task's left operand, result
-    // and block of a right operand; slots for as many tasks as are worked on at a time.
-    int64_t right = 0, kept = 0, left = 0, result = 0, block = 0, slots = 0;
+    // Floats of packed right operands, of a result and of sums of rows that are added up over batches, and of a task's left
+    // operand, result and block of a right operand; slots for as many tasks as are worked on at a time.
+    int64_t right = 0, kept = 0, sums = 0, left = 0, result = 0, block = 0, slots = 0;
 
     Plan(std::vector<Product> of, int64_t num_threads) : products(std::move(of)), threads(num_threads) {
         const int64_t experts = products.size(), together = std::min(threads * right_words_per_thread, most_right_words);
-        int64_t all_rows = 0, most_of_one = 0;
+        int64_t all_rows = 0, most_rows_of_one = 0, most_of_one = 0;
         for (const Product& product : products) {
             all_rows += product.m;
-            most_of_one = std::max(most_of_one, product.m);
+            most_rows_of_one = std::max(most_rows_of_one, product.m);
+            most_of_one = std::max(most_of_one, product.m * std::max(product.words, product.n));
         }
-        // Where a task is all of an expert, nobody else needs its right operand. That then never leaves the second cache:
-        // on processors whose third one is far away a tenth is won.
-        if (most_of_one <= std::min(ceil_div(all_rows, threads * tasks_per_thread), most_task_rows)) {
-            add_batch(0, experts, most_task_rows, {{0, INT64_MAX}, true, true, false, {}, {}});
+        // Where a task is all of an expert, nobody else needs its right operand. A block of that then never leaves the second
+        // cache: on processors whose third one is far away a tenth is won.
+        if (most_rows_of_one <= std::min(ceil_div(all_rows, threads * tasks_per_thread), most_task_rows) &&
+            most_of_one <= most_words_of_task) {
+            add_batch(0, experts, most_task_rows, {Packed::by_tasks});
             return;
         }
         for (int64_t first = 0, end; first < experts; first = end) {
@@ -132,13 +140,13 @@ struct Plan {
             const int64_t parts = products[first].parts().count;
             const int64_t part_size = padded(products[first].n) * most_words;
             if (size <= right_words_of_one || end > first + 1 || parts == 1) {
-                add_batch(first, end, most_rows, {{0, INT64_MAX}, true, true, true, {}, {}});
+                add_batch(first, end, most_rows, {Packed::for_all});
                 continue;
             }
             const Parts ranges(parts, std::max<int64_t>(right_words_of_one / part_size, 1));
             for (int64_t i = 0; i < ranges.count; ++i)
                 add_batch(first, end, most_rows,
-                          {{ranges.start(i), ranges.start(i + 1)}, false, i + 1 == ranges.count, true, {}, {}});
+                          {Packed::in_parts, {ranges.start(i), ranges.start(i + 1)}, i + 1 == ranges.count});
         }
     }
 
@@ -154,16 +162,19 @@ struct Plan {
                 left = std::max(left, rows.size(i) * size);
                 result = std::max(result, rows.size(i) * product.n);
             }
-            if (!batch.shared) {
+            if (batch.packed == Packed::by_tasks) {
                 block = std::max(block, std::min(padded(product.n), block_columns) * words.most());
                 continue;
             }
             for (int64_t part = parts.first; rows.count > 0 && part < parts.end; ++part)
                 for (int64_t j = 0; j < product.n; j += block_columns) batch.packs.push_back({e, at, part, j});
-            if (!batch.whole) kept = std::max(kept, product.m * product.n);
+            if (batch.packed == Packed::in_parts) {
+                kept = std::max(kept, product.m * product.n);
+                sums = std::max<int64_t>(sums, product.m * sizeof(double) / sizeof(float));
+            }
             at += padded(product.n) * size;
         }
-        batch.halve_last(threads);
+        if (batch.packed != Packed::by_tasks) batch.halve_last(threads);
         right = std::max(right, at);
         slots = std::max(slots, std::min<int64_t>(threads, batch.tasks.size()));
         batches.push_back(std::move(batch));
@@ -171,7 +182,8 @@ struct Plan {
 
     // Where each begins, and how long a slot is: at a vector's boundary, which no load of right operands then crosses.
     int64_t kept_at() const { return right; }
-    int64_t slots_at() const { return kept_at() + aligned(kept); }
+    int64_t sums_at() const { return kept_at() + aligned(kept); }
+    int64_t slots_at() const { return sums_at() + aligned(sums); }
     int64_t result_in_slot() const { return aligned(left); }
     int64_t block_in_slot() const { return result_in_slot() + aligned(result); }
     int64_t slot() const { return block_in_slot() + aligned(block); }
@@ -186,13 +198,14 @@ template <bool bfloat16>
 void run(const Plan& plan, const Operand& left, const Operand& right, float* workspace, bool add, float* result,
          float* sums, const RowFunction* then) {
     float* const kept = workspace + plan.kept_at();
+    double* const sums_so_far = reinterpret_cast<double*>(workspace + plan.sums_at());
     float* const slots = workspace + plan.slots_at();
 #pragma omp parallel num_threads(plan.threads)
     for (const Batch& batch : plan.batches) {
         const auto out_of = [&](const RowsTask& task, float* slot) {
             const Product& product = plan.products[task.expert];
             if (result != nullptr) return result + (product.result_row + task.first) * product.n;
-            return batch.whole ? slot + plan.result_in_slot() : kept + task.first * product.n;
+            return batch.packed == Packed::in_parts ? kept + task.first * product.n : slot + plan.result_in_slot();
         };
         const auto pass_on = [&](const RowsTask& task, float* out) {
             const int64_t row = plan.products[task.expert].result_row + task.first;
@@ -226,19 +239,24 @@ void run(const Plan& plan, const Operand& left, const Operand& right, float* wor
                                     sums == nullptr ? nullptr : of_rows);
             for (int64_t i = 0; sums != nullptr && i < task.rows; ++i) {
                 float& sum = sums[product.result_row + task.first + i];
-                sum = static_cast<float>((more ? sum : 0.0) + of_rows[i]);
+                const double before = parts.first > 0 ? sums_so_far[task.first + i] : add ? sum : 0.0;
+                // Rounded once: whether there are several batches depends on the number of threads.
+                if (batch.last)
+                    sum = static_cast<float>(before + of_rows[i]);
+                else
+                    sums_so_far[task.first + i] = before + of_rows[i];
             }
             multiply_panels<bfloat16>(product, rows, parts, slot, more, out, [&](int64_t part, int64_t column) {
                 const int64_t word = words.start(part), n = words.size(part);
-                if (batch.shared)
+                if (batch.packed != Packed::by_tasks)
                     return workspace + task.at + padded(product.n) * (word - words.start(parts.first)) + column * n;
                 float* const own = slot + plan.block_in_slot();
                 pack_right<bfloat16>(right, product, word, n, column, own);
                 return own;
             });
-            if (batch.whole) pass_on(task, out);
+            if (batch.packed != Packed::in_parts) pass_on(task, out);
         }
-        if (batch.whole || !batch.last) continue;
+        if (batch.packed != Packed::in_parts || !batch.last) continue;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < num_tasks; ++t) pass_on(batch.tasks[t], out_of(batch.tasks[t], nullptr));
     }

@@ -34,7 +34,7 @@ template <bool bfloat16, int rows>
 EWA_AVX512 void tile(int64_t words, const float* left, const float* right, float* out, int64_t row_of_out,
                      int64_t columns, bool add) {
     __m512 sums[rows][2];
-    // All that is read later is asked for early: the second cache is far, and on some processors foresees too little.
+    // What comes from the second cache is asked for early, the result and `right`; `left` stays in the first one.
     for (int i = 0; i < rows; ++i)
         for (int j = 0; j < 2; ++j) __builtin_prefetch(out + i * row_of_out + j * lanes, 1);
     for (int i = 0; i < rows; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 # After torch: the module uses the OpenMP runtime that torch has loaded, and so the same threads.
 import torch  # noqa: F401
 
@@ -11,7 +14,8 @@ HOW_TO = (
 )
 
 try:
-    from .. import _C
+    # Not by `from .. import _C`, whose error speaks of circular imports when there is no such file.
+    _C: Any = importlib.import_module(f"{__package__.rpartition('.')[0]}._C")
 
     WHY_NOT: str | None = None
     CUDA_ARCHITECTURES, HAS_HOPPER = _C.cuda, _C.hopper

@@ -36,8 +36,8 @@ WORTH_IT = 0.7
 LARGE = 1 << 22
 # Of a trial's product for each expert at the most: those of half a millisecond. Of its rows up to `TRIAL_ROWS`.
 TRIAL_SIZE, TRIAL_ROWS, TRIAL_TERMS, TRIAL_WEIGHTS = 1 << 25, 512, 1024, 1 << 20
-# Experts of a trial at the most: how C++ divides its work depends on whether there are some.
-TRIAL_EXPERTS = 4
+# Experts of a trial for each thread at the most: how C++ divides its work depends on whether each thread has some.
+TRIAL_EXPERTS = 2
 # Of so few rows of an expert PyTorch makes products of bfloat16 faster than C++ does, which packs more.
 FEW_ROWS = 256
 
@@ -106,8 +106,8 @@ def _choose(problem: Problem) -> Products:
         return among[-1 if few else 0]
     # Sizes by powers of two: layers of about the same size need no trial of their own.
     sizes = (1 << (size - 1).bit_length() for size in (rows, problem.d_model, problem.d_ff))
-    experts = min(problem.num_experts, TRIAL_EXPERTS)
-    key = (*among, experts, *sizes)
+    experts = min(problem.num_experts, TRIAL_EXPERTS * torch.get_num_threads())
+    key = (*among, experts, torch.get_num_threads(), *sizes)
     if key not in _chosen:
         _chosen[key] = fastest(among, experts, rows, problem.d_model, problem.d_ff)
     return _chosen[key]
