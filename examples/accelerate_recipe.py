@@ -19,7 +19,7 @@ parser = argparse.ArgumentParser(description="Trains a model with experts by Acc
 parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
 parser.add_argument("--accumulate", type=int, default=2, help="batches for each")
 parser.add_argument("--experts", type=int, default=4)
-parser.add_argument("--share-rate", type=float, default=0.3, help="β at the end of training")
+parser.add_argument("--share-rate", type=float, default=0.03, help="β after each step")
 parser.add_argument("--output", default="digits-accelerate", help="folder for the checkpoint and the folded model")
 parser.add_argument("--save-at", type=int, default=None, help="save a checkpoint after this step")
 parser.add_argument("--resume", action="store_true", help="from that checkpoint")
@@ -74,8 +74,7 @@ def main() -> None:
     model = RowTransformer()
     accelerator.print(ewa.replace_ffn_(model, num_experts=options.experts))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    share_rate = ewa.LinearShareRate(end=options.share_rate, num_steps=options.steps)
-    averager = ewa.ExpertAverager(model, share_rate=share_rate)
+    averager = ewa.ExpertAverager(model, share_rate=options.share_rate)
     # To torch's optimizer, before prepare: Accelerate's wrapper is called for every batch and mostly does nothing.
     averager.attach(optimizer)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -92,7 +92,7 @@ def main() -> None:
 
     # After fully_shard, which exchanges the parameters. AdamW and averaging in one pass; with any other optimizer
     # averager.attach(optimizer).
-    averager = ewa.ExpertAverager(model, ewa.LinearShareRate(end=0.3, num_steps=arguments.steps))
+    averager = ewa.ExpertAverager(model, share_rate=0.03)
     optimizer = ewa.optim.AdamW(model.parameters(), lr=1e-3, averager=averager)
 
     def state() -> dict[str, object]:

@@ -18,7 +18,7 @@ import ewa_kernels as ewa
 parser = argparse.ArgumentParser(description="Trains a ViT with experts and folds it.")
 parser.add_argument("--steps", type=int, default=300)
 parser.add_argument("--experts", type=int, default=4)
-parser.add_argument("--share-rate", type=float, default=0.3, help="β at the end of training")
+parser.add_argument("--share-rate", type=float, default=0.03, help="β after each step")
 parser.add_argument("--seed", type=int, default=0)
 
 
@@ -45,8 +45,7 @@ def main() -> None:
     print(ewa.replace_ffn_(model, num_experts=options.experts))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)  # made after replace_ffn_
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=options.steps)
-    share_rate = ewa.LinearShareRate(end=options.share_rate, num_steps=options.steps)
-    averager = ewa.ExpertAverager(model, share_rate=share_rate)
+    averager = ewa.ExpertAverager(model, share_rate=options.share_rate)
     averager.attach(optimizer)
 
     for step in range(options.steps):

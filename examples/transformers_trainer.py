@@ -18,7 +18,7 @@ from ewa_kernels.integrations.transformers import EWACallback
 parser = argparse.ArgumentParser(description="Trains a ViT with experts, folds it and saves it.")
 parser.add_argument("--steps", type=int, default=300)
 parser.add_argument("--experts", type=int, default=4)
-parser.add_argument("--share-rate", type=float, default=0.3, help="β at the end of training")
+parser.add_argument("--share-rate", type=float, default=0.03, help="β after each step")
 parser.add_argument("--output", default="digits-vit", help="folder for checkpoints and the folded model")
 parser.add_argument("--resume", action="store_true", help="from the last checkpoint in that folder")
 parser.add_argument("--seed", type=int, default=0)
@@ -75,7 +75,7 @@ def main() -> None:
     )
     test = Digits(slice(1400, None))
     trainer = Trainer(model, arguments, train_dataset=Digits(slice(1400)), eval_dataset=test, compute_metrics=accuracy)
-    EWACallback(share_rate=ewa.LinearShareRate(end=options.share_rate, num_steps=options.steps)).add_to(trainer)
+    EWACallback(share_rate=options.share_rate).add_to(trainer)
     trainer.train(resume_from_checkpoint=options.resume)  # prints loss, share_rate and expert_spread
     trainer.save_model()  # dense: the callback has folded the model
 

@@ -39,7 +39,7 @@ def test_timm_plain_loop(tmp_path):
     ]
     steps = [line.split(":")[0] for line in lines if line.startswith("step ")]
     assert steps == [f"step {i}" for i in range(6)]
-    assert "next share rate 0.300" in lines[-4]
+    assert "next share rate 0.030" in lines[-4]
     assert lines[-3:-1] == [
         "folding changed no bit of the output: True",
         "the folded weights load into an untouched model, strictly",
@@ -53,7 +53,7 @@ def test_transformers_trainer(tmp_path):
     for resume in ([], ["--resume"]):
         lines = run("transformers_trainer.py", "--steps", 6, "--output", "vit", *resume, cwd=tmp_path)
         assert "vit.layers.1.mlp  replaced fused" in lines
-        assert any("'share_rate': '0.25'" in line and "'expert_spread': '" in line for line in lines)
+        assert any("'share_rate': '0.03'" in line and "'expert_spread': '" in line for line in lines)
         assert "from_pretrained found each weight that it needs, and no other: True" in lines
         assert "the loaded model has the folded weights: True" in lines
         if not resume:

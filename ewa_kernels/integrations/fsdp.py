@@ -4,7 +4,7 @@ model = ...  # after ewa.replace_ffn_
 for block in model.blocks:
     fully_shard(block, shard_placement_fn=expert_shard_placement)
 fully_shard(model, shard_placement_fn=expert_shard_placement)
-averager = ewa.ExpertAverager(model, share_rate=0.3)
+averager = ewa.ExpertAverager(model, share_rate=0.03)
 averager.attach(optimizer)
 ...
 state_dict = folded_state_dict(model)  # on every rank

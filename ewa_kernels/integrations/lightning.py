@@ -35,7 +35,7 @@ class EWACallback(AveragingCallback, _callback_class()):  # type: ignore[misc]
                 ...
                 ewa.replace_ffn_(self.model)
 
-        Trainer(callbacks=[EWACallback(share_rate=0.3)]).fit(MyModule(), …)
+        Trainer(callbacks=[EWACallback(share_rate=0.03)]).fit(MyModule(), …)
 
     Replace the FFNs before `fit`, or in `configure_model`. Experts that are frozen at first, as by BackboneFinetuning,
     are averaged from the step on in which they are trained. Steps that a gradient scaler skipped, and batches that only

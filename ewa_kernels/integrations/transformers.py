@@ -36,7 +36,7 @@ class EWACallback(AveragingCallback, TrainerCallback):
     """Averages after each real optimizer step of a `Trainer`, and folds the model when training ends.
 
         ewa.replace_ffn_(model)
-        trainer = Trainer(model, args, train_dataset=…, callbacks=[EWACallback(share_rate=0.3)])
+        trainer = Trainer(model, args, train_dataset=…, callbacks=[EWACallback(share_rate=0.03)])
         trainer.train()
         trainer.save_model()    # a dense model
 

@@ -31,7 +31,7 @@ _NO_STATE = (None, None, None, None, 0)
 class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` and `ExpertAverager.step()` in one pass: each number is read once and written once.
 
-        averager = ewa.ExpertAverager(model, share_rate=0.3)
+        averager = ewa.ExpertAverager(model, share_rate=0.03)
         optimizer = ewa.optim.AdamW(model.parameters(), lr=1e-3, averager=averager)
 
     Results, options, parameter groups and `state_dict` are those of `torch.optim.AdamW(fused=True)`; so is what

@@ -26,7 +26,7 @@ from .share_rate import ConstantShareRate, ShareRate, as_schedule
 class ExpertAverager:
     """Pulls every expert towards the mean of its fellows after each optimizer step.
 
-        averager = ewa.ExpertAverager(model, share_rate=ewa.LinearShareRate(end=0.3, num_steps=10_000))
+        averager = ewa.ExpertAverager(model, share_rate=0.03)
         averager.attach(optimizer)      # or call averager.step() after optimizer.step()
 
     Args:
