@@ -1,4 +1,4 @@
-"""The arms of the study, a ViT and a Point-style transformer, and what the arms make of them."""
+"""The arms of the study, what they make of a model, and a Point-style transformer."""
 
 from __future__ import annotations
 
@@ -68,25 +68,6 @@ ARMS = (
     *(DENSE, NO_AVERAGING, *CONSTANT_RATES, LINEAR_RATE),
     *(FEWER_EXPERTS, MORE_EXPERTS, ALL_LAYERS, LAST_LAYERS, *RIVALS),
 )
-
-
-class VisionTransformer(nn.Module):
-    """Images `[B, 1, H, W]` → logits, over patches and a class token."""
-
-    def __init__(self, d_model: int, depth: int, num_heads: int, num_classes: int, image_size: int, patch_size: int):
-        super().__init__()
-        self.patch_embed = nn.Conv2d(1, d_model, kernel_size=patch_size, stride=patch_size)
-        self.cls_token = nn.Parameter(0.5 * torch.randn(1, 1, d_model))
-        # As large as the patches: started at the usual 0.02, positions are learnt too slowly for so few images.
-        self.pos_embed = nn.Parameter(0.5 * torch.randn(1, 1 + (image_size // patch_size) ** 2, d_model))
-        self.blocks = nn.Sequential(*(Block(d_model, num_heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(d_model)
-        self.head = nn.Linear(d_model, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat((self.cls_token.expand(len(images), -1, -1), patches), dim=1)
-        return self.head(self.norm(self.blocks(tokens + self.pos_embed))[:, 0])
 
 
 class PatchEmbedding(nn.Module):

@@ -68,9 +68,8 @@ class Records:
         self.environment = first["environment"]
         for line in lines:
             run = Run(*(line[name] for name in Run._fields))
-            self.results[run] = Result(
-                **{**{name: line[name] for name in Result._fields}, "course": tuple(line["course"])}
-            )
+            result = Result(*(line[name] for name in Result._fields))
+            self.results[run] = result._replace(course=tuple(result.course))
 
 
 def _without_seeds(study: Study) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.study import solids
-from benchmarks.study.models import PointTransformer, VisionTransformer
+from benchmarks.study.models import PointTransformer
+from ewa_kernels.demo.training import VisionTransformer
 
 Array = NDArray[Any]
 
@@ -89,7 +90,7 @@ class Mnist(Task):
         )
 
     def model(self) -> nn.Module:
-        return VisionTransformer(self.d_model, self.depth, self.num_heads, 10, 28, self.patch_size)
+        return VisionTransformer(self.d_model, self.depth, self.num_heads, image_size=28, patch_size=self.patch_size)
 
 
 @functools.cache

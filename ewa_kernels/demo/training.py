@@ -87,14 +87,16 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images `[B, 1, 8, 8]` → logits `[B, 10]`, over 16 patches and a class token."""
+    """Images `[B, 1, H, H]` → logits `[B, 10]`, over patches and a class token; H is 8 by default, of 16 patches."""
 
-    def __init__(self, d_model: int = 64, depth: int = 4, num_heads: int = 4):
+    def __init__(
+        self, d_model: int = 64, depth: int = 4, num_heads: int = 4, *, image_size: int = 8, patch_size: int = 2
+    ):
         super().__init__()
-        self.patch_embed = nn.Conv2d(1, d_model, kernel_size=2, stride=2)
+        self.patch_embed = nn.Conv2d(1, d_model, kernel_size=patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(0.5 * torch.randn(1, 1, d_model))
         # As large as the patches: started at the usual 0.02, positions are learnt too slowly for so few images.
-        self.pos_embed = nn.Parameter(0.5 * torch.randn(1, 17, d_model))
+        self.pos_embed = nn.Parameter(0.5 * torch.randn(1, 1 + (image_size // patch_size) ** 2, d_model))
         self.blocks = nn.Sequential(*(Block(d_model, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, 10)
