@@ -85,8 +85,9 @@ LOAD = """
 import importlib, sys
 from pathlib import Path
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path.insert(0, sys.argv[1])
 import kernels, torch
-for repository in sys.argv[1:]:
+for repository in sys.argv[2:]:
     ewa = kernels.get_local_kernel(Path(repository), backend="cpu")
     facts = importlib.import_module(f"{ewa.__name__}.__main__").facts()
     assert {facts["operations"]["cpu"][name]["backend"] for name in ("moe_ffn", "average_experts_")} == {"cpp"}, facts
@@ -120,7 +121,11 @@ def test_make_hub(tmp_path):
     hub = source / "build" / "hub"
     (metadata,) = shutil.copytree(hub, tmp_path / "other").glob("build/*/metadata.json")
     metadata.write_text(metadata.read_text().replace('"id": "', '"id": "other'))
-    command = [sys.executable, "-I", "-c", LOAD, hub, tmp_path / "other"]
+    # Not in this environment: where transformers finds `kernels`, it imports it.
+    libraries = tmp_path / "libraries"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", libraries, "kernels==0.17.*"]
+    subprocess.run(command, check=True)
+    command = [sys.executable, "-I", "-c", LOAD, libraries, hub, tmp_path / "other"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     files = result.stdout.splitlines()

@@ -1,12 +1,9 @@
 """Matrix products in C++ (`csrc/products.h`): every edge of a tile, a task and a batch, and what is fused with them."""
 
-import concurrent.futures
 import itertools
 import os
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from parity import assert_parity, check_ffn, output_and_grads, random_ffn, weigh
 import ewa_kernels as ewa
 from ewa_kernels.kernels.blocked import moe_ffn as blocked_ffn
 from ewa_kernels.kernels.blocked import products as products_module
-from ewa_kernels.kernels.blocked.products import ENVIRONMENT, Products, candidates, have_cpp, products_of, trial
+from ewa_kernels.kernels.blocked.products import ENVIRONMENT, Products, candidates, have_cpp, products_of
 from ewa_kernels.problem import Problem
 
 
@@ -189,88 +186,41 @@ def test_what_is_not_a_number_stays_where_it_is(products, dtype):
 
 
 class TestWhoMakesThem:
-    """By `products_of`, for calls of `large` rows, which are worth a trial, and for others."""
-
-    CPP, TORCH = Products(torch.float32, by_cpp=True), Products(torch.float32, by_cpp=False)
+    """By `products_of`, where C++ and PyTorch both can."""
 
     @pytest.fixture(autouse=True)
-    def trials(self, monkeypatch):
-        """Of each its sizes; in them PyTorch takes `self.ratio` of our time."""
-        seen, self.ratio = [], 0.5
-
-        def trial(among, *sizes):
-            seen.append(sizes)
-            return {products: 1.0 if products.by_cpp else self.ratio for products in among}
-
-        monkeypatch.setattr(products_module, "trial", trial)
-        monkeypatch.setattr(products_module, "_chosen", {})
-        monkeypatch.setattr(products_module, "candidates", lambda dtype: [self.CPP, self.TORCH])
+    def both(self, monkeypatch):
+        monkeypatch.setattr(products_module, "have_cpp", lambda dtype: True)
         monkeypatch.delenv(ENVIRONMENT, raising=False)
-        return seen
 
-    def found(self, num_rows=4 * 197, d_model=1024, d_ff=4096):
-        weight = torch.empty(4, d_ff, d_model, device="meta")
-        dtypes = (torch.float32, torch.float32, None)
-        return products_of(Problem.of_linear(num_rows, weight, "cpp", torch.float32, dtypes))
+    def found(self, dtype=torch.float32, num_rows=4 * 197):
+        weight = torch.empty(4, 4096, 1024, device="meta")
+        return products_of(Problem.of_linear(num_rows, weight, "cpp", dtype, (dtype, dtype, None)))
 
-    def test_the_faster_ones_by_a_trial_for_each_kind_of_size(self, trials, monkeypatch):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-        assert [self.found(), self.found(), self.found(num_rows=4 * 200)] == [self.TORCH] * 3
-        assert len(trials) == 1
-        self.found(num_rows=4 * 600)
-        assert trials == [(4, 197, 1024, 4096), (4, 600, 1024, 4096)]
-
-    @pytest.mark.parametrize(("ratio", "is_torch"), [(0.69, True), (0.71, False), (2.0, False)])
-    def test_ours_unless_theirs_are_much_faster(self, ratio, is_torch):
-        self.ratio = ratio
-        assert self.found() == (self.TORCH if is_torch else self.CPP)
-
-    def test_one_for_each_number_of_threads(self, trials):
-        """Which decides how C++ divides its work."""
-        threads = torch.get_num_threads()
-        try:
-            for num_threads, experts, rows in ((1, 2, 200), (3, 4, 201)):
-                torch.set_num_threads(num_threads)
-                self.found(num_rows=4 * rows)
-                assert trials[-1] == (experts, rows, 1024, 4096)
-        finally:
-            torch.set_num_threads(threads)
-        assert len(trials) == 2
-
-    def test_small_calls_are_not_worth_it(self, trials):
-        assert self.found(num_rows=64, d_model=64, d_ff=256) == self.CPP
-        assert trials == []
+    @pytest.mark.parametrize(
+        ("dtype", "rows", "by_cpp"),
+        [
+            (torch.float32, 1, True),
+            (torch.float32, 4096, True),
+            (torch.bfloat16, 256, True),
+            (torch.bfloat16, 255, False),
+        ],
+    )
+    def test_ours_but_for_few_rows_of_bfloat16(self, dtype, rows, by_cpp):
+        assert self.found(dtype, 4 * rows).by_cpp == by_cpp
 
     @pytest.mark.parametrize("wanted", ["cpp", "torch"])
-    def test_the_environment_decides(self, monkeypatch, trials, wanted):
+    def test_the_environment_decides(self, monkeypatch, wanted):
         monkeypatch.setenv(ENVIRONMENT, wanted)
         assert self.found().by_cpp == (wanted == "cpp")
-        assert trials == []
 
-    def test_no_clock_decides_where_results_must_be_alike(self, trials):
-        torch.use_deterministic_algorithms(True)
-        try:
-            assert self.found() == self.CPP
-        finally:
-            torch.use_deterministic_algorithms(False)
-        assert trials == []
-
-    def test_of_threads_one_chooses_for_all(self, monkeypatch):
-        """The backward of one reads what its forward kept, in an order that depends on the choice."""
-        once = iter([self.CPP, self.TORCH, self.CPP, self.TORCH])
-        barrier = threading.Barrier(4)
-
-        def fastest(*_):
-            time.sleep(0.05)
-            return next(once)
-
-        def call(_):
-            barrier.wait()
-            return self.found()
-
-        monkeypatch.setattr(products_module, "fastest", fastest)
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            assert set(pool.map(call, range(4))) == {self.CPP}
+    def test_once_for_forward_and_backward(self, monkeypatch):
+        """The backward reads what the forward kept, in an order that depends on the choice."""
+        weight = torch.empty(4, 64, 64, device="meta")
+        problem = Problem.of_linear(64, weight, "cpp", torch.float32, (torch.float32, torch.float32, None))
+        before = products_of(problem)
+        monkeypatch.setenv(ENVIRONMENT, "torch")
+        assert products_of(problem) == before
 
     def test_what_the_environment_may_say(self, monkeypatch):
         monkeypatch.setenv(ENVIRONMENT, "mkl")
@@ -294,14 +244,3 @@ def test_candidates(monkeypatch, cpp, fast):
         else:
             wanted = torch.float32 in cpp and (dtype == torch.float16 or not fast)
             assert ours == [torch.float32] * wanted
-
-
-@pytest.mark.skipif(not have_cpp(torch.float32), reason="no AVX-512")
-def test_a_trial_times_what_it_says():
-    """Of each kind of products, which are made; on a CPU, whatever device is the default one."""
-    among = [*candidates(torch.float32), *candidates(torch.bfloat16)]
-    assert len(among) == len(set(among))
-    with torch.device("meta"):
-        seconds = trial(among, 3, 200, 300, 5000)
-    assert set(seconds) == set(among)
-    assert all(0 < taken < 1 for taken in seconds.values())
