@@ -60,23 +60,19 @@ def use_wheel(folder, wheel):
     return why_not, architectures
 
 
-def test_with_a_compiler(tmp_path):
-    wheel, names = build_wheel(tmp_path, **WITHOUT_CUDA)
-    assert any(name.startswith("ewa_kernels/_C.") and name.endswith((".so", ".pyd")) for name in names)
-    assert "ewa_kernels/py.typed" in names
-    assert "ewa_kernels/kernels/forms.json" in names
-    assert "ewa_kernels/models/replace.py" in names
-    assert not any(name.startswith(("tests", "benchmarks", "csrc")) for name in names)
-    assert use_wheel(tmp_path, wheel) == ("None", "None")
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """What `make hub` makes, in the folder of its source; dist/cpu has the wheel that it is made of."""
+    if sys.platform != "linux":
+        pytest.skip("auditwheel is for Linux")
+    source = checkout(tmp_path_factory.mktemp("hub"))
+    subprocess.run(["make", "hub", f"PYTHON={sys.executable}"], cwd=source, check=True, capture_output=True, text=True)
+    return source / "build" / "hub"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="auditwheel is for Linux")
-def test_make_wheel(tmp_path):
+def test_make_wheel(tmp_path, hub):
     """One that auditwheel lets pass, for Linux of many kinds."""
-    source = checkout(tmp_path)
-    command = ["make", "wheel", f"PYTHON={sys.executable}"]
-    subprocess.run(command, cwd=source, check=True, capture_output=True, text=True)
-    (wheel,) = (source / "dist" / "cpu").glob("*.whl")
+    (wheel,) = (hub.parent.parent / "dist" / "cpu").glob("*.whl")
     assert "manylinux" in wheel.name
     assert use_wheel(tmp_path, wheel) == ("None", "None")
 
@@ -113,12 +109,8 @@ assert not [name for name in sys.modules if name.startswith("ewa_kernels")]
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="auditwheel is for Linux")
-def test_make_hub(tmp_path):
+def test_make_hub(tmp_path, hub):
     """Hugging Face's kernels loads it, and another version beside it, in a process that has no other ewa_kernels."""
-    source = checkout(tmp_path)
-    subprocess.run(["make", "hub", f"PYTHON={sys.executable}"], cwd=source, check=True, capture_output=True, text=True)
-    hub = source / "build" / "hub"
     (metadata,) = shutil.copytree(hub, tmp_path / "other").glob("build/*/metadata.json")
     metadata.write_text(metadata.read_text().replace('"id": "', '"id": "other'))
     # Not in this environment: where transformers finds `kernels`, it imports it.
@@ -221,7 +213,12 @@ def test_from_an_sdist(tmp_path):
     command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path]
     subprocess.run(command, cwd=source, check=True)
     (archive,) = tmp_path.glob("*.tar.gz")
-    wheel, _ = build_wheel(tmp_path, archive, **WITHOUT_CUDA)
+    wheel, names = build_wheel(tmp_path, archive, **WITHOUT_CUDA)
+    assert any(name.startswith("ewa_kernels/_C.") and name.endswith((".so", ".pyd")) for name in names)
+    assert "ewa_kernels/py.typed" in names
+    assert "ewa_kernels/kernels/forms.json" in names
+    assert "ewa_kernels/models/replace.py" in names
+    assert not any(name.startswith(("tests", "benchmarks", "csrc")) for name in names)
     assert use_wheel(tmp_path, wheel) == ("None", "None")
 
 

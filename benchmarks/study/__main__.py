@@ -83,7 +83,7 @@ def write(study: Study, records: Records, output: Path, console: Console) -> Non
     machine = records.environment
     text = report.as_text(study, machine, results, comparisons)
     content = report.as_json(study, machine, results, comparisons)
-    (output / "study.json").write_text(json.dumps(content, indent=1) + "\n")
+    (output / "study.json").write_text(json.dumps(content) + "\n")  # thousands of numbers: not a line for each
     (output / "study.md").write_text(text)
     title = f"{study.seeds} seeds, {machine['device']}, PyTorch {torch.__version__}"
     plot.draw(results, comparisons, title, output / "study.png")
