@@ -150,16 +150,17 @@ class Problem:
         """Memory for what is kept of it: `[num_kept, F or 2F]`, or uint8 in its format; None for nothing.
 
         Args:
-            empty: in place of `torch.empty`, for what is not in a format.
+            empty: in place of `torch.empty`.
         """
         if not self.save:
             return None
+        shape: tuple[int, ...] = self.num_kept, self.num_up
+        dtype = self.dtype
         if self.pre_format is not None:
-            return self.pre_format.new(self.num_kept, self.num_up, self.device)
-        shape = self.num_kept, self.num_up
-        if empty is not None:
-            return empty(shape, self.dtype, self.device)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+            shape, dtype = (sum(self.pre_format.num_bytes(*shape)),), torch.uint8
+        return (
+            torch.empty(shape, dtype=dtype, device=self.device) if empty is None else empty(shape, dtype, self.device)
+        )
 
     @property
     def num_kept(self) -> int:

@@ -1,8 +1,8 @@
 """Large memory that the next step uses again: of gradients, and of what forward keeps for backward.
 
-glibc gives blocks of 32 MB and more back to the system as soon as they are free, and a new one costs zeros for each
-page of it: a third of forward and backward where an expert has few rows. Experts have E times as many gradients as
-the FFN they replace, so most of a step's are of this size. What is smaller glibc keeps by itself.
+glibc gives blocks of 32 MB and more back to the system as soon as they are free, and smaller ones when the end of its
+heap is free, as after a backward. New memory costs zeros for each page of it: a third of forward and backward where an
+expert has few rows. Experts have E times as many gradients as the FFN they replace.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Block:
 class Reused:
     """All in a process. A tensor's memory is given out again when nothing has it any more, `.grad` included."""
 
-    LEAST_BYTES = 2**25
+    LEAST_BYTES = 2**20  # less is not worth the looking
     _blocks: ClassVar[list[_Block]] = []
     _most_used: ClassVar[int] = 0  # at the same time
     _calls: ClassVar[int] = 0
