@@ -158,9 +158,9 @@ class Problem:
         dtype = self.dtype
         if self.pre_format is not None:
             shape, dtype = (sum(self.pre_format.num_bytes(*shape)),), torch.uint8
-        return (
-            torch.empty(shape, dtype=dtype, device=self.device) if empty is None else empty(shape, dtype, self.device)
-        )
+        if empty is not None:
+            return empty(shape, dtype, self.device)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     @property
     def num_kept(self) -> int:
