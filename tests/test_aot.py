@@ -47,8 +47,8 @@ def check(reports, returncode):
 
 
 def test_bfloat16_on_hopper():
-    """The forward in one launch, which has most device functions, and two that are quick. `test_all_dtypes` has all."""
-    kernels = ("forward", "backward x", "onchip")
+    """Two kernels that are quick to compile. `test_all_tiles` has all."""
+    kernels = ("backward x", "onchip")
     reports, returncode = run_aot("--arch", "sm_90", "--dtype", "bfloat16", "--kernel", *kernels)
     check(reports, returncode)
     assert all(report.default for report in reports)
@@ -56,17 +56,31 @@ def test_bfloat16_on_hopper():
     assert all(16 <= report.registers <= 255 and report.wgmma > 0 for report in reports)
 
 
-# sm_86 and sm_89 have the tiles of sm_80, and differ in memory and in ptxas. float16 has spilled there.
-ARCHITECTURES = dict.fromkeys(aot.ARCHITECTURES, aot.DTYPES) | dict.fromkeys(("sm_86", "sm_89"), ("float16", "float32"))
+# `python -m ewa_kernels.aot` compiles all. Left out here: float32, whose tiles and instructions are alike everywhere,
+# but for one architecture; of sm_86 and sm_89, which have the tiles of sm_80, all but float16, which has spilled there;
+# and what differs from a configuration that is here in its dtype alone.
+ARCHITECTURES = {
+    "sm_80": aot.DTYPES,
+    "sm_86": ("float16",),
+    "sm_89": ("float16",),
+    "sm_90": ("bfloat16", "float16", "tf32"),
+    "sm_100": ("bfloat16", "tf32"),
+    "sm_120": ("bfloat16", "float16"),
+}
+
+
+def test_every_architecture_is_here():
+    assert tuple(ARCHITECTURES) == aot.ARCHITECTURES
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "dtypes"), ARCHITECTURES.items(), ids=ARCHITECTURES)
-def test_all_dtypes(architecture, dtypes):
+def test_all_tiles(architecture, dtypes):
     reports, returncode = run_aot("--arch", architecture, *(f"--dtype={dtype}" for dtype in dtypes))
     check(reports, returncode)
     assert {report.dtype for report in reports} == set(dtypes)
-    assert {report.kernel for report in reports} == set(aot.KERNELS)
+    passes_too = dtypes != ("float16",)  # which has those of bfloat16
+    assert {report.kernel for report in reports} == set(aot.KERNELS) - set(() if passes_too else aot.PASSES)
     # "auto" leaves groups that are given to Triton's forms.
     passes = [report for report in reports if report.kernel in aot.PASSES and report.default]
     assert not any("routed" in report.config for report in passes)
@@ -76,8 +90,7 @@ def test_all_dtypes(architecture, dtypes):
     assert len(switches) == (sum(map(len, configs.CANDIDATES.values())) if architecture == "sm_90" else 0)
     assert not any(report.default or report.problems() for report in switches)
     for report in reports:
-        multiplies = report.kernel in aot.MULTIPLIES and report.dtype != "float32"
-        assert (report.wgmma > 0) == (multiplies and architecture == "sm_90")
+        assert (report.wgmma > 0) == (aot.multiplies(report) and architecture == "sm_90")
 
 
 class TestTheGate:
