@@ -30,7 +30,7 @@ from benchmarks.problem import make
 from benchmarks.report import RESULTS
 from benchmarks.timing import Sample, Variant
 from ewa_kernels import problem as problems
-from ewa_kernels.kernels.blocked.products import ENVIRONMENT
+from ewa_kernels.kernels.blocked.products import ENVIRONMENT, candidates
 
 
 @contextlib.contextmanager
@@ -50,7 +50,8 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     function = next(peer for peer in peers() if peer.name == OURS).build(case)
     gate = Gate(problem)
     kept: dict[str, Any] = {}
-    for who in ("auto", "cpp", "torch"):
+    everyone = ("auto", "cpp", "torch") if len(candidates(case.dtype)) > 1 else ("auto", "torch")
+    for who in everyone:
         with forced(who, kept):
             gate.check(function, problem)
     (chosen,) = {found.kept["products"] for found in kept["auto"][1].values()}
@@ -64,7 +65,7 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
 
         return variant
 
-    samples = timing.rounds({who: variant_of(who) for who in ("auto", "cpp", "torch")}, seconds)
+    samples = timing.rounds({who: variant_of(who) for who in everyone}, seconds)
     result: dict[str, Any] = {"case": case.name, "dtype": case.dtype_name, "sizes": case.sizes}
     result |= {"chosen": "cpp" if chosen.by_cpp else "torch", "product_dtype": str(chosen.dtype).removeprefix("torch.")}
     for who, taken in samples.items():
@@ -84,12 +85,12 @@ def main() -> None:
     for case in CPU_CASES:
         result = measure(case, options.seconds)
         results.append(result)
-        ratios = (result[who]["to_auto"] for who in ("cpp", "torch"))
+        ratios = (result.get(who, {}).get("to_auto") for who in ("cpp", "torch"))
         table.add_row(
             str(case),
             f"{result['chosen']}, {result['product_dtype']}",
             f"{result['auto']['median']:.1f}",
-            *(f"{r['median']:.2f} ({r['p20']:.2f} to {r['p80']:.2f})" for r in ratios),
+            *("–" if r is None else f"{r['median']:.2f} ({r['p20']:.2f} to {r['p80']:.2f})" for r in ratios),
         )
     path = RESULTS / f"products-{file_name(about['device'])}.json"
     path.write_text(json.dumps({"environment": about, "results": results}, indent=1) + "\n")

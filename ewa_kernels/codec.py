@@ -22,10 +22,14 @@ Levels and edges were found by `python -m benchmarks.codebooks`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Of a shape, a dtype and a device.
+Empty = Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
 
 BLOCK = 32
 NOT_A_NUMBER = 255
@@ -151,9 +155,12 @@ class Format(NamedTuple):
         num_blocks = num_rows * len(self.codebooks) * -(-num_columns // (len(self.codebooks) * BLOCK))
         return num_blocks * BLOCK * self.bits // 8, num_blocks
 
-    def new(self, num_rows: int, num_columns: int, device: torch.device) -> Tensor:
-        """Memory for so many encoded rows."""
-        return torch.empty(sum(self.num_bytes(num_rows, num_columns)), dtype=torch.uint8, device=device)
+    def new(self, num_rows: int, num_columns: int, device: torch.device, empty: Empty | None = None) -> Tensor:
+        """Memory for so many encoded rows, by `empty` in place of `torch.empty`."""
+        size = sum(self.num_bytes(num_rows, num_columns))
+        if empty is not None:
+            return empty((size,), torch.uint8, device)
+        return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 # Of x: what it is made of is not known.

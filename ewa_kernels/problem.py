@@ -7,7 +7,7 @@ find out again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,8 +24,6 @@ SAVED: dict[str, tuple[int | None, int | None]] = {
     "recompute": (16, None),
     "recompute-8bit": (8, None),
 }
-
-Empty = Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
 
 # More kinds of calls than a model has. Of inputs that never have the same length twice, the oldest are forgotten.
 MAX_KEPT = 4096
@@ -146,7 +144,7 @@ class Problem:
         """That of pre_activation, likewise."""
         return format_of_pre(self.saved, self.activation, self.gated)
 
-    def new_pre_activation(self, empty: Empty | None = None) -> Tensor | None:
+    def new_pre_activation(self, empty: codec.Empty | None = None) -> Tensor | None:
         """Memory for what is kept of it: `[num_kept, F or 2F]`, or uint8 in its format; None for nothing.
 
         Args:
@@ -154,13 +152,12 @@ class Problem:
         """
         if not self.save:
             return None
-        shape: tuple[int, ...] = self.num_kept, self.num_up
-        dtype = self.dtype
         if self.pre_format is not None:
-            shape, dtype = (sum(self.pre_format.num_bytes(*shape)),), torch.uint8
+            return self.pre_format.new(self.num_kept, self.num_up, self.device, empty)
+        shape = self.num_kept, self.num_up
         if empty is not None:
-            return empty(shape, dtype, self.device)
-        return torch.empty(shape, dtype=dtype, device=self.device)
+            return empty(shape, self.dtype, self.device)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     @property
     def num_kept(self) -> int:

@@ -224,7 +224,7 @@ def test_split_k_adds_up(monkeypatch):
 def test_same_bits_whatever_is_asked_for(monkeypatch):
     """How many programs share the rows of a weight's gradient does not depend on which gradients are needed."""
     monkeypatch.setattr(multiprocessors, "count", lambda device: 64)
-    x, weights = tokens(900, 24), parameters(2, 24, 40)
+    x, weights = tokens(600, 16), parameters(2, 16, 16)
 
     def grad(frozen):
         leaves = [t.clone().requires_grad_(i not in frozen) for i, t in enumerate((x, *weights))]

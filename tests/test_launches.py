@@ -331,7 +331,7 @@ class TestMargin:
     def test_every_persistent_launch_leaves_it(self, form, launches, monkeypatch):
         monkeypatch.setattr(multiprocessors, "count", lambda device: 10)
         dtype = dtype_for(form)
-        x, weights = tokens(600, 16, dtype=dtype), parameters(3, 16, 24, dtype=dtype)
+        x, weights = tokens(200, 16, dtype=dtype), parameters(3, 16, 24, dtype=dtype)
         results = []
         for margin in (0, 3, 1000):
             ewa.set_sm_margin(margin)
@@ -376,7 +376,7 @@ class TestMemoryOfTheBackward:
 
     def test_no_counters_for_tiles_that_are_not_split(self, asked, monkeypatch):
         monkeypatch.setattr(multiprocessors, "count", lambda device: 1)
-        x, weights = tokens(600, 16), parameters(3, 16, 240)
+        x, weights = tokens(60, 16), parameters(3, 16, 48)
         output_and_grads(ewa.functional.moe_ffn, (x, *weights), x, seed=1, backend="triton-single")
         assert asked[0] == [2 + 3]
 

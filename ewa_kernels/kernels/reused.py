@@ -1,15 +1,17 @@
 """Large memory that the next step uses again: of gradients, and of what forward keeps for backward.
 
-glibc gives blocks of 32 MB and more back to the system as soon as they are free, and smaller ones when the end of its
-heap is free, as after a backward. New memory costs zeros for each page of it: a third of forward and backward where an
-expert has few rows. Experts have E times as many gradients as the FFN they replace.
+glibc gives blocks of 32 MB and more back to the system as soon as they are free, and smaller ones when they lie at the
+end of its heap, as after a backward. New memory costs zeros for each page of it: a third of forward and backward where
+an expert has few rows. Experts have E times as many gradients as the FFN they replace.
 """
 
 from __future__ import annotations
 
 import math
-import sys
+import os
 import threading
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,68 +20,106 @@ from torch import Tensor
 
 
 class _Block:
-    """Memory that torch allocated, as an array to which each tensor made of it refers."""
+    """Memory that torch allocated."""
 
     def __init__(self, size: int):
+        self.size = size
         self.array: Any = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
-        self.given_out = self.last_used = 0  # in which call; the latter is when it was last seen in use
+        self.number = 0  # of those that came back, which one it was
 
-    def references(self) -> int:
-        return sys.getrefcount(self.array)
+    def hand_out(self, back: deque[_Block]) -> torch.UntypedStorage:
+        """A storage of it. When nothing has that any more, `.grad` included, the block is appended to `back`."""
+        view = self.array[:]  # which the storage refers to
+        weakref.finalize(view, back.append, self).atexit = False
+        return torch.from_numpy(view).untyped_storage()
 
 
 class Reused:
-    """All in a process. A tensor's memory is given out again when nothing has it any more, `.grad` included."""
+    """All in a process: at most twice as many bytes as were in use at a time.
+
+    A step may ask for P bytes of pre-activations and then for G of gradients while it frees the P: as many as
+    max(P, G) are in use at a time, and P + G are kept, so that the next step finds all of them.
+    """
 
     LEAST_BYTES = 2**20  # less is not worth the looking
-    _blocks: ClassVar[list[_Block]] = []
-    _most_used: ClassVar[int] = 0  # at the same time
-    _calls: ClassVar[int] = 0
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-    _of_no_tensor: ClassVar[int] = _Block(1).references()
+    _lock: ClassVar[threading.RLock] = threading.RLock()
+    # Free, and not yet in `_free`: whoever drops the last reference must not wait for a lock.
+    _back: ClassVar[deque[_Block]] = deque()
+    _free: ClassVar[dict[int, list[_Block]]] = {}  # by size, that which came back last at the end
+    _num_back: ClassVar[int] = 0
+    # Bytes: in blocks; in blocks that tensors have; the most of these in the time before and in this time; asked for in
+    # this time, which ends when that is four times the most: after two steps or more.
+    _held: ClassVar[int] = 0
+    _in_use: ClassVar[int] = 0
+    _most: ClassVar[tuple[int, int]] = (0, 0)
+    _asked: ClassVar[int] = 0
 
     @classmethod
     def empty(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """As `torch.empty`."""
+        """As `torch.empty`; the storage cannot be resized."""
         size = math.prod(shape) * dtype.itemsize
         if device.type != "cpu" or size < cls.LEAST_BYTES:
             return torch.empty(shape, dtype=dtype, device=device)
         with cls._lock:
-            cls._calls += 1
-            free = []
-            for block in cls._blocks:
-                if block.references() == cls._of_no_tensor:
-                    free.append(block)
-                else:
-                    block.last_used = cls._calls
-            found = next((block for block in free if block.array.size == size), None)
-            if found is None:
-                found = _Block(size)
-                cls._blocks.append(found)
-            else:
-                free.remove(found)
-            found.given_out = found.last_used = cls._calls
-            cls._forget(free)
-            storage = torch.from_numpy(found.array).untyped_storage()
-            like = torch.empty(tuple(shape), dtype=dtype, device="meta")
-            # No view of another tensor: those that were made without gradients must not be changed in place.
-            return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, like.shape, like.stride())
+            storage = cls._take(size).hand_out(cls._back)
+        like = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        # No view of another tensor: those that were made without gradients must not be changed in place.
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, like.shape, like.stride())
 
     @classmethod
-    def _forget(cls, free: list[_Block]) -> None:
-        """Of what is free, what was given out longest ago: if there are more blocks than were ever in use at a time, as
-        with inputs that never have the same length twice; and what was not in use while all others were asked for four
-        times, as of a model that is trained no more."""
-        cls._most_used = max(cls._most_used, len(cls._blocks) - len(free))
-        free.sort(key=lambda block: block.given_out)
-        too_many = len(cls._blocks) - cls._most_used
-        oldest = cls._calls - 4 * len(cls._blocks) - 1
-        gone = [block for i, block in enumerate(free) if i < too_many or block.last_used < oldest]
-        cls._blocks = [block for block in cls._blocks if block not in gone]
+    def _take(cls, size: int) -> _Block:
+        cls._collect()
+        before, most = cls._most
+        cls._asked += size
+        if cls._asked > 4 * max(before, most):
+            before, most, cls._asked = most, 0, 0
+        cls._most = before, max(most, cls._in_use + size)
+        block = cls._pop(size, -1) if size in cls._free else None
+        cls._forget(2 * max(cls._most) - (size if block is None else 0))
+        if block is None:
+            block = _Block(size)
+            cls._held += size
+        cls._in_use += size
+        return block
+
+    @classmethod
+    def _collect(cls) -> None:
+        """Takes back what nobody has any more."""
+        while cls._back:
+            block = cls._back.popleft()
+            cls._num_back += 1
+            block.number = cls._num_back
+            cls._in_use -= block.size
+            cls._free.setdefault(block.size, []).append(block)
+
+    @classmethod
+    def _forget(cls, most: int) -> None:
+        """Of what is free, what came back first, until no more than so many bytes are held."""
+        while cls._held > most and cls._free:
+            oldest = min(cls._free, key=lambda size: cls._free[size][0].number)
+            cls._held -= cls._pop(oldest, 0).size
+
+    @classmethod
+    def _pop(cls, size: int, which: int) -> _Block:
+        blocks = cls._free[size]
+        block = blocks.pop(which)
+        if not blocks:
+            del cls._free[size]
+        return block
 
     @classmethod
     def clear(cls) -> None:
         """Forgets all. What a tensor has, stays."""
         with cls._lock:
-            cls._blocks = []
-            cls._most_used = 0
+            cls._collect()
+            cls._forget(0)
+            cls._most, cls._asked = (0, 0), 0
+
+    @classmethod
+    def _after_fork(cls) -> None:
+        """Another thread may have held the lock."""
+        cls._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Reused._after_fork)
