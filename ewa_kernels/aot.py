@@ -128,11 +128,6 @@ class Case:
         return ", ".join(words + [self.saved] * (self.saved != "full") + sizes)
 
 
-def multiplies(case: Case | Report) -> bool:
-    """By tensor cores."""
-    return case.kernel in MULTIPLIES and case.dtype != "float32"
-
-
 @dataclass(frozen=True)
 class Report:
     """What the compiler made of a case."""
@@ -160,7 +155,8 @@ class Report:
             found.append(f"spills: {self.spill_stores} bytes stored, {self.spill_loads} loaded")
         if self.wgmma_serialized:
             found.append("each wgmma waits for the one before")
-        if self.architecture == "sm_90" and self.wgmma == 0 and multiplies(self):
+        multiplies = self.kernel in MULTIPLIES and self.dtype != "float32"
+        if self.architecture == "sm_90" and self.wgmma == 0 and multiplies:
             found.append("no wgmma")
         limit = SHARED_MEMORY[int(self.architecture.removeprefix("sm_"))]
         if self.shared_bytes > limit:
@@ -243,8 +239,7 @@ def compile_case(case: Case) -> Report:
     """Compiles a case and disassembles the result."""
     kernel, log = _compile(case)
     sass = ""
-    # No other has wgmma, and it takes as long as compiling.
-    if case.architecture == "sm_90" and multiplies(case):
+    if case.architecture == "sm_90" and case.kernel in MULTIPLIES:  # no other has wgmma, and it takes long
         with tempfile.TemporaryDirectory() as folder:
             (cubin := Path(folder, "kernel.cubin")).write_bytes(kernel.asm["cubin"])
             sass = subprocess.check_output([TOOLS / "cuobjdump", "-sass", cubin], text=True)
