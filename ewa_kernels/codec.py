@@ -28,7 +28,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Of a shape, a dtype and a device.
 Empty = Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
 
 BLOCK = 32
@@ -139,6 +138,11 @@ CODEBOOKS: dict[str, Codebook] = {
 # fmt: on
 
 
+def new_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that is torch's."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 class Format(NamedTuple):
     """Of rows that consist of one part, or of two of as many columns: a gate, and what it multiplies.
 
@@ -155,12 +159,9 @@ class Format(NamedTuple):
         num_blocks = num_rows * len(self.codebooks) * -(-num_columns // (len(self.codebooks) * BLOCK))
         return num_blocks * BLOCK * self.bits // 8, num_blocks
 
-    def new(self, num_rows: int, num_columns: int, device: torch.device, empty: Empty | None = None) -> Tensor:
-        """Memory for so many encoded rows, by `empty` in place of `torch.empty`."""
-        size = sum(self.num_bytes(num_rows, num_columns))
-        if empty is not None:
-            return empty((size,), torch.uint8, device)
-        return torch.empty(size, dtype=torch.uint8, device=device)
+    def new(self, num_rows: int, num_columns: int, device: torch.device, empty: Empty = new_tensor) -> Tensor:
+        """Memory for so many encoded rows."""
+        return empty((sum(self.num_bytes(num_rows, num_columns)),), torch.uint8, device)
 
 
 # Of x: what it is made of is not known.

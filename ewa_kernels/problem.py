@@ -144,20 +144,15 @@ class Problem:
         """That of pre_activation, likewise."""
         return format_of_pre(self.saved, self.activation, self.gated)
 
-    def new_pre_activation(self, empty: codec.Empty | None = None) -> Tensor | None:
-        """Memory for what is kept of it: `[num_kept, F or 2F]`, or uint8 in its format; None for nothing.
-
-        Args:
-            empty: in place of `torch.empty`.
+    def new_pre_activation(self, empty: codec.Empty = codec.new_tensor) -> Tensor | None:
+        """Memory, made by `empty`, for what is kept of it: `[num_kept, F or 2F]`, or uint8 in its format; None for
+        nothing.
         """
         if not self.save:
             return None
         if self.pre_format is not None:
             return self.pre_format.new(self.num_kept, self.num_up, self.device, empty)
-        shape = self.num_kept, self.num_up
-        if empty is not None:
-            return empty(shape, self.dtype, self.device)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return empty((self.num_kept, self.num_up), self.dtype, self.device)
 
     @property
     def num_kept(self) -> int:

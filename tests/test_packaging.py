@@ -16,7 +16,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / ".git").exists(), reason="builds what git tracks"),
 ]
-WITHOUT_CUDA = {"EWA_CUDA_ARCHITECTURES": ""}
 USE = """
 import sys
 # Else an editable installation in this environment lends what the wheel lacks.
@@ -201,7 +200,7 @@ def test_from_an_sdist(tmp_path):
     command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path]
     subprocess.run(command, cwd=source, check=True)
     (archive,) = tmp_path.glob("*.tar.gz")
-    wheel, names = build_wheel(tmp_path, archive, **WITHOUT_CUDA)
+    wheel, names = build_wheel(tmp_path, archive, EWA_CUDA_ARCHITECTURES="")
     assert any(name.startswith("ewa_kernels/_C.") and name.endswith((".so", ".pyd")) for name in names)
     assert "ewa_kernels/py.typed" in names
     assert "ewa_kernels/kernels/forms.json" in names

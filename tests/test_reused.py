@@ -34,18 +34,18 @@ def empty(*shape, dtype=torch.float32):
 def free():
     """Sizes of the blocks that no tensor has."""
     Reused._collect()
-    return sorted(block.size for blocks in Reused._free.values() for block in blocks)
+    return sorted(block.size for block in Reused._free)
 
 
 @pytest.fixture
 def new_blocks(monkeypatch):
-    """Sizes of those that were made."""
+    """Those that are made."""
     made = []
 
     class Block(reused._Block):
         def __init__(self, size):
             super().__init__(size)
-            made.append(size)
+            made.append(self)
 
     monkeypatch.setattr(reused, "_Block", Block)
     return made
@@ -99,9 +99,10 @@ class TestLayer:
                 self.step(other, seed)
         return [p.grad for p in other.parameters()]
 
-    def test_each_step_in_the_same_memory(self, layer):
+    def test_each_step_in_the_same_memory(self, layer, new_blocks):
         """Autograd takes it for `.grad` as it is, and copies nothing."""
         addresses = {grad.data_ptr() for grad in self.step(layer, 1)}
+        assert addresses <= {block.array.ctypes.data for block in new_blocks}
         for seed in (2, 3):
             layer.zero_grad()
             grads = self.step(layer, seed)

@@ -25,7 +25,6 @@ class _Block:
     def __init__(self, size: int):
         self.size = size
         self.array: Any = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
-        self.number = 0  # of those that came back, which one it was
 
     def hand_out(self, back: deque[_Block]) -> torch.UntypedStorage:
         """A storage of it. When nothing has that any more, `.grad` included, the block is appended to `back`."""
@@ -45,8 +44,7 @@ class Reused:
     _lock: ClassVar[threading.RLock] = threading.RLock()
     # Free, and not yet in `_free`: whoever drops the last reference must not wait for a lock.
     _back: ClassVar[deque[_Block]] = deque()
-    _free: ClassVar[dict[int, list[_Block]]] = {}  # by size, that which came back last at the end
-    _num_back: ClassVar[int] = 0
+    _free: ClassVar[list[_Block]] = []  # as they came back
     # Bytes: in blocks; in blocks that tensors have; the most of these in the time before and in this time; asked for in
     # this time, which ends when that is four times the most: after two steps or more.
     _held: ClassVar[int] = 0
@@ -74,7 +72,9 @@ class Reused:
         if cls._asked > 4 * max(before, most):
             before, most, cls._asked = most, 0, 0
         cls._most = before, max(most, cls._in_use + size)
-        block = cls._pop(size, -1) if size in cls._free else None
+        # Of this size that which came back last, which is the likeliest to be in a cache.
+        which = next((i for i in reversed(range(len(cls._free))) if cls._free[i].size == size), None)
+        block = None if which is None else cls._free.pop(which)
         cls._forget(2 * max(cls._most) - (size if block is None else 0))
         if block is None:
             block = _Block(size)
@@ -87,25 +87,14 @@ class Reused:
         """Takes back what nobody has any more."""
         while cls._back:
             block = cls._back.popleft()
-            cls._num_back += 1
-            block.number = cls._num_back
             cls._in_use -= block.size
-            cls._free.setdefault(block.size, []).append(block)
+            cls._free.append(block)
 
     @classmethod
     def _forget(cls, most: int) -> None:
         """Of what is free, what came back first, until no more than so many bytes are held."""
         while cls._held > most and cls._free:
-            oldest = min(cls._free, key=lambda size: cls._free[size][0].number)
-            cls._held -= cls._pop(oldest, 0).size
-
-    @classmethod
-    def _pop(cls, size: int, which: int) -> _Block:
-        blocks = cls._free[size]
-        block = blocks.pop(which)
-        if not blocks:
-            del cls._free[size]
-        return block
+            cls._held -= cls._free.pop(0).size
 
     @classmethod
     def clear(cls) -> None:
