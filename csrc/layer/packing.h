@@ -18,7 +18,6 @@ constexpr int64_t most_words = 384;
 // Rows of the result that one thread makes at a time, where tasks share a right operand, and where it is one task's alone;
 // and columns that it goes through together: for so many words what both need of the operands stays in the second cache.
 constexpr int64_t task_rows = 8 * tile_rows, most_task_rows = 27 * tile_rows, block_columns = 256;
-constexpr int64_t line_bytes = 64;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -190,6 +189,17 @@ EWA_AVX512 void pack_right(const Operand& right, const Product& product, int64_t
         pack_columns<bfloat16>(right, product.right_row + column + j, std::clamp<int64_t>(columns - j, 0, lanes),
                                product.right_row + product.n, word, words, tile_columns,
                                panels + j / tile_columns * tile_columns * words + j % tile_columns);
+}
+
+// The memory that pack_right will read, if its rows lie in order.
+template <bool bfloat16>
+Ahead right_ahead(const Operand& right, const Product& product, int64_t word, int64_t words, int64_t column,
+                  int64_t columns) {
+    if (right.tokens.rows != nullptr) return {};
+    const int64_t term = word * terms_of_word<bfloat16>, terms = std::min(words * terms_of_word<bfloat16>, product.k - term);
+    const int64_t size = right.tokens.matrix.element_size(), stride = right.columns * size;
+    if (right.sum_over_rows) return {right.element(product.right_row + term, column), columns * size, terms, stride};
+    return {right.element(product.right_row + column, term), terms * size, columns, stride};
 }
 
 // Words word … of rows first … of the left operand, in panels of so many rows; its terms are added to `sums`, which may

@@ -52,21 +52,22 @@ struct Range {
 };
 
 // out = the product's parts in a range, or is added to it. `left` is packed from the first of them on; `right_of` gives
-// the address of the right operand's packed columns block … of a part.
-template <bool bfloat16, class RightOf>
+// the address of the right operand's packed columns block … of a part, `ahead_of` the memory that it will read for it.
+template <bool bfloat16, class RightOf, class AheadOf>
 void multiply_panels(const Product& product, const Parts& rows, const Range& parts, const float* left, bool add, float* out,
-                     const RightOf& right_of) {
+                     const RightOf& right_of, const AheadOf& ahead_of) {
     const Parts words = product.parts();
     for (int64_t block = 0; block < product.n; block += block_columns)
         for (int64_t part = parts.first; part < parts.end; ++part) {
             const int64_t word = words.start(part) - words.start(parts.first), n = words.size(part);
             const float* const right = right_of(part, block);
+            Ahead ahead = part + 1 < parts.end ? ahead_of(part + 1, block) : ahead_of(parts.first, block + block_columns);
             for (int64_t i = 0; i < rows.count; ++i) {
                 const float* panel = left + rows.total * word + rows.start(i) * n;
                 for (int64_t j = block; j < std::min(block + block_columns, product.n); j += tile_columns)
                     tiles<bfloat16>[rows.size(i) - 1](n, panel, right + (j - block) * n,
                                                       out + rows.start(i) * product.n + j, product.n, product.n - j,
-                                                      add || part > parts.first);
+                                                      add || part > parts.first, ahead);
             }
         }
 }
@@ -246,13 +247,21 @@ void run(const Plan& plan, const Operand& left, const Operand& right, float* wor
                 else
                     sums_so_far[task.first + i] = before + of_rows[i];
             }
+            const auto packed_before = [&](int64_t part, int64_t column) {
+                return workspace + task.at + padded(product.n) * (words.start(part) - words.start(parts.first)) +
+                       column * words.size(part);
+            };
             multiply_panels<bfloat16>(product, rows, parts, slot, more, out, [&](int64_t part, int64_t column) {
                 const int64_t word = words.start(part), n = words.size(part);
-                if (batch.packed != Packed::by_tasks)
-                    return workspace + task.at + padded(product.n) * (word - words.start(parts.first)) + column * n;
+                if (batch.packed != Packed::by_tasks) return packed_before(part, column);
                 float* const own = slot + plan.block_in_slot();
                 pack_right<bfloat16>(right, product, word, n, column, own);
                 return own;
+            }, [&](int64_t part, int64_t column) {
+                const int64_t columns = std::min(block_columns, product.n - column), n = words.size(part);
+                if (columns <= 0) return Ahead{};
+                if (batch.packed != Packed::by_tasks) return Ahead{packed_before(part, column), padded(columns) * n};
+                return right_ahead<bfloat16>(right, product, words.start(part), n, column, columns);
             });
             if (batch.packed != Packed::in_parts) pass_on(task, out);
         }

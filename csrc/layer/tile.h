@@ -17,8 +17,9 @@ namespace ewa {
 // 28 sums, two vectors of `right` and one word of `left` are 31 of the 32 registers.
 constexpr int64_t tile_rows = 14, tile_columns = 32;
 
-// Words ahead of which an operand is fetched.
+// Words ahead of which an operand is fetched, and after which what comes next is.
 constexpr int64_t words_ahead = 8;
+constexpr int64_t line_bytes = 64;
 
 // sum + left · right, word by word.
 template <bool bfloat16>
@@ -29,11 +30,34 @@ EWA_AVX512 EWA_INLINE __m512 multiply_add(__m512 left, __m512 right, __m512 sum)
         return _mm512_fmadd_ps(left, right, sum);
 }
 
+// Memory that is read soon: lines of rows. Tiles ask for one now and then; all at once, they would wait for them.
+struct Ahead {
+    const char* row = nullptr;
+    int64_t stride = 0, lines = 0;  // bytes from row to row; lines of each
+    int64_t line = 0, left = 0;     // the next one of `row`; how many there are to come
+
+    Ahead() = default;
+    Ahead(const char* first, int64_t bytes, int64_t rows, int64_t row_stride)
+        : row(first), stride(row_stride), lines((bytes + line_bytes - 1) / line_bytes), left(lines * rows) {}
+    Ahead(const float* first, int64_t floats)
+        : Ahead(reinterpret_cast<const char*>(first), floats * static_cast<int64_t>(sizeof(float)), 1, 0) {}
+
+    inline __attribute__((always_inline)) void ask() {
+        if (left == 0) return;
+        _mm_prefetch(row + line * line_bytes, _MM_HINT_T1);
+        --left;
+        if (++line < lines) return;
+        line = 0;
+        row += stride;
+    }
+};
+
 // out = left · right, or is added to it; out has `columns` columns, at most tile_columns.
 template <bool bfloat16, int rows>
 EWA_AVX512 void tile(int64_t words, const float* left, const float* right, float* out, int64_t row_of_out,
-                     int64_t columns, bool add) {
+                     int64_t columns, bool add, Ahead& next) {
     __m512 sums[rows][2];
+    Ahead ahead = next;  // in registers
     // What comes from the second cache is asked for early, the result and `right`; `left` stays in the first one.
     for (int i = 0; i < rows; ++i)
         for (int j = 0; j < 2; ++j) __builtin_prefetch(out + i * row_of_out + j * lanes, 1);
@@ -41,6 +65,7 @@ EWA_AVX512 void tile(int64_t words, const float* left, const float* right, float
     for (int64_t p = 0; p < words; ++p, left += rows, right += tile_columns) {
         const __m512 right_0 = _mm512_loadu_ps(right), right_1 = _mm512_loadu_ps(right + lanes);
         for (int j = 0; j < 2; ++j) __builtin_prefetch(right + words_ahead * tile_columns + j * lanes);
+        if (p % words_ahead == 0) ahead.ask();
 #pragma GCC unroll 14
         for (int i = 0; i < rows; ++i) {
             const __m512 word = _mm512_set1_ps(left[i]);
@@ -48,6 +73,7 @@ EWA_AVX512 void tile(int64_t words, const float* left, const float* right, float
             sums[i][1] = multiply_add<bfloat16>(word, right_1, sums[i][1]);
         }
     }
+    next = ahead;
     const __mmask16 masks[2] = {first_lanes(columns), first_lanes(columns - lanes)};
 #pragma GCC unroll 14
     for (int i = 0; i < rows; ++i)
@@ -58,7 +84,7 @@ EWA_AVX512 void tile(int64_t words, const float* left, const float* right, float
         }
 }
 
-using Tile = void (*)(int64_t, const float*, const float*, float*, int64_t, int64_t, bool);
+using Tile = void (*)(int64_t, const float*, const float*, float*, int64_t, int64_t, bool, Ahead&);
 
 // By the number of rows, from 1.
 template <bool bfloat16, int... i>
