@@ -2,8 +2,8 @@
 looks rows up and puts them back as it goes, or PyTorch's library.
 
 The processor's instructions and the call's sizes decide, and no clock: with the same seed and as many threads, two runs
-have the same bits. With AVX-512 ours do: on an AMD EPYC PyTorch's take 1.1 to 2 times as long, on an Intel Xeon 0.95 to
-1.2 times. But oneDNN's are faster in bfloat16 with AMX, or where an expert has few rows. In the environment
+have the same bits. With AVX-512 ours do: on an AMD EPYC PyTorch's take 1.1 to 2 times as long, on an Intel Xeon 0.98 to
+1.24 times. But oneDNN's are faster in bfloat16 with AMX, or where an expert has few rows. In the environment
 EWA_KERNELS_CPU_PRODUCTS=cpp or torch decides instead, as far as the processor has them; it is read at the first call of
 each size.
 """
