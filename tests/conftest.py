@@ -13,17 +13,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined, at the import below
 if "EWA_TEST_EXTENSION" in os.environ:
     import extension_stand_in  # noqa: F401
-import interpreter
 import vision  # noqa: F401
 from models import SwiGLU
 
 import ewa_kernels as ewa
 from ewa_kernels import calls, problem
+from ewa_kernels.kernels import triton as triton_kernels
 from ewa_kernels.kernels.blocked import products
 from ewa_kernels.kernels.blocked.products import Products
 from ewa_kernels.models import ffn_adapters
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+if triton_kernels.INTERPRETED:
+    import interpreter
+
     interpreter.patch_once_a_launch()
 
 # Those that need a GPU, which `make gpu` runs, and the CUDA kernel on the host, which `extension_variants.py` does.

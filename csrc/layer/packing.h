@@ -19,8 +19,6 @@ constexpr int64_t most_words = 384;
 // and columns that it goes through together: for so many words what both need of the operands stays in the second cache.
 constexpr int64_t task_rows = 8 * tile_rows, most_task_rows = 27 * tile_rows, block_columns = 256;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int64_t padded(int64_t columns) { return ceil_div(columns, tile_columns) * tile_columns; }
 
 // 0 … total in parts of `most` or less, all alike large up to one.

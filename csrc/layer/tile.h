@@ -21,6 +21,8 @@ constexpr int64_t tile_rows = 14, tile_columns = 32;
 constexpr int64_t words_ahead = 8;
 constexpr int64_t line_bytes = 64;
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // sum + left · right, word by word.
 template <bool bfloat16>
 EWA_AVX512 EWA_INLINE __m512 multiply_add(__m512 left, __m512 right, __m512 sum) {
@@ -38,11 +40,11 @@ struct Ahead {
 
     Ahead() = default;
     Ahead(const char* first, int64_t bytes, int64_t rows, int64_t row_stride)
-        : row(first), stride(row_stride), lines((bytes + line_bytes - 1) / line_bytes), left(lines * rows) {}
+        : row(first), stride(row_stride), lines(ceil_div(bytes, line_bytes)), left(lines * rows) {}
     Ahead(const float* first, int64_t floats)
         : Ahead(reinterpret_cast<const char*>(first), floats * static_cast<int64_t>(sizeof(float)), 1, 0) {}
 
-    inline __attribute__((always_inline)) void ask() {
+    void ask() {
         if (left == 0) return;
         _mm_prefetch(row + line * line_bytes, _MM_HINT_T1);
         --left;
